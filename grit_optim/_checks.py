@@ -1,0 +1,161 @@
+"""The options of GritOptimizer, validated, and the base optimizers that cannot be wrapped."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+PRECONDITIONS = ("steer", "eigenbasis", "balanced", "inverse", "none")
+PAIRINGS = ("kfac", "paper")
+DAMPINGS = ("relative", "absolute")
+REPROJECTIONS = ("none", "balanced", "two_sided", "one_sided")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Validated options; GritOptimizer's docstring explains each, its signature holds the defaults."""
+
+    precondition: str
+    pairing: str
+    fisher_decay: float | None
+    kfac_update_freq: int
+    kfac_min_samples: int
+    kfac_damping: float
+    damping: str
+    kfac_inversion_device: str | None
+    cov_update_freq: int
+    max_tokens: int | None
+    ng_warmup_steps: int
+    preserve_norm: bool
+    max_grad_norm: float | None
+    reprojection: str
+    reprojection_freq: int
+    reprojection_k: int | None
+    reprojection_warmup_steps: int
+    enable_rank_adaptation: bool
+    rank_adaptation_threshold: float
+    min_lora_rank: int
+    rank_adaptation_start_step: int
+
+    def __post_init__(self) -> None:
+        _one_of("precondition", self.precondition, PRECONDITIONS)
+        _one_of("pairing", self.pairing, PAIRINGS)
+        _one_of("damping", self.damping, DAMPINGS)
+        _one_of("reprojection", self.reprojection, REPROJECTIONS)
+        for name in ("kfac_update_freq", "cov_update_freq", "reprojection_freq", "min_lora_rank"):
+            _whole(name, getattr(self, name), least=1)
+        for name in ("kfac_min_samples", "ng_warmup_steps", "reprojection_warmup_steps", "rank_adaptation_start_step"):
+            _whole(name, getattr(self, name), least=0)
+        for name in ("max_tokens", "reprojection_k"):
+            _whole(name, getattr(self, name), least=1, optional=True)
+        _real("kfac_damping", self.kfac_damping, "above 0", lambda x: x > 0)
+        _real("rank_adaptation_threshold", self.rank_adaptation_threshold, "in (0, 1]", lambda x: 0 < x <= 1)
+        if self.fisher_decay is not None:
+            _real("fisher_decay", self.fisher_decay, "in [0, 1), or None for the running mean", lambda x: 0 <= x < 1)
+        if self.max_grad_norm is not None:
+            _real("max_grad_norm", self.max_grad_norm, "above 0, or None for no limit", lambda x: x > 0)
+        for name in ("preserve_norm", "enable_rank_adaptation"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        self._check_device()
+        self._check_combinations()
+
+    def _check_device(self) -> None:
+        if self.kfac_inversion_device is None:
+            return
+        try:
+            torch.device(self.kfac_inversion_device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"kfac_inversion_device={self.kfac_inversion_device!r} is no device; use None (where the parameters are), "
+                "'cpu' or 'cuda'"
+            ) from error
+
+    def _check_combinations(self) -> None:
+        if self.enable_rank_adaptation and self.reprojection == "none":
+            raise ValueError(
+                "enable_rank_adaptation=True has no effect with reprojection='none'; choose how the rank is to be reduced, "
+                "reprojection='balanced' (the rank is really given up) or the paper's 'two_sided' or 'one_sided'"
+            )
+        if self.precondition == "balanced" and self.pairing == "paper":
+            raise ValueError(
+                "precondition='balanced' has no pairing='paper': balanced coordinates are those in which both factors are "
+                "diagonal; leave pairing at 'kfac'"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as plain values, for checkpoints and results files."""
+        return asdict(self)
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        close = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{hint}")
+
+
+def _whole(name: str, value: object, least: int, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number{' or None' if optional else ''}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _real(name: str, value: object, allowed: str, test: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
+    if not test(value):
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def unknown_option_message(given: Iterable[str]) -> str:
+    """What to say of keywords that GritOptimizer does not have, with the closest ones that it has."""
+    known = [f.name for f in fields(Options)]
+    parts = []
+    for name in given:
+        close = difflib.get_close_matches(name, known, n=1)
+        parts.append(f"{name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+    return f"GritOptimizer has no option {', '.join(parts)}"
+
+
+def check_base(base: object) -> None:
+    """Refuse what cannot be a base optimizer.
+
+    Raises:
+        TypeError: ``base`` is no ``torch.optim.Optimizer``, or is one that evaluates the loss several times per step.
+    """
+    if not isinstance(base, Optimizer):
+        raise TypeError(
+            f"the first argument must be a torch.optim.Optimizer such as torch.optim.AdamW(model.parameters(), lr=2e-4), got "
+            f"{type(base).__name__}"
+        )
+    if isinstance(base, torch.optim.LBFGS):
+        raise TypeError(
+            "LBFGS evaluates the loss several times per step, and curvature would be gathered from all of them; use a "
+            "first-order base such as torch.optim.AdamW"
+        )
+    if hasattr(base, "check_capture"):
+        raise TypeError("the base optimizer is a GritOptimizer already; wrap the plain optimizer once")
+
+
+def check_parameters(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that are partitioned over processes.
+
+    Raises:
+        NotImplementedError: a parameter is a DTensor (FSDP2, tensor parallelism).
+    """
+    for name, parameter in parameters.items():
+        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+            raise NotImplementedError(
+                f"site {name!r} holds a DTensor (FSDP2 or tensor parallelism): its rows lie on several processes, and "
+                "GritOptimizer needs whole matrices; use DDP, or a single process"
+            )

@@ -1,0 +1,110 @@
+"""Sites stacked for batched algebra.
+
+A :class:`Bucket` holds the sites of one rank on one device, so that their factors form tensors ``[S, r, r]``. Within it, a
+:class:`Group` holds the matrices of one side (A or B) that share a shape, a dtype and a parameter group of the base
+optimizer: what is applied to all of them is one batched product, never a loop that launches a kernel per site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from grit_optim.sites import Site
+
+Side = Literal["A", "B"]
+
+
+@dataclass(eq=False)
+class Group:
+    """Matrices of one side and shape: ``m`` of them, stacked as ``[m, r, d]`` (A) or ``[m, d, r]`` (B).
+
+    Attributes:
+        side: which matrix of the pair these are.
+        parameters: the m parameters, in the order of ``index``.
+        index: position of each in its bucket, ``[m]``, on the bucket's device.
+        param_group: position in the base optimizer's ``param_groups`` of the group that holds them (the dict itself is
+            replaced by ``load_state_dict``).
+    """
+
+    side: Side
+    parameters: list[Tensor]
+    index: Tensor
+    param_group: int
+
+    def stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The m tensors as one tensor of matrices ``[m, rows, columns]``, in fp32 or better."""
+        stacked = torch.stack([t.detach().flatten(1) for t in tensors])
+        return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+
+    def unstack(self, stacked: Tensor) -> list[Tensor]:
+        """Views of ``[m, rows, columns]`` with each parameter's own shape, in its dtype."""
+        stacked = stacked.to(self.parameters[0].dtype)
+        return [matrix.view_as(parameter) for matrix, parameter in zip(stacked, self.parameters, strict=True)]
+
+    def apply(self, operators: Tensor, stacked: Tensor) -> Tensor:
+        """Multiply on the rank side by each site's operator ``[S, r, r]``: ``M X`` for A, ``X M`` for B."""
+        chosen = operators[self.index].to(stacked.dtype)
+        return chosen @ stacked if self.side == "A" else stacked @ chosen
+
+    def subset(self, positions: Sequence[int]) -> Group:
+        """The group of only some of its members, given by their positions in ``parameters``."""
+        chosen = torch.tensor(positions, device=self.index.device)
+        return Group(self.side, [self.parameters[i] for i in positions], self.index[chosen], self.param_group)
+
+    def write(self, stacked: Tensor) -> None:
+        """Set the m parameters to the matrices of ``[m, rows, columns]``."""
+        torch._foreach_copy_([p.detach() for p in self.parameters], self.unstack(stacked))
+
+    @property
+    def rank_dim(self) -> int:
+        """The dimension of a stacked matrix that runs over the rank."""
+        return 1 if self.side == "A" else 2
+
+
+@dataclass(eq=False)
+class Bucket:
+    """The ``S`` sites of one rank ``r`` on one device, with the groups of their matrices."""
+
+    sites: list[Site]
+    rank: int
+    device: torch.device
+    groups: list[Group] = field(default_factory=list)
+
+    def names(self) -> list[str]:
+        """The sites' names, in the order of every ``[S, …]`` tensor."""
+        return [site.name for site in self.sites]
+
+
+def build_buckets(sites: Iterable[Site], param_group_of: Mapping[int, int]) -> list[Bucket]:
+    """Stack the sites by rank and device, in the order in which each combination is first met.
+
+    Args:
+        sites: the sites, in the model's order.
+        param_group_of: ``id(parameter)`` to the position of its group in the base optimizer's ``param_groups``.
+    """
+    buckets: dict[tuple[int, torch.device], Bucket] = {}
+    for site in sites:
+        key = (site.rank, site.a.device)
+        buckets.setdefault(key, Bucket([], *key)).sites.append(site)
+    for bucket in buckets.values():
+        bucket.groups = [*_groups(bucket, "A", param_group_of), *_groups(bucket, "B", param_group_of)]
+    return list(buckets.values())
+
+
+def _groups(bucket: Bucket, side: Side, param_group_of: Mapping[int, int]) -> list[Group]:
+    members: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
+    for position, site in enumerate(bucket.sites):
+        parameter = site.a if side == "A" else site.b
+        key = (parameter.flatten(1).shape, parameter.shape, parameter.dtype, param_group_of[id(parameter)])
+        members.setdefault(key, []).append((position, parameter))
+    groups = []
+    for found in members.values():
+        index = torch.tensor([position for position, _ in found], device=bucket.device)
+        parameters = [parameter for _, parameter in found]
+        groups.append(Group(side, parameters, index, param_group_of[id(parameters[0])]))
+    return groups

@@ -1,0 +1,109 @@
+"""What is known of a bucket's curvature: its factors, the ranks kept, and the operators derived from them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grit_optim import linalg
+from grit_optim._checks import Options
+from grit_optim.buckets import Bucket
+from grit_optim.fisher import Factors
+
+
+class Curvature:
+    """The factors of one bucket and what is derived from them.
+
+    Attributes:
+        bucket: the sites, in the order of every ``[S, …]`` tensor.
+        factors: Σ_a and Σ_g.
+        rank: rank kept per site ``[S]``, int64.
+        a_operator: what multiplies the rank side of A's gradient ``[S, r, r]``: an inverse or an eigenbasis.
+        b_operator: the same for B.
+        a_ready: sites whose ``a_operator`` comes from enough samples ``[S]``; it is the identity elsewhere.
+        b_ready: the same for B.
+        damping_used: λ of the latest inverses, ``[2, S]`` for A and B; NaN where none could be had.
+    """
+
+    def __init__(self, bucket: Bucket, options: Options) -> None:
+        size, device = len(bucket.sites), bucket.device
+        self.bucket = bucket
+        self.options = options
+        self.factors = Factors.zeros(size, bucket.rank, device)
+        self.rank = torch.full((size,), bucket.rank, device=device)
+        self.a_operator = linalg.eye_like(self.factors.activation).clone()
+        self.b_operator = self.a_operator.clone()
+        self.a_ready = torch.zeros(size, dtype=torch.bool, device=device)
+        self.b_ready = self.a_ready.clone()
+        self.damping_used = torch.full((2, size), torch.nan, device=device)
+
+    def operator(self, side: str) -> Tensor:
+        """The operator for one side, ``[S, r, r]``."""
+        return self.a_operator if side == "A" else self.b_operator
+
+    def ready(self, side: str) -> Tensor:
+        """Which sites' operator for one side is in force, ``[S]``."""
+        return self.a_ready if side == "A" else self.b_ready
+
+    @property
+    def mask(self) -> Tensor:
+        """Coordinates in use ``[S, r]``. Only balanced reprojection gives up coordinates, always the trailing ones."""
+        rank = self.rank if self.options.reprojection == "balanced" else torch.full_like(self.rank, self.bucket.rank)
+        return linalg.leading_mask(rank, self.bucket.rank)
+
+    def paired_factors(self) -> tuple[Tensor, Tensor]:
+        """The factor that belongs to A and the one that belongs to B, each ``[S, r, r]``, on the inversion device.
+
+        K-FAC pairs A with Σ_g and B with Σ_a, since ``F_A ≈ Σ_g ⊗ E[x xᵀ]`` and ``F_B ≈ E[g gᵀ] ⊗ Σ_a``; the GRIT paper
+        does the opposite.
+        """
+        pair = (self.factors.gradient, self.factors.activation)
+        if self.options.pairing == "paper":
+            pair = pair[::-1]
+        device = self.options.kfac_inversion_device or self.bucket.device
+        return pair[0].to(device), pair[1].to(device)
+
+    def paired_readiness(self) -> tuple[Tensor, Tensor]:
+        """Which sites have enough samples in the factor of A and in that of B, ``[S]`` each."""
+        activation, gradient = self.factors.ready(self.options.kfac_min_samples)
+        return (gradient, activation) if self.options.pairing == "kfac" else (activation, gradient)
+
+    def refresh_inverses(self) -> None:
+        """Set the operators to the damped inverses of the paired factors."""
+        stacked = torch.cat(self.paired_factors())
+        relative = self.options.damping == "relative"
+        inverse, used = linalg.damped_inverse(
+            stacked, linalg.damping_strength(stacked, self.options.kfac_damping, relative)
+        )
+        self._set_operators(inverse.to(self.bucket.device), used.to(self.bucket.device).reshape(2, -1))
+
+    def _set_operators(self, operators: Tensor, damping_used: Tensor) -> None:
+        self.damping_used = damping_used
+        ready_a, ready_b = self.paired_readiness()
+        size = len(self.bucket.sites)
+        self.a_ready, self.b_ready = ready_a & damping_used[0].isfinite(), ready_b & damping_used[1].isfinite()
+        self.a_operator = _where_ready(self.a_ready, operators[:size])
+        self.b_operator = _where_ready(self.b_ready, operators[size:])
+
+    def refresh_eigenbases(self) -> tuple[Tensor, Tensor]:
+        """Set the operators to the eigenvectors of the paired factors.
+
+        Returns:
+            ``Q_newᵀ Q_old`` for A and for B, ``[S, r, r]``: what turns old coordinates into new ones.
+        """
+        a_factor, b_factor = self.paired_factors()
+        mask = self.mask.to(a_factor.device)
+        _, bases = linalg.leading_eigenbasis(torch.cat((a_factor, b_factor)), torch.cat((mask, mask)))
+        old_a, old_b = self.a_operator, self.b_operator
+        self._set_operators(bases.to(self.bucket.device), torch.zeros_like(self.damping_used))
+        return self.a_operator.mT @ old_a, self.b_operator.mT @ old_b
+
+    def reset_operators(self) -> None:
+        """Set the operators to the identity."""
+        for side in ("a", "b"):
+            setattr(self, f"{side}_operator", linalg.eye_like(self.a_operator).clone())
+            setattr(self, f"{side}_ready", torch.zeros_like(self.a_ready))
+
+
+def _where_ready(ready: Tensor, operators: Tensor) -> Tensor:
+    return torch.where(ready[:, None, None], operators, linalg.eye_like(operators))

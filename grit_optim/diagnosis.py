@@ -1,0 +1,116 @@
+"""Proof, per site, that the taps see what the gradients saw.
+
+For every LoRA pair ``⟨A, ∇A⟩ = ⟨B, ∇B⟩ = Σ over tokens of h·δ``, since A enters the loss only through h = A x and B only
+through B h. A common factor between gradients and taps is the loss scale and the trainer's clipping; a factor of one
+site's own means that its taps missed, or doubled, some of what its gradients come from.
+"""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grit_optim.capture import Capture
+from grit_optim.sites import Site
+
+RELATIVE_TOLERANCE = 0.02
+"""bf16 autocast alone makes about one per cent."""
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What the taps of one site saw, against its gradients.
+
+    Attributes:
+        name: the site.
+        fired: backward passes that its tap saw.
+        tap_inner: Σ over tokens of h·δ, or None where nothing was recorded.
+        a_inner: ⟨A, ∇A⟩, or None without a gradient.
+        b_inner: ⟨B, ∇B⟩, or None without a gradient.
+        status: ``"ok"``; ``"unused"``: no gradient; ``"silent"``: gradients, but the tap never fired; ``"mismatch"``: the
+            tap saw something else than the gradients; ``"unknown"``: nothing to compare (B is still zero, or this step's
+            rows were not recorded).
+    """
+
+    name: str
+    fired: int
+    tap_inner: float | None
+    a_inner: float | None
+    b_inner: float | None
+    status: str
+
+
+def inspect(capture: Capture, compare: bool = True) -> list[SiteReport]:
+    """Compare taps and gradients now, after a backward pass and before the optimizer's step.
+
+    Args:
+        capture: the taps.
+        compare: whether the amounts can be compared; under data-parallel training the taps see one process's tokens and
+            the gradients are averaged over all.
+    """
+    measured = [_measure(site, capture.fired[i], capture.inner[i]) for i, site in enumerate(capture.sites)]
+    ratios = [m.a_inner / m.tap_inner for m, _ in measured if m.a_inner and m.tap_inner]
+    common = statistics.median(ratios) if ratios else 1.0
+    return [_judge(report, slack, common, compare) for report, slack in measured]
+
+
+def _measure(site: Site, fired: int, inner: Tensor | None) -> tuple[SiteReport, float]:
+    """The three amounts, and the rounding error to expect in them."""
+    products: list[float | None] = []
+    slack = 0.0
+    for weight in (site.a, site.b):
+        if weight.grad is None:
+            products.append(None)
+            continue
+        w, g = weight.detach().float(), weight.grad.detach().float()
+        products.append(float((w * g).sum()))
+        slack = max(slack, float(w.norm() * g.norm()) * torch.finfo(weight.dtype).eps * 8)
+    tap_inner = None if inner is None else float(inner)
+    return SiteReport(site.name, fired, tap_inner, products[0], products[1], "ok"), slack
+
+
+def _judge(report: SiteReport, slack: float, common: float, compare: bool) -> SiteReport:
+    values = (report.name, report.fired, report.tap_inner, report.a_inner, report.b_inner)
+    if report.a_inner is None and report.b_inner is None:
+        return SiteReport(*values, "unused")
+    if report.fired == 0:
+        return SiteReport(*values, "silent")
+    if not compare or report.a_inner is None or report.tap_inner is None or not report.tap_inner:
+        return SiteReport(*values, "unknown")
+    expected = common * report.tap_inner
+    tolerance = RELATIVE_TOLERANCE * max(abs(expected), abs(report.a_inner)) + slack
+    agrees = abs(report.a_inner - expected) <= tolerance or not (
+        torch.isfinite(torch.tensor([report.a_inner, expected])).all()
+    )
+    return SiteReport(*values, "ok" if agrees else "mismatch")
+
+
+def warn_of(reports: Iterable[SiteReport]) -> None:
+    """One warning that names the sites whose taps do not see what their gradients saw, and the remedy."""
+    by_status: dict[str, list[str]] = {}
+    for report in reports:
+        by_status.setdefault(report.status, []).append(report.name)
+    if "silent" in by_status:
+        warnings.warn(
+            f"GRIT does nothing for {_listed(by_status['silent'])}: their weights receive gradients, but the forward pass of "
+            "`lora_A` is never called. A fused kernel (Unsloth, Axolotl), a merged adapter or a model compiled before the "
+            "optimizer was built goes around it: turn the fused LoRA kernels off, unmerge, or build the optimizer before "
+            "the first compiled call",
+            stacklevel=4,
+        )
+    if "mismatch" in by_status:
+        warnings.warn(
+            f"the taps of {_listed(by_status['mismatch'])} do not see what their gradients come from (⟨A, ∇A⟩ differs from "
+            "Σ h·δ): part of the forward passes goes around `lora_A`, the loss has a term in the weights themselves, or "
+            "gradients were left from before. GRIT's factors for them describe something else; see check_capture()",
+            stacklevel=4,
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{len(names)} site(s) ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"

@@ -1,0 +1,119 @@
+"""The rank-space Fisher factors of a bucket, as running or decayed means over tokens.
+
+``activation`` is Σ_a = E[h hᵀ] and ``gradient`` is Σ_g = E[δ δᵀ], each ``[S, r, r]`` in fp32 (DESIGN: the K-FAC factors of
+a LoRA pair restricted to its rank, Wu et al. 2016 for the running means).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from grit_optim import linalg
+
+
+@dataclass(eq=False)
+class Sums:
+    """What one step's tokens add up to, per site of a bucket.
+
+    Attributes:
+        activation: Σ over tokens of h hᵀ, ``[S, r, r]``.
+        gradient: Σ over tokens of δ δᵀ, ``[S, r, r]``.
+        rows: number of tokens with δ ≠ 0, ``[S]``; the others are in neither sum.
+    """
+
+    activation: Tensor
+    gradient: Tensor
+    rows: Tensor
+
+    @classmethod
+    def zeros(cls, sites: int, rank: int, device: torch.device) -> Sums:
+        """Sums over no tokens."""
+        shape = (sites, rank, rank)
+        return cls(
+            torch.zeros(shape, device=device), torch.zeros(shape, device=device), torch.zeros(sites, device=device)
+        )
+
+    def is_finite(self) -> Tensor:
+        """A boolean scalar on the bucket's device: no entry is infinite or NaN."""
+        return torch.isfinite(self.activation).all() & torch.isfinite(self.gradient).all()
+
+
+@dataclass(eq=False)
+class Factors:
+    """Σ_a and Σ_g of a bucket's sites, and how much has gone into them.
+
+    Attributes:
+        activation: Σ_a ``[S, r, r]``.
+        gradient: Σ_g ``[S, r, r]``; with relative damping in units of the mean over all sites of each step's tr(Σ_g)/r,
+            which takes batch size, token count and loss scale out of it.
+        activation_weight: total weight in the mean ``[S]``.
+        gradient_weight: total weight in the mean ``[S]``.
+        activation_samples: tokens seen ``[S]``.
+        gradient_samples: tokens seen ``[S]``.
+    """
+
+    activation: Tensor
+    gradient: Tensor
+    activation_weight: Tensor
+    gradient_weight: Tensor
+    activation_samples: Tensor
+    gradient_samples: Tensor
+
+    @classmethod
+    def zeros(cls, sites: int, rank: int, device: torch.device) -> Factors:
+        """Factors that have seen nothing."""
+        matrix, scalar = torch.zeros(sites, rank, rank, device=device), torch.zeros(sites, device=device)
+        return cls(matrix, matrix.clone(), scalar, scalar.clone(), scalar.clone(), scalar.clone())
+
+    def ready(self, min_samples: int) -> tuple[Tensor, Tensor]:
+        """Which sites' Σ_a and Σ_g have at least ``min_samples`` tokens: two boolean tensors ``[S]``."""
+        floor = max(min_samples, 1)
+        return self.activation_samples >= floor, self.gradient_samples >= floor
+
+    def fold(self, sums: Sums, accept: Tensor, decay: float | None, gradient_unit: Tensor) -> None:
+        """Take one step's sums into the means.
+
+        Args:
+            sums: the step's sums over tokens.
+            accept: boolean scalar; where false nothing changes.
+            decay: weight that the past keeps per step, or None for the running mean over all tokens.
+            gradient_unit: what one unit of Σ_g is to be in this step, a positive scalar.
+        """
+        seen = (sums.rows > 0) & accept
+        count = sums.rows.clamp_min(1)
+        kept, added = (1.0, sums.rows) if decay is None else (decay, torch.ones_like(sums.rows))
+        for side, total in (("activation", sums.activation), ("gradient", sums.gradient / gradient_unit)):
+            mean, weight, samples = (getattr(self, side + end) for end in ("", "_weight", "_samples"))
+            old_weight = kept * weight
+            new_weight = old_weight + added
+            updated = (
+                old_weight[:, None, None] * mean + (added / count)[:, None, None] * total
+            ) / new_weight.clamp_min(torch.finfo(weight.dtype).tiny)[:, None, None]
+            setattr(self, side, torch.where(seen[:, None, None], updated, mean))
+            setattr(self, side + "_weight", torch.where(seen, new_weight, weight))
+            setattr(self, side + "_samples", torch.where(seen, samples + sums.rows, samples))
+
+    def change_coordinates(self, transform: Tensor, inverse: Tensor) -> None:
+        """The factors after ``A ← T A``, ``B ← B T⁻¹``: ``T Σ_a Tᵀ`` and ``T⁻ᵀ Σ_g T⁻¹``, both ``[S, r, r]``."""
+        congruent = transform @ self.activation.to(transform.dtype) @ transform.mT
+        self.activation = linalg.symmetric(congruent).float()
+        congruent = inverse.mT @ self.gradient.to(inverse.dtype) @ inverse
+        self.gradient = linalg.symmetric(congruent).float()
+
+
+def gradient_unit(steps: Sequence[Sums]) -> Tensor:
+    """Mean over all sites that saw tokens of ``tr(Σ_g)/r`` in this step, a positive scalar on the first bucket's device.
+
+    The loss's δ carry 1/N, N the number of target tokens of the batch, and the loss scale of fp16; both are common to
+    all sites, so one common unit takes them out and leaves the sites' relative sizes alone.
+    """
+    device = steps[0].rows.device
+    totals = [(linalg.mean_eigenvalue(s.gradient) / s.rows.clamp_min(1)).sum().to(device) for s in steps]
+    seen = [(s.rows > 0).sum().to(device) for s in steps]
+    unit = reduce(torch.add, totals) / reduce(torch.add, seen).clamp_min(1)
+    return torch.where(torch.isfinite(unit) & (unit > 0), unit, torch.ones_like(unit))

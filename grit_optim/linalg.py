@@ -1,0 +1,136 @@
+"""Pure batched algebra on stacks of r×r matrices.
+
+Shapes used throughout: ``S`` sites, ``r`` rank. A *factor* is a symmetric positive semi-definite tensor ``[S, r, r]``; a
+*mask* is a boolean tensor ``[S, r]`` that is true where a rank coordinate is in use. Nothing here knows of hooks,
+modules or optimizers, and nothing reads a tensor's value back to the host except where it already lies there (CPU).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ESCALATIONS = 5
+"""How often a failed Cholesky factorisation is tried again, each time with ten times the damping."""
+
+
+def eye_like(factor: Tensor) -> Tensor:
+    """Identity matrices of the shape, dtype and device of ``factor`` ``[S, r, r]``."""
+    return torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """The symmetric part of ``[S, r, r]``: a product of three matrices is symmetric only up to rounding."""
+    return (matrix + matrix.mT) / 2
+
+
+def mean_eigenvalue(factor: Tensor) -> Tensor:
+    """``tr(M) / r`` for each matrix: ``[S, r, r] -> [S]``."""
+    return factor.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+def damping_strength(factor: Tensor, damping: float, relative: bool) -> Tensor:
+    """λ for each matrix, ``[S]``: ``damping`` times the mean eigenvalue if ``relative``, else ``damping`` itself."""
+    scale = mean_eigenvalue(factor)
+    return damping * scale if relative else torch.full_like(scale, damping)
+
+
+def damped(factor: Tensor, strength: Tensor) -> Tensor:
+    """``M + λ I``: ``[S, r, r]`` and ``[S]`` to ``[S, r, r]``."""
+    return factor + strength[..., None, None] * eye_like(factor)
+
+
+def damped_inverse(factor: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+    """``(M + λ I)⁻¹`` by Cholesky factorisation, λ escalating tenfold for a matrix that is not positive definite.
+
+    Args:
+        factor: symmetric matrices ``[S, r, r]``.
+        strength: λ per matrix ``[S]``.
+
+    Returns:
+        The inverses ``[S, r, r]`` and λ as used ``[S]``. Where every escalation failed (a zero or non-finite matrix) the
+        inverse is the identity and λ is NaN.
+    """
+    cholesky, info = torch.linalg.cholesky_ex(damped(factor, strength))
+    if factor.device.type == "cpu" and not info.any():  # the usual case; looking costs nothing on the host
+        return torch.cholesky_inverse(cholesky), strength
+    # All rungs of the ladder at once, as a batch: no rung's outcome has to be read back before the next.
+    rungs = strength * (10.0 ** torch.arange(ESCALATIONS + 1, device=factor.device, dtype=factor.dtype))[:, None]
+    cholesky, info = torch.linalg.cholesky_ex(damped(factor.expand(len(rungs), *factor.shape), rungs))
+    succeeded = info == 0
+    first = succeeded.int().argmax(0)
+    sites = torch.arange(factor.shape[0], device=factor.device)
+    usable = succeeded.any(0)
+    chosen = torch.where(usable[:, None, None], cholesky[first, sites], eye_like(factor))
+    return torch.cholesky_inverse(chosen), torch.where(usable, rungs[first, sites], torch.nan)
+
+
+def descending_eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``[S, r]`` and eigenvectors ``[S, r, r]`` (columns), the largest eigenvalue first.
+
+    A matrix that holds a non-finite value counts as zero: on the CPU ``eigh`` would give an answer for it without
+    complaint.
+    """
+    finite = torch.isfinite(factor).all(-1).all(-1)
+    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], factor, torch.zeros_like(factor)))
+    return values.flip(-1), vectors.flip(-1)
+
+
+def block(matrix: Tensor, mask: Tensor) -> Tensor:
+    """``matrix`` ``[S, r, r]`` on the coordinates in ``mask`` ``[S, r]``, exactly the identity on the others."""
+    inside = mask[:, :, None] & mask[:, None, :]
+    return torch.where(inside, matrix, torch.where(mask[:, :, None], torch.zeros_like(matrix), eye_like(matrix)))
+
+
+def leading_eigenbasis(factor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of a factor that is zero outside the leading block ``mask``, block-exact.
+
+    Returns:
+        Eigenvalues ``[S, r]``, largest first and zero outside the mask, and an orthogonal ``[S, r, r]`` that is exactly
+        the identity outside the mask, so that coordinates that were given up stay exactly zero under it.
+    """
+    # A given-up coordinate has eigenvalue 0, which a rank-deficient factor has too; −1 keeps the two apart.
+    isolated = torch.where(mask[:, None, :] & mask[:, :, None], factor, -eye_like(factor) * ~mask[:, None, :])
+    values, vectors = descending_eigh(isolated)
+    return values.clamp_min(0) * mask, block(vectors, mask)
+
+
+def projector(vectors: Tensor, keep: Tensor) -> Tensor:
+    """``V_k V_kᵀ`` of the leading columns: eigenvectors ``[S, r, r]`` and a column mask ``[S, r]`` to ``[S, r, r]``."""
+    leading = vectors * keep[:, None, :]
+    return leading @ leading.mT
+
+
+def leading_mask(rank: Tensor, size: int) -> Tensor:
+    """True on the first ``rank[s]`` of ``size`` coordinates: ``[S] -> [S, size]``."""
+    return torch.arange(size, device=rank.device) < rank[:, None]
+
+
+def balance(activation: Tensor, gradient: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The change of coordinates that makes both factors diagonal and proportional (balanced truncation).
+
+    With ``Σ_a = L Lᵀ`` and ``Lᵀ Σ_g L = U Λ² Uᵀ``: ``T = Λ^{1/2} Uᵀ L⁻¹`` gives ``T Σ_a Tᵀ = T⁻ᵀ Σ_g T⁻¹ = Λ``; T is then
+    scaled to ``|det T| = 1``, so that neither A nor B grows as a whole (Moore 1981, on the K-FAC factors of a LoRA pair).
+
+    Args:
+        activation: Σ_a, positive definite on the mask ``[S, r, r]``.
+        gradient: Σ_g, positive definite on the mask ``[S, r, r]``.
+        mask: the coordinates in use, a leading block ``[S, r]``; T is the identity on the others.
+
+    Returns:
+        ``T``, ``T⁻¹`` ``[S, r, r]`` and Λ ``[S, r]``, largest first and zero outside the mask; in double precision,
+        since T may be much worse conditioned than what it is applied to.
+    """
+    activation = block(activation.double(), mask)
+    gradient = torch.where(mask[:, :, None] & mask[:, None, :], gradient.double(), 0.0)
+    lower, info = torch.linalg.cholesky_ex(activation)
+    lower = torch.where((info == 0)[:, None, None], lower, eye_like(lower))
+    squared, rotation = descending_eigh(lower.mT @ gradient @ lower)  # 0 on given-up coordinates: they sort last
+    rotation = block(rotation, mask)
+    spectrum = torch.where(mask, squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt(), 1.0)
+    log_det = (0.5 * spectrum.log() - lower.diagonal(dim1=-2, dim2=-1).log()).sum(-1)
+    unit = torch.where(mask, (-log_det / mask.sum(-1).clamp_min(1))[:, None].exp(), 1.0)  # makes |det T| = 1
+    scale = unit * spectrum.sqrt()
+    transform = scale[:, :, None] * torch.linalg.solve_triangular(lower.mT, rotation, upper=True).mT
+    inverse = (lower @ rotation) / scale[:, None, :]
+    return block(transform, mask), block(inverse, mask), spectrum * mask

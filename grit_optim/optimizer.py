@@ -1,0 +1,465 @@
+"""GritOptimizer: wraps any torch optimizer and teaches it the curvature of the LoRA adapters that it trains."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from grit_optim import checkpoint, diagnosis, pairs, schedule
+from grit_optim import precondition as modes
+from grit_optim._checks import Options, check_base, check_parameters
+from grit_optim.buckets import build_buckets
+from grit_optim.capture import Capture
+from grit_optim.curvature import Curvature
+from grit_optim.fisher import gradient_unit
+from grit_optim.presets import MODE_DEFAULTS
+from grit_optim.rank import RankPolicy
+from grit_optim.sites import Site, find_sites, no_sites_message
+from grit_optim.telemetry import Counters, StageTimes
+from grit_optim.wrapper import OptimizerWrapper
+
+CHECKED_STEPS = 5
+"""In how many of the first steps the taps are compared with the gradients."""
+
+
+class GritOptimizer(OptimizerWrapper):
+    """A base optimizer that sees the rank-space Fisher information of the LoRA pairs it trains.
+
+    Each :meth:`step`
+
+    1. reads what the taps gathered since the last step and folds it into the factors Σ_a and Σ_g;
+    2. every ``kfac_update_freq`` steps derives from them what it applies;
+    3. prepares the gradients (or coordinates) of every pair;
+    4. lets the base optimizer step, and turns that step if ``precondition="steer"``;
+    5. every ``reprojection_freq`` steps reprojects the pairs, moves the base's moments along and adapts the rank;
+    6. counts, without waiting for the device.
+
+    Parameters that belong to no LoRA pair go to the base untouched. Learning rate, weight decay and all else are the
+    base's: ``param_groups``, ``state`` and ``defaults`` are its own.
+
+    Args:
+        base: any ``torch.optim.Optimizer`` except LBFGS, already built on the model's trainable parameters.
+        model: the PEFT model (or one that contains such layers), used to find the pairs; a weak reference is kept.
+        sites: the pairs, instead of looking for PEFT's: hand-written LoRA is passed as
+            ``[Site.from_modules(name, a, b, scaling), …]``.
+        precondition: how the curvature is used.
+            ``"steer"``: the base's step keeps its length and takes the direction of the natural gradient of its moment.
+            ``"eigenbasis"``: the base works in the eigenbasis of each pair's factors.
+            ``"balanced"``: the pairs are kept in coordinates in which both factors are diagonal and proportional.
+            ``"inverse"``: the gradient is multiplied by the damped inverse before the base sees it (the GRIT paper).
+            ``"none"``: exactly the base.
+        pairing: ``"kfac"`` multiplies ∇A by Σ_g⁻¹ and ∇B by Σ_a⁻¹; ``"paper"`` the other way round.
+        fisher_decay: weight in [0, 1) that the factors' past keeps per recorded step; None for the mean over all tokens.
+        kfac_update_freq: steps between two refreshes of what is derived from the factors. None: 1 for "steer" and
+            "inverse", 10 for "eigenbasis" and "balanced", which move the base's moments at each refresh.
+        kfac_min_samples: tokens that a factor must have seen before it is used.
+        kfac_damping: λ added to the factors before they are inverted or balanced. None: 0.03, and 1e-4 for "balanced".
+        damping: ``"relative"``: λ is in units of the factor's mean eigenvalue; ``"absolute"``: in the loss's own units,
+            as in the GRIT library, whose λ so depends on batch size and loss scale.
+        kfac_inversion_device: where factors are inverted or decomposed; None for where they are.
+        cov_update_freq: the taps record in one step of so many.
+        max_tokens: tokens per pair and step that enter the factors, evenly spaced; None for all.
+        ng_warmup_steps: steps at the start during which the curvature is gathered but not applied.
+        preserve_norm: "inverse" keeps the Frobenius norm of each matrix's gradient, so that the learning rate and a
+            trainer's clipping keep their meaning.
+        max_grad_norm: upper bound on the joint norm of the pairs' gradients as the base gets them; None for no bound.
+        reprojection: ``"balanced"``: drops the coordinates that matter least in the K-FAC metric, for good;
+            ``"two_sided"``, ``"one_sided"``: project A and B onto leading eigenvectors of their factors (the GRIT paper);
+            ``"none"``.
+        reprojection_freq: steps between two reprojections.
+        reprojection_k: directions kept while there is no rank adaptation; None keeps all.
+        reprojection_warmup_steps: steps before the first reprojection.
+        enable_rank_adaptation: keep as many directions as hold the share ``rank_adaptation_threshold`` of the energy:
+            eigenvalues of Σ_a in the paper's projections, Λ² in balanced coordinates.
+        rank_adaptation_threshold: τ in (0, 1].
+        min_lora_rank: directions that rank adaptation always leaves.
+        rank_adaptation_start_step: steps before the first adaptation.
+
+    Raises:
+        TypeError: ``base`` is no optimizer, or cannot be wrapped, or an option has the wrong type.
+        ValueError: an option is out of range, or no LoRA pair is found.
+
+    Example:
+        >>> optimizer = GritOptimizer(torch.optim.AdamW(model.parameters(), lr=2e-4), model)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        model: nn.Module,
+        *,
+        sites: Sequence[Site] | None = None,
+        precondition: str = "steer",
+        pairing: str = "kfac",
+        fisher_decay: float | None = 0.9,
+        kfac_update_freq: int | None = None,
+        kfac_min_samples: int = 64,
+        kfac_damping: float | None = None,
+        damping: str = "relative",
+        kfac_inversion_device: str | None = None,
+        cov_update_freq: int = 1,
+        max_tokens: int | None = 1024,
+        ng_warmup_steps: int = 0,
+        preserve_norm: bool = True,
+        max_grad_norm: float | None = None,
+        reprojection: str = "none",
+        reprojection_freq: int = 50,
+        reprojection_k: int | None = None,
+        reprojection_warmup_steps: int = 0,
+        enable_rank_adaptation: bool = False,
+        rank_adaptation_threshold: float = 0.99,
+        min_lora_rank: int = 4,
+        rank_adaptation_start_step: int = 0,
+    ) -> None:
+        check_base(base)
+        mode = MODE_DEFAULTS.get(precondition, MODE_DEFAULTS["none"])
+        self.options = Options(
+            precondition=precondition,
+            pairing=pairing,
+            fisher_decay=fisher_decay,
+            kfac_update_freq=mode["kfac_update_freq"] if kfac_update_freq is None else kfac_update_freq,
+            kfac_min_samples=kfac_min_samples,
+            kfac_damping=mode["kfac_damping"] if kfac_damping is None else kfac_damping,
+            damping=damping,
+            kfac_inversion_device=kfac_inversion_device,
+            cov_update_freq=cov_update_freq,
+            max_tokens=max_tokens,
+            ng_warmup_steps=ng_warmup_steps,
+            preserve_norm=preserve_norm,
+            max_grad_norm=max_grad_norm,
+            reprojection=reprojection,
+            reprojection_freq=reprojection_freq,
+            reprojection_k=reprojection_k,
+            reprojection_warmup_steps=reprojection_warmup_steps,
+            enable_rank_adaptation=enable_rank_adaptation,
+            rank_adaptation_threshold=rank_adaptation_threshold,
+            min_lora_rank=min_lora_rank,
+            rank_adaptation_start_step=rank_adaptation_start_step,
+        )
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"the second argument must be the model (a torch.nn.Module), got {type(model).__name__}")
+        self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
+        self._given_sites = sites is not None
+        self._start(base, list(sites) if sites is not None else self._find_sites(base, model))
+
+    state_key = checkpoint.KEY
+
+    # ---------------------------------------------------------------- construction
+
+    def _find_sites(self, base: Optimizer, model: nn.Module) -> list[Site]:
+        """The model's pairs; those that cannot be tapped are named in one warning."""
+        found, untapped = find_sites(model, [p for group in base.param_groups for p in group["params"]])
+        if not found:
+            raise ValueError(no_sites_message(model, untapped))
+        if untapped:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in untapped.items())
+            warnings.warn(
+                f"GRIT leaves {len(untapped)} adapter(s) to the base optimizer alone, since they cannot be tapped: {listed}",
+                stacklevel=3,
+            )
+        return found
+
+    def _start(self, base: Optimizer, sites: list[Site]) -> None:
+        """Everything that construction, unpickling and copying have in common."""
+        self._wrap(base)
+        self._mode = modes.make_preconditioner(self.options.precondition, base)
+        self._times = StageTimes()
+        self._counters = Counters()
+        self._steps = 0
+        self._unverified = CHECKED_STEPS
+        self._closed = False
+        self._curvatures: list[Curvature] = []
+        self._capture = Capture([], [], None, self._times)
+        self._attach(sites)
+
+    def _attach(self, sites: list[Site]) -> None:
+        """Stack and tap the sites; what is already known of a site of the same name and rank is kept."""
+        known = checkpoint.pack_sites(self._curvatures, with_operators=True)
+        group_of = {id(p): i for i, group in enumerate(self.base.param_groups) for p in group["params"]}
+        check_parameters({site.name: site.a for site in sites})
+        strangers = [site.name for site in sites if id(site.a) not in group_of or id(site.b) not in group_of]
+        if strangers:
+            raise ValueError(
+                f"site(s) {', '.join(strangers[:5])} have weights that the base optimizer does not hold; build it on the "
+                "model's trainable parameters"
+            )
+        self._capture.close()
+        buckets = build_buckets(sites, group_of)
+        self._sites = sites
+        self._weights = [(site.a, site.b, site.a.device) for site in sites]
+        self._curvatures = [Curvature(bucket, self.options) for bucket in buckets]
+        self._capture = Capture(sites, buckets, self.options.max_tokens, self._times)
+        checkpoint.unpack_sites(self._curvatures, known)
+
+    def _follow_model(self) -> None:
+        """Notice parameters that were moved to another device or replaced (PEFT's ``update_layer``) since the last step."""
+        same = [site.a is a and site.b is b for site, (a, b, _) in zip(self._sites, self._weights, strict=True)]
+        moved = any(a.device != device for a, _, device in self._weights)
+        if all(same) and not moved:
+            return
+        replaced = [site.name for site, is_same in zip(self._sites, same, strict=True) if not is_same]
+        if replaced:
+            warnings.warn(
+                f"the weights of {len(replaced)} LoRA site(s) ({', '.join(replaced[:5])}) were replaced after the optimizer "
+                "was built, and the base optimizer does not hold the new ones, so they are not trained; build a new "
+                "optimizer after changing adapters",
+                stacklevel=3,
+            )
+        self._attach([site for site, is_same in zip(self._sites, same, strict=True) if is_same])
+
+    # ---------------------------------------------------------------- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the base optimizer, with curvature.
+
+        Args:
+            closure: runs zero_grad, forward and backward and returns the loss; run once, with gradients enabled.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        if self._closed:
+            raise RuntimeError("this GritOptimizer was closed; go on with its base optimizer, or build a new one")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._follow_model()
+        advancing = self._fold_statistics()
+        if advancing:
+            self._refresh()
+        self._step_base()
+        if advancing:
+            self._reproject()
+            self._count()
+        return loss
+
+    def _fold_statistics(self) -> bool:
+        """Stage 1. Returns whether a tap fired since the last step: without that nothing of GRIT's advances."""
+        capture = self._capture
+        with self._times("fold"):
+            self._verify_taps(capture)
+            if not any(capture.fired):
+                capture.discard()
+                return False
+            recorded = capture.active
+            sums = capture.collect()
+            if not recorded:
+                return True
+            device = self._curvatures[0].bucket.device
+            accept = torch.stack([s.is_finite().to(device) for s in sums]).all()
+            relative = self.options.damping == "relative"
+            unit = gradient_unit(sums) if relative else torch.ones((), device=device)
+            for curvature, total in zip(self._curvatures, sums, strict=True):
+                there = curvature.bucket.device
+                curvature.factors.fold(total, accept.to(there), self.options.fisher_decay, unit.to(there))
+            self._counters.folds += 1
+            self._counters.dropped = self._counters.dropped + (~accept).long()
+        return True
+
+    def _verify_taps(self, capture: Capture) -> None:
+        """In the first steps, until every site has been seen to agree, compare what taps and gradients saw."""
+        if self._unverified == 0:
+            return
+        reports = self.check_capture()
+        if all(report.status == "unused" for report in reports):
+            return
+        self._unverified -= 1
+        if all(report.status == "ok" for report in reports):
+            self._unverified = 0
+        if any(report.status in ("silent", "mismatch") for report in reports):
+            self._unverified = 0
+            diagnosis.warn_of(reports)
+
+    def _in_use(self) -> bool:
+        return self._steps >= self.options.ng_warmup_steps
+
+    def _refresh(self) -> None:
+        """Stage 2."""
+        if not schedule.every(self._steps, self.options.kfac_update_freq):
+            return
+        if self._mode.changes_coordinates and not self._in_use():
+            return
+        with self._times("refresh"):
+            for curvature in self._curvatures:
+                self._mode.refresh(curvature)
+        self._counters.refreshes += 1
+
+    def _step_base(self) -> None:
+        """Stages 3 and 4."""
+        mode = self._mode if self._in_use() else modes.Identity(self.base)
+        held: list[modes.Held] = []
+        with self._times("precondition"):
+            if mode.holds_gradients or self.options.max_grad_norm is not None:
+                held = modes.hold_gradients(self._curvatures)
+                for h in held:
+                    mode.before(h)
+                if self.options.max_grad_norm is not None:
+                    modes.clip(held, self.options.max_grad_norm)
+                modes.hand_over(held)
+        try:
+            with self._times("base"):
+                self.base.step()
+            with self._times("precondition"):
+                for h in held:
+                    mode.after(h)
+        finally:
+            modes.give_back(held)
+        self._counters.cosines = [h.cosine for h in held if h.cosine is not None]
+
+    def _reproject(self) -> None:
+        """Stage 5."""
+        options = self.options
+        due = schedule.every(self._steps, options.reprojection_freq, options.reprojection_warmup_steps)
+        if options.reprojection == "none" or not due:
+            return
+        adapting = options.enable_rank_adaptation and self._steps >= options.rank_adaptation_start_step
+        policy = RankPolicy(
+            options.reprojection_k, options.rank_adaptation_threshold if adapting else None, options.min_lora_rank
+        )
+        with self._times("reproject"):
+            for curvature in self._curvatures:
+                self._mode.to_plain_coordinates(curvature)
+                if options.reprojection != "balanced":
+                    pairs.project(self.base, curvature, policy)
+                    continue
+                change = pairs.balance(self.base, curvature, policy, pairs.BALANCING_DAMPING)
+                self._counters.predicted_cost = self._counters.predicted_cost + change.cost.sum().cpu()
+                if self._in_use():
+                    self._mode.refresh(curvature)  # what was derived belongs to the old coordinates
+        self._counters.reprojections += 1
+
+    def _count(self) -> None:
+        """Stage 6."""
+        self._steps += 1
+        self._capture.active = schedule.capture_due(self._steps, self.options.cov_update_freq)
+
+    # ---------------------------------------------------------------- what it tells
+
+    def check_capture(self) -> list[diagnosis.SiteReport]:
+        """Whether the taps see what the gradients saw, per site; call it after ``backward()`` and before :meth:`step`.
+
+        Compares ⟨A, ∇A⟩, ⟨B, ∇B⟩ and Σ h·δ, which are equal up to the loss scale and the trainer's clipping. Reads values
+        from the device. Runs by itself in the first steps, and warns.
+        """
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return diagnosis.inspect(self._capture, compare=not (distributed and torch.distributed.get_world_size() > 1))
+
+    def ranks(self) -> dict[str, int]:
+        """Directions kept per site, by name. The paper's projections let a rank grow back until they are next due."""
+        return {
+            name: rank
+            for curvature in self._curvatures
+            for name, rank in zip(curvature.bucket.names(), curvature.rank.tolist(), strict=True)
+        }
+
+    def telemetry(self) -> dict[str, Any]:
+        """What has been done so far, as plain values (reading them waits for the device).
+
+        ``mean_cosine`` is that of the angle between the latest update with and without curvature, over all matrices: 1
+        means that the curvature changed nothing.
+        """
+        counters = self._counters
+        return {
+            "steps": self._steps,
+            "sites": len(self._sites),
+            "refreshes": counters.refreshes,
+            "reprojections": counters.reprojections,
+            "folds": counters.folds,
+            "dropped_folds": int(counters.dropped),
+            "engaged_sites": sum(int((c.a_ready & c.b_ready).sum()) for c in self._curvatures),
+            "samples": {
+                name: int(n)
+                for c in self._curvatures
+                for name, n in zip(c.bucket.names(), c.factors.activation_samples.tolist(), strict=True)
+            },
+            "mean_cosine": counters.mean_cosine(),
+            "predicted_cost": float(counters.predicted_cost),
+            "ranks": self.ranks(),
+            "stage_seconds": self.stage_seconds(),
+        }
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Host seconds spent in each stage since construction."""
+        return dict(self._times.seconds)
+
+    def close(self) -> None:
+        """Remove every hook and bring the base's state back to the coordinates of A and B; the base can go on alone."""
+        if self._closed:
+            return
+        for curvature in self._curvatures:
+            self._mode.to_plain_coordinates(curvature)
+        self._capture.close()
+        self._closed = True
+
+    def __repr__(self) -> str:
+        return (
+            f"GritOptimizer(precondition={self.options.precondition!r}, sites={len(self._sites)}, base={self.base!r})"
+        )
+
+    # ---------------------------------------------------------------- copying, saving, loading
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and what the taps gathered with them."""
+        super().zero_grad(set_to_none)
+        self._capture.discard()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Give the base another parameter group; LoRA pairs that it completes are tapped from now on."""
+        super().add_param_group(param_group)
+        model = self._model() if self._model is not None else None
+        if model is not None and not self._given_sites:
+            self._attach(self._find_sites(self.base, model))
+
+    def _own_state(self) -> dict[str, Any]:
+        with_operators = self.options.kfac_update_freq > 1
+        return {
+            "version": checkpoint.VERSION,
+            "steps": self._steps,
+            "calls_per_step": self._capture.calls_per_step,
+            "offset": self._capture.offset,
+            "precondition": self.options.precondition,
+            "refreshes": self._counters.refreshes,
+            "reprojections": self._counters.reprojections,
+            "sites": checkpoint.pack_sites(self._curvatures, with_operators),
+        }
+
+    def _check_own_state(self, own: dict[str, Any]) -> None:
+        checkpoint.check(own, self._curvatures)
+
+    def _load_own_state(self, own: dict[str, Any] | None) -> None:
+        self._capture.discard()
+        self._curvatures = [Curvature(c.bucket, self.options) for c in self._curvatures]
+        own = own or {"sites": {}}
+        self._steps = own.get("steps", 0)
+        self._capture.calls_per_step, self._capture.offset = own.get("calls_per_step", 1), own.get("offset", 0)
+        self._capture.active = schedule.capture_due(self._steps, self.options.cov_update_freq)
+        self._counters.refreshes = own.get("refreshes", 0)
+        self._counters.reprojections = own.get("reprojections", 0)
+        checkpoint.unpack_sites(self._curvatures, own["sites"])
+        if own.get("precondition") == "eigenbasis" and self.options.precondition != "eigenbasis":
+            for curvature in self._curvatures:  # the moments were saved as seen from the eigenbasis
+                modes.Eigenbasis(self.base).to_plain_coordinates(curvature)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "options": self.options,
+            "base": self.base,
+            "sites": self._sites,
+            "given_sites": self._given_sites,
+            "grit": self._own_state(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.options = state["options"]
+        self._given_sites = state["given_sites"]
+        self._model = None  # the copy knows its sites; the model they came from is not copied along
+        self._start(state["base"], state["sites"])
+        self._load_own_state(state["grit"])

@@ -1,0 +1,261 @@
+"""The ways to use the curvature: what happens to a site's gradients and weights around the base optimizer's step.
+
+A mode has three parts, each a no-op unless it says otherwise: ``refresh`` derives operators from the factors,
+``before`` changes the gradient (or the coordinates) that the base is about to see, ``after`` what the base made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from grit_optim import pairs, transport
+from grit_optim.buckets import Group
+from grit_optim.curvature import Curvature
+from grit_optim.reprojection import Move
+
+
+@dataclass(eq=False)
+class Held:
+    """One group's gradients while the base optimizer is given others in their place.
+
+    Attributes:
+        curvature: of the bucket that the group belongs to.
+        group: the parameters that have a gradient in this step, m of them.
+        originals: their own gradients, given back after the step.
+        gradient: what the base will see, ``[m, rows, columns]``.
+        weights: the matrices before the step ``[m, rows, columns]``, for the modes that need them.
+        rotated: the matrices as the base saw them, for the mode that turns them.
+        cosine: of the angle between the update with and without curvature, ``[m]``.
+    """
+
+    curvature: Curvature
+    group: Group
+    originals: list[Tensor]
+    gradient: Tensor
+    weights: Tensor = field(init=False)
+    rotated: Tensor = field(init=False)
+    cosine: Tensor | None = None
+
+    @property
+    def ready(self) -> Tensor:
+        """Which of the m matrices have an operator in force, as ``[m, 1, 1]``."""
+        return self.curvature.ready(self.group.side)[self.group.index][:, None, None]
+
+
+def hold_gradients(curvatures: Iterable[Curvature]) -> list[Held]:
+    """Stack the gradients of all groups; all of them become zero if any one of them is not finite.
+
+    A zero gradient is the one answer that costs no read-back and poisons neither weights nor moments.
+    """
+    held = []
+    for curvature in curvatures:
+        for group in curvature.bucket.groups:
+            with_gradient = [i for i, p in enumerate(group.parameters) if p.grad is not None]
+            if not with_gradient:
+                continue
+            part = group if len(with_gradient) == len(group.parameters) else group.subset(with_gradient)
+            originals = [p.grad for p in part.parameters if p.grad is not None]
+            held.append(Held(curvature, part, originals, part.stack(originals)))
+    finite = all_finite([h.gradient for h in held])
+    for h in held:
+        h.gradient = torch.where(finite.to(h.gradient.device), h.gradient, torch.zeros_like(h.gradient))
+    return held
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether no entry of any tensor is infinite or NaN: a boolean scalar on the first tensor's device."""
+    if not tensors:
+        return torch.tensor(True)
+    flags = [torch.isfinite(t).all().to(tensors[0].device) for t in tensors]
+    return torch.stack(flags).all()
+
+
+def clip(held: Sequence[Held], max_norm: float) -> None:
+    """Scale the held gradients so that their joint norm is at most ``max_norm``."""
+    if not held:
+        return
+    device = held[0].gradient.device
+    total = torch.stack([h.gradient.square().sum().to(device) for h in held]).sum().sqrt()
+    factor = (max_norm / total.clamp_min(torch.finfo(total.dtype).tiny)).clamp_max(1.0)
+    for h in held:
+        h.gradient = h.gradient * factor.to(h.gradient.device)
+
+
+def hand_over(held: Iterable[Held]) -> None:
+    """Let the base see the held gradients."""
+    for h in held:
+        for parameter, gradient in zip(h.group.parameters, h.group.unstack(h.gradient), strict=True):
+            parameter.grad = gradient
+
+
+def give_back(held: Iterable[Held]) -> None:
+    """Restore the parameters' own gradients."""
+    for h in held:
+        for parameter, original in zip(h.group.parameters, h.originals, strict=True):
+            parameter.grad = original
+
+
+def _norm(stacked: Tensor) -> Tensor:
+    """Frobenius norm of each matrix: ``[m, rows, columns] -> [m, 1, 1]``."""
+    return torch.linalg.matrix_norm(stacked, keepdim=True)
+
+
+def _cosine(left: Tensor, right: Tensor) -> Tensor:
+    """Cosine of the angle between two stacks of matrices, ``[m]``; NaN where one is zero."""
+    return (left * right).sum((1, 2)) / (_norm(left) * _norm(right))[:, 0, 0]
+
+
+class Preconditioner:
+    """``"none"``: the base optimizer as it is."""
+
+    changes_coordinates = False
+    """Whether ``refresh`` moves the base's state or the weights, so that it must not run while the mode is not in use."""
+    holds_gradients = True
+    """Whether the mode, or the guard against non-finite gradients, needs the gradients stacked."""
+
+    def __init__(self, base: Optimizer) -> None:
+        self.base = base
+
+    def refresh(self, curvature: Curvature) -> None:
+        """Derive from the factors what the mode applies."""
+
+    def before(self, held: Held) -> None:
+        """Change the gradient that the base is about to see."""
+
+    def after(self, held: Held) -> None:
+        """Change what the base made of it."""
+
+    def to_plain_coordinates(self, curvature: Curvature) -> None:
+        """Bring the base's state back to the coordinates of A and B themselves."""
+
+
+class Identity(Preconditioner):
+    """``"none"``: bit for bit the base optimizer."""
+
+    holds_gradients = False
+
+
+class Inverse(Preconditioner):
+    """``"inverse"``: ``∇A ← Σ⁻¹ ∇A``, ``∇B ← ∇B Σ⁻¹`` with damped inverses, then the base's own step."""
+
+    def refresh(self, curvature: Curvature) -> None:
+        """Invert the factors."""
+        curvature.refresh_inverses()
+
+    def before(self, held: Held) -> None:
+        """Multiply by the inverse, and keep each matrix's norm if asked to."""
+        natural = held.group.apply(held.curvature.operator(held.group.side), held.gradient)
+        held.cosine = _cosine(natural, held.gradient)
+        if held.curvature.options.preserve_norm:
+            size = _norm(natural)
+            natural = natural * (_norm(held.gradient) / size).nan_to_num(0.0, posinf=0.0)
+        held.gradient = torch.where(held.ready, natural, held.gradient)
+
+
+class Eigenbasis(Preconditioner):
+    """``"eigenbasis"``: the base works in the eigenbasis of its K-FAC factor, as SOAP does for Adam (Vyas et al. 2024)."""
+
+    changes_coordinates = True
+
+    def refresh(self, curvature: Curvature) -> None:
+        """Turn to the new eigenbases and take the base's moments along."""
+        self._turn_state(curvature, *curvature.refresh_eigenbases())
+
+    def to_plain_coordinates(self, curvature: Curvature) -> None:
+        """Turn the base's moments back."""
+        old = curvature.a_operator, curvature.b_operator
+        curvature.reset_operators()
+        self._turn_state(curvature, *old)
+
+    def _turn_state(self, curvature: Curvature, a_turn: Tensor, b_turn: Tensor) -> None:
+        move = Move(a_turn, b_turn.mT, a_turn, b_turn.mT)
+        transport.warn_dropped_state(transport.move_state(self.base, curvature.bucket.groups, move))
+
+    def before(self, held: Held) -> None:
+        """Turn gradient and weights into the eigenbasis."""
+        group, basis = held.group, held.curvature.operator(held.group.side)
+        inward = basis.mT if group.side == "A" else basis
+        held.weights = group.stack(group.parameters)
+        held.gradient = group.apply(inward, held.gradient)
+        group.write(group.apply(inward, held.weights))
+        held.rotated = group.stack(group.parameters)
+
+    def after(self, held: Held) -> None:
+        """Turn the base's step out of the eigenbasis and add it to the weights as they were."""
+        group, basis = held.group, held.curvature.operator(held.group.side)
+        outward = basis if group.side == "A" else basis.mT
+        step = group.apply(outward, group.stack(group.parameters) - held.rotated)
+        group.write(held.weights + step)
+        held.cosine = _cosine(step, -group.stack(held.originals))
+
+
+class Balanced(Preconditioner):
+    """``"balanced"``: the pair's coordinates are changed so that both factors are diagonal; the step is the base's own."""
+
+    changes_coordinates = True
+
+    def refresh(self, curvature: Curvature) -> None:
+        """Move weights, moments and factors to balanced coordinates."""
+        pairs.balance(self.base, curvature, pairs.KEEP_RANK, curvature.options.kfac_damping)
+
+
+class Steer(Preconditioner):
+    """``"steer"``: the base's step keeps its length and takes the natural gradient's direction.
+
+    For A the direction is ``−Σ⁻¹ (m / c)``, with m the base's average of the gradient and c the root of its average of the
+    squared gradient, averaged over the rank (columns of A, rows of B); a base that keeps neither gets the gradient and 1.
+    Decoupled weight decay stays outside.
+    """
+
+    def refresh(self, curvature: Curvature) -> None:
+        """Invert the factors."""
+        curvature.refresh_inverses()
+
+    def before(self, held: Held) -> None:
+        """Remember the weights."""
+        held.weights = held.group.stack(held.group.parameters)
+
+    def after(self, held: Held) -> None:
+        """Turn the step that the base took."""
+        group = held.group
+        taken = group.stack(group.parameters)
+        decay = transport.decoupled_decay(self.base, self.base.param_groups[group.param_group])
+        decayed = held.weights * (1 - decay)
+        step = taken - decayed
+        natural = group.apply(held.curvature.operator(group.side), self._scaled_moment(held))
+        length = _norm(step) / _norm(natural)
+        steered = -length * natural
+        usable = held.ready & length.isfinite()
+        held.cosine = _cosine(step, steered)
+        group.write(torch.where(usable, decayed + steered, taken))
+
+    def _scaled_moment(self, held: Held) -> Tensor:
+        """``m / c``, ``[m, rows, columns]``."""
+        group = held.group
+        moments = [transport.first_moment(self.base, p) for p in group.parameters]
+        squares = [transport.second_moment(self.base, p) for p in group.parameters]
+        known = [m for m in moments if m is not None]
+        moment = group.stack(known) if len(known) == len(moments) else held.gradient
+        if any(s is None for s in squares):
+            return moment
+        mean_square = group.stack([s for s in squares if s is not None]).mean(group.rank_dim, keepdim=True)
+        return moment / mean_square.clamp_min(torch.finfo(moment.dtype).tiny).sqrt()
+
+
+_MODES: dict[str, type[Preconditioner]] = {
+    "none": Identity,
+    "inverse": Inverse,
+    "eigenbasis": Eigenbasis,
+    "balanced": Balanced,
+    "steer": Steer,
+}
+
+
+def make_preconditioner(name: str, base: Optimizer) -> Preconditioner:
+    """The mode of that name (see GritOptimizer's ``precondition``)."""
+    return _MODES[name](base)

@@ -1,0 +1,174 @@
+"""Finding the LoRA pairs of a model. The only module that knows how PEFT lays them out.
+
+A *site* is one pair: ``A`` ``[r, d_in]`` (``lora_A.weight``) and ``B`` ``[d_out, r]`` (``lora_B.weight``), which add
+``s·B·A·x`` to a frozen layer. PEFT is recognised by the attributes of its layers, so that it need not be imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+# Layers that hold ``lora_A`` but never call it as a module on activations, so that a hook on it would not fire.
+_UNTAPPABLE_LAYERS = {
+    "ParamWrapper": "PEFT reads the weights of `target_parameters` (MoE experts) directly",
+    "MultiheadAttention": "PEFT merges the adapter of nn.MultiheadAttention into its weight",
+    "LoraParallelLinear": "the rank of a tensor-parallel layer is split over processes",
+}
+# Variants whose forward pass is lora_B(lora_A(x)); any other may scale, mask or skip what lies between A and B.
+_TAPPABLE_VARIANTS = {"DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant",
+                      "ALoraLinearVariant"}  # fmt: skip
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_WRAPPER_PREFIXES = re.compile(r"^(?:(?:module|_orig_mod)\.)+")
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One LoRA pair, looked up anew at each access, since PEFT may replace the modules that it holds.
+
+    Attributes:
+        name: the layer's name in the model and the adapter's, as in ``model.layers.0.self_attn.q_proj.default``; it keys
+            the site's state in checkpoints.
+        adapter: the key of the pair in the two mappings.
+        a_modules: adapter name to the module whose weight is A; its output is h = A x.
+        b_modules: adapter name to the module whose weight is B.
+        scalings: adapter name to s.
+    """
+
+    name: str
+    adapter: str
+    a_modules: Mapping[str, nn.Module] | nn.ModuleDict
+    b_modules: Mapping[str, nn.Module] | nn.ModuleDict
+    scalings: Mapping[str, float]
+
+    @property
+    def tap(self) -> nn.Module:
+        """The module whose output is h = A x, shape ``[..., r]`` (``[N, r, ...]`` if it is a convolution)."""
+        return self.a_modules[self.adapter]
+
+    @property
+    def a(self) -> Tensor:
+        """A, ``[r, d_in]`` (``[r, c_in, k, k]`` for a convolution)."""
+        return self.a_modules[self.adapter].weight  # type: ignore[return-value]
+
+    @property
+    def b(self) -> Tensor:
+        """B, ``[d_out, r]`` (``[d_out, r, 1, 1]`` for a convolution)."""
+        return self.b_modules[self.adapter].weight  # type: ignore[return-value]
+
+    @property
+    def rank(self) -> int:
+        """r, the number of rows of A."""
+        return self.a.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        """S in ΔW = s·B·A."""
+        return float(self.scalings[self.adapter])
+
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of h that has length r."""
+        return 1 if isinstance(self.tap, _CONVOLUTIONS) else -1
+
+    @classmethod
+    def from_modules(cls, name: str, a: nn.Module, b: nn.Module, scaling: float = 1.0) -> Site:
+        """A site of hand-written LoRA: ``a`` maps x to h = A x, ``b`` maps h to B h, each with a ``weight``.
+
+        Raises:
+            ValueError: a weight is missing, or the ranks of the two do not agree.
+        """
+        for label, module in (("a", a), ("b", b)):
+            if not isinstance(getattr(module, "weight", None), Tensor):
+                raise ValueError(
+                    f"site {name!r}: `{label}` is a {type(module).__name__} without a `weight` tensor; pass the module "
+                    "(such as nn.Linear) whose weight is the LoRA matrix"
+                )
+        site = cls(name, "", {"": a}, {"": b}, {"": scaling})
+        problem = _mismatch(site)
+        if problem:
+            raise ValueError(f"site {name!r}: {problem}; A must be [r, d_in] and B [d_out, r]")
+        return site
+
+
+def _mismatch(site: Site) -> str | None:
+    """What makes the pair unusable as A ``[r, …]`` and B ``[d_out, r]``, or None."""
+    a, b = site.a, site.b
+    if a.numel() == 0 or b.numel() == 0:
+        return "its weights are empty here (ZeRO-3 partitions them)"
+    if getattr(site.b_modules[site.adapter], "groups", 1) != 1:
+        return "B is a grouped convolution"
+    if a.dim() < 2 or b.dim() < 2 or b.shape[1] != a.shape[0]:
+        return f"A has shape {list(a.shape)} and B {list(b.shape)}"
+    return None
+
+
+def _reason_untapped(layer: nn.Module, site: Site, trained: set[int]) -> str | None:
+    """Why a LoRA pair that is trained cannot be tapped, or None."""
+    kind = type(layer).__name__
+    if kind in _UNTAPPABLE_LAYERS:
+        return _UNTAPPABLE_LAYERS[kind]
+    variant = getattr(layer, "lora_variant", {}).get(site.adapter)
+    if variant is not None and type(variant).__name__ not in _TAPPABLE_VARIANTS:
+        return f"{type(variant).__name__} changes what lies between A and B"
+    if not (id(site.a) in trained and id(site.b) in trained):
+        return f"only {'A' if id(site.a) in trained else 'B'} is trained"
+    return _mismatch(site)
+
+
+def _is_trained(module: nn.Module, trained: set[int]) -> bool:
+    return any(id(p) in trained and p.requires_grad for p in module.parameters())
+
+
+def find_sites(model: nn.Module, parameters: Iterable[Tensor]) -> tuple[list[Site], dict[str, str]]:
+    """The LoRA pairs of ``model`` that an optimizer over ``parameters`` trains.
+
+    Args:
+        model: a PEFT model, or any module that contains PEFT's LoRA layers.
+        parameters: the base optimizer's parameters; a pair of which neither matrix is among them is left alone.
+
+    Returns:
+        The sites that can be tapped, and for the trained layers that cannot, name to reason.
+    """
+    trained = {id(p) for p in parameters}
+    sites: list[Site] = []
+    untapped: dict[str, str] = {}
+    for full_name, layer in model.named_modules():
+        name = _WRAPPER_PREFIXES.sub("", full_name)
+        if any(_is_trained_parameter(p, trained) for p in getattr(layer, "lora_embedding_A", {}).values()):
+            untapped[name] = "an embedding's adapter is looked up, not multiplied"
+        a_modules, b_modules = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
+        if isinstance(a_modules, nn.ParameterDict) and any(
+            _is_trained_parameter(p, trained) for p in a_modules.values()
+        ):
+            untapped[name] = "AdaLoRA applies its own rank mask between A and B"
+        if not (isinstance(a_modules, nn.ModuleDict) and isinstance(b_modules, nn.ModuleDict)):
+            continue
+        for adapter in a_modules:
+            if not (_is_trained(a_modules[adapter], trained) or _is_trained(b_modules[adapter], trained)):
+                continue
+            site = Site(f"{name}.{adapter}", adapter, a_modules, b_modules, layer.scaling)
+            reason = _reason_untapped(layer, site, trained)
+            if reason is None:
+                sites.append(site)
+            else:
+                untapped[site.name] = reason
+    return sites, untapped
+
+
+def _is_trained_parameter(parameter: Tensor, trained: set[int]) -> bool:
+    return parameter.requires_grad and id(parameter) in trained
+
+
+def no_sites_message(model: nn.Module, untapped: Mapping[str, str]) -> str:
+    """What to tell a user whose model has no LoRA pair that can be tapped."""
+    found = "; ".join(f"{name}: {reason}" for name, reason in list(untapped.items())[:5])
+    return (
+        f"found no LoRA pair in {type(model).__name__} that both requires gradients and is among the base optimizer's "
+        f"parameters{f' (seen but not usable: {found})' if found else ''}. Wrap the model first, as in "
+        "`model = peft.get_peft_model(model, peft.LoraConfig(target_modules='all-linear'))`, give the base optimizer its "
+        "trainable parameters, or pass hand-written pairs as `sites=[Site.from_modules(name, a, b, scaling), ...]`"
+    )

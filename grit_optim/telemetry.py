@@ -1,0 +1,57 @@
+"""Counters and stage times that cost nothing until they are read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+STAGES = ("capture", "fold", "refresh", "precondition", "base", "reproject")
+
+
+class StageTimes:
+    """Host seconds spent in each stage, also marked as ``grit::stage`` in profiler traces."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time the body of a ``with`` statement."""
+        start = time.perf_counter()
+        with torch.profiler.record_function(f"grit::{stage}"):
+            try:
+                yield
+            finally:
+                self.seconds[stage] += time.perf_counter() - start
+
+
+class Counters:
+    """What the optimizer has done, as Python ints and device tensors; a tensor is read only by :meth:`as_dict`.
+
+    Attributes:
+        refreshes: times the operators were derived anew.
+        reprojections: times the pairs were reprojected.
+        folds: steps whose statistics were offered to the factors.
+        dropped: steps of those whose statistics were not finite and were left out, a tensor per device.
+        cosines: mean cosine of the angle between the update with and without curvature, of the latest step.
+        predicted_cost: Σ of the Λ² that balanced reprojection dropped, in the units of the factors.
+    """
+
+    def __init__(self) -> None:
+        self.refreshes = 0
+        self.reprojections = 0
+        self.folds = 0
+        self.dropped: Tensor | int = 0
+        self.cosines: list[Tensor] = []
+        self.predicted_cost: Tensor | float = 0.0
+
+    def mean_cosine(self) -> float | None:
+        """Mean over all matrices whose update was turned, or None if there was none."""
+        if not self.cosines:
+            return None
+        value = float(torch.cat([c.detach().float().cpu() for c in self.cosines]).nanmean())
+        return None if value != value else value

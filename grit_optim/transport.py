@@ -1,0 +1,138 @@
+"""The base optimizer's state: reading its moments, and moving them along when the coordinates of A and B change.
+
+State tensors are known by name, so that any optimizer that uses the field's names is served. What transforms like a
+gradient is multiplied as a gradient is, squared gradients by the squared entries (exact for permutations and sign
+changes, the usual approximation otherwise), copies of the weights as the weights are. Any other tensor that has the
+parameter's shape is not understood: the parameter's state is then dropped, so that the base starts it anew, and named.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from grit_optim.buckets import Group
+from grit_optim.reprojection import Move
+
+GRADIENT_LIKE = ("exp_avg", "momentum_buffer", "grad_avg")
+SQUARE_LIKE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+WEIGHT_LIKE = ("z",)  # schedule-free's second copy of the weights
+
+# Classes of these names decay the weights by lr·weight_decay outside the gradient, as Loshchilov and Hutter (2019) do.
+_DECOUPLED_NAMES = ("AdamW", "Lion", "Muon")
+_DECOUPLED_FLAGS = ("decoupled_weight_decay", "weight_decouple", "decouple_weight_decay")
+
+
+def decoupled_decay(base: Optimizer, settings: dict[str, Any]) -> float | Tensor:
+    """The share of the weights that ``base`` takes off in one step beside its update: lr·weight_decay, or 0.
+
+    Args:
+        base: the base optimizer.
+        settings: one of its parameter groups.
+    """
+    decay = settings.get("weight_decay", 0.0)
+    flags = [settings[name] for name in _DECOUPLED_FLAGS if name in settings]
+    decoupled = flags[0] if flags else any(name in type(base).__name__ for name in _DECOUPLED_NAMES)
+    return settings["lr"] * decay if decoupled and decay else 0.0
+
+
+def first_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
+    """The base's average of the gradient for ``parameter``, in the parameter's shape and fp32, or None."""
+    state = base.state.get(parameter, {})
+    for name in GRADIENT_LIKE:
+        if isinstance(state.get(name), Tensor):
+            return state[name]
+    return _bitsandbytes_moment(state, "1")
+
+
+def second_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
+    """The base's average of the squared gradient for ``parameter``, elementwise, or None."""
+    state = base.state.get(parameter, {})
+    for name in SQUARE_LIKE:
+        value = state.get(name)
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            return value
+    return _bitsandbytes_moment(state, "2")
+
+
+def _bitsandbytes_moment(state: dict[str, Any], which: str) -> Tensor | None:
+    """Bitsandbytes' ``state1`` or ``state2`` in fp32, dequantized where it is stored in 8 bits by blocks."""
+    value = state.get(f"state{which}")
+    if not isinstance(value, Tensor) or value.dtype != torch.uint8:
+        return value
+    from bitsandbytes import functional
+
+    scales = state[f"absmax{which}"]
+    blocksize = 2 ** math.ceil(math.log2(value.numel() / scales.numel()))
+    return functional.dequantize_blockwise(value, absmax=scales, code=state[f"qmap{which}"], blocksize=blocksize)
+
+
+def move_weights(groups: Iterable[Group], move: Move) -> None:
+    """Multiply the matrices of ``groups`` by the operators of ``move``, in its precision."""
+    for group in groups:
+        operator = move.a_weight if group.side == "A" else move.b_weight
+        group.write(group.apply(operator, group.stack(group.parameters).to(operator.dtype)))
+
+
+def move_state(base: Optimizer, groups: Iterable[Group], move: Move) -> dict[str, list[str]]:
+    """Move the base's state for the parameters of ``groups`` as ``move`` says.
+
+    Returns:
+        For each class of state that was not understood, ``{"AdamW8bit": ["state1", …]}``: those parameters' state was
+        dropped, and the base will start it anew.
+    """
+    unknown: dict[str, set[str]] = {}
+    for group in groups:
+        gradient, weight = (move.a_gradient, move.a_weight) if group.side == "A" else (move.b_gradient, move.b_weight)
+        states = [base.state.get(p, {}) for p in group.parameters]
+        strange = _unknown_names(group.parameters, states)
+        if strange:
+            unknown.setdefault(type(base).__name__, set()).update(strange)
+            for parameter in group.parameters:
+                base.state.pop(parameter, None)
+            continue
+        for names, operator in ((GRADIENT_LIKE, gradient), (SQUARE_LIKE, gradient.square()), (WEIGHT_LIKE, weight)):
+            for name in names:
+                _move_named(group, states, name, operator)
+    return {owner: sorted(names) for owner, names in unknown.items()}
+
+
+def _unknown_names(parameters: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> set[str]:
+    """State tensors, other than known ones and step counters, that a change of coordinates would make wrong."""
+    known = {*GRADIENT_LIKE, *SQUARE_LIKE, *WEIGHT_LIKE, "step"}
+    return {
+        name
+        for parameter, state in zip(parameters, states, strict=True)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.numel() > 1 and (name not in known or value.shape != parameter.shape)
+    }
+
+
+def _move_named(group: Group, states: Sequence[dict[str, Any]], name: str, operator: Tensor) -> None:
+    """Move one kind of state tensor of a whole group by one batched product."""
+    present = [i for i, state in enumerate(states) if isinstance(state.get(name), Tensor)]
+    if not present:
+        return
+    part = group if len(present) == len(states) else group.subset(present)
+    tensors: list[Tensor] = [states[i][name] for i in present]
+    moved = part.apply(operator, part.stack(tensors).to(operator.dtype))
+    for tensor, value in zip(tensors, moved, strict=True):
+        tensor.copy_(value.view_as(tensor))
+
+
+def warn_dropped_state(unknown: dict[str, list[str]]) -> None:
+    """Say which state a change of coordinates could not carry along."""
+    for owner, names in unknown.items():
+        warnings.warn(
+            f"GritOptimizer changed the coordinates of A and B, and {owner} keeps state that it does not know how to move "
+            f"({', '.join(names)}); that state was reset for the LoRA parameters. Use a base whose state is among "
+            f"{', '.join(GRADIENT_LIKE + SQUARE_LIKE)}, or a mode that leaves the coordinates alone (precondition='steer' "
+            "or 'inverse', reprojection='none')",
+            stacklevel=3,
+        )

@@ -1,0 +1,112 @@
+"""A ``torch.optim.Optimizer`` that stands for another one.
+
+``param_groups``, ``state`` and ``defaults`` are the base's own, reached through properties: an alias of the list would go
+stale as soon as the base loads a state dict. Whatever the base merely has, such as ``_step_supports_amp_scaling``, is not
+passed on: a GradScaler would then hand over gradients that are still scaled.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+
+class OptimizerWrapper(Optimizer, ABC):
+    """What every wrapper of an optimizer needs, without a step of its own.
+
+    Attributes:
+        base: the optimizer that holds the parameters.
+        state_key: the one top-level key of the state dict under which the wrapper's own state lies; torch's loaders
+            ignore it.
+    """
+
+    base: Optimizer
+    state_key: str
+
+    def _wrap(self, base: Optimizer) -> None:
+        """Stand for ``base`` from now on; takes the place of ``Optimizer.__init__``."""
+        self.base = base
+        Optimizer.__setstate__(self, {})  # the hook dicts and the patched step, without touching the base's groups
+
+    @abstractmethod
+    def _own_state(self) -> dict[str, Any]:
+        """The wrapper's own state: tensors and plain containers."""
+
+    @abstractmethod
+    def _check_own_state(self, own: dict[str, Any]) -> None:
+        """Raise if ``own`` cannot be loaded; called before anything is changed."""
+
+    @abstractmethod
+    def _load_own_state(self, own: dict[str, Any] | None) -> None:
+        """Restore the wrapper's own state, or start anew if there is None."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's parameter groups."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Set the base optimizer's ``param_groups``."""
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's per-parameter state; the wrapper keeps nothing in it."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        """Set the base optimizer's ``state``."""
+        self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's defaults."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        """Set the base optimizer's ``defaults``."""
+        self.base.defaults = defaults
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        self.base.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Give the base another parameter group."""
+        self.base.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict, with the wrapper's own state under one further key."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state = self.base.state_dict()
+        state[self.state_key] = self._own_state()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state)
+            state = changed if changed is not None else state
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state dict of this class, or one of the plain base: the wrapper's own state then starts anew.
+
+        Raises:
+            ValueError: the own part does not belong here; nothing is changed then.
+        """
+        state = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state)
+            state = dict(changed) if changed is not None else state
+        own = state.pop(self.state_key, None)
+        if own is not None:
+            self._check_own_state(own)
+        self.base.load_state_dict(state)
+        self._load_own_state(own)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
