@@ -98,12 +98,16 @@ class Factors:
             setattr(self, side + "_weight", torch.where(seen, new_weight, weight))
             setattr(self, side + "_samples", torch.where(seen, samples + sums.rows, samples))
 
-    def change_coordinates(self, transform: Tensor, inverse: Tensor) -> None:
-        """The factors after ``A ← T A``, ``B ← B T⁻¹``: ``T Σ_a Tᵀ`` and ``T⁻ᵀ Σ_g T⁻¹``, both ``[S, r, r]``."""
-        congruent = transform @ self.activation.to(transform.dtype) @ transform.mT
-        self.activation = linalg.symmetric(congruent).float()
-        congruent = inverse.mT @ self.gradient.to(inverse.dtype) @ inverse
-        self.gradient = linalg.symmetric(congruent).float()
+    def change_coordinates(self, a_weight: Tensor, b_weight: Tensor) -> None:
+        """The factors after ``A ← M A``, ``B ← B N``: ``M Σ_a Mᵀ`` and ``Nᵀ Σ_g N``, since h ← M h and δ ← Nᵀ δ.
+
+        Args:
+            a_weight: M ``[S, r, r]``.
+            b_weight: N ``[S, r, r]``.
+        """
+        activation = a_weight @ self.activation.to(a_weight.dtype) @ a_weight.mT
+        gradient = b_weight.mT @ self.gradient.to(b_weight.dtype) @ b_weight
+        self.activation, self.gradient = linalg.symmetric(activation).float(), linalg.symmetric(gradient).float()
 
 
 def gradient_unit(steps: Sequence[Sums]) -> Tensor:

@@ -21,7 +21,7 @@ def balance(base: Optimizer, curvature: Curvature, policy: RankPolicy, damping: 
         curvature.factors, curvature.rank, policy, curvature.options.kfac_min_samples, damping
     )
     _apply(base, curvature, change.move)
-    curvature.factors.change_coordinates(change.transform, change.inverse)
+    curvature.factors.change_coordinates(change.move.a_weight, change.move.b_weight)
     curvature.rank = change.rank
     return change
 

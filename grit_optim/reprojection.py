@@ -44,16 +44,12 @@ class Balanced:
 
     Attributes:
         move: the operators.
-        transform: T without the truncation ``[S, r, r]``.
-        inverse: T⁻¹ without the truncation ``[S, r, r]``.
         rank: rank kept ``[S]``.
         spectrum: Λ before the truncation ``[S, r]``.
         cost: Σ of the dropped Λ² ``[S]``.
     """
 
     move: Move
-    transform: Tensor
-    inverse: Tensor
     rank: Tensor
     spectrum: Tensor
     cost: Tensor
@@ -87,9 +83,7 @@ def balanced(factors: Factors, rank: Tensor, policy: RankPolicy, min_samples: in
     new_rank = policy.next_rank(spectrum.square(), rank, usable)
     keep = linalg.leading_mask(new_rank, size)
     cost = (spectrum.square() * (mask & ~keep)).sum(-1).float()
-    return Balanced(
-        change_of_coordinates(transform, inverse, keep), transform, inverse, new_rank, spectrum.float(), cost
-    )
+    return Balanced(change_of_coordinates(transform, inverse, keep), new_rank, spectrum.float(), cost)
 
 
 def paper_projection(

@@ -1,0 +1,69 @@
+"""The layering: imports point down only, and importing the package loads torch and nothing heavier."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import grit_optim
+
+ROOT = Path(grit_optim.__file__).parent
+LAYERS = [
+    {"_checks", "buckets", "linalg", "presets", "sites", "wrapper"},
+    {"curvature", "fisher", "pairs", "precondition", "rank", "reprojection", "schedule", "transport"},
+    {"capture", "checkpoint", "diagnosis", "telemetry"},
+    {"optimizer"},
+    {"__init__"},
+]
+# Within a layer, which modules may use which: an entry here is a decision, not an accident.
+BESIDE = {
+    ("buckets", "sites"),
+    ("capture", "telemetry"),
+    ("curvature", "fisher"),
+    ("diagnosis", "capture"),
+    ("pairs", "curvature"),
+    ("pairs", "rank"),
+    ("pairs", "reprojection"),
+    ("pairs", "transport"),
+    ("precondition", "curvature"),
+    ("precondition", "pairs"),
+    ("precondition", "reprojection"),
+    ("precondition", "transport"),
+    ("reprojection", "fisher"),
+    ("reprojection", "rank"),
+    ("transport", "reprojection"),
+}
+
+
+def imported(path):
+    """Modules of the package that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "grit_optim":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("grit_optim."):
+            yield node.module.split(".")[1]
+
+
+def test_every_module_has_a_layer():
+    assert {p.stem for p in ROOT.glob("*.py")} == set.union(*LAYERS)
+
+
+def test_imports_point_down_only():
+    height = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    edges = {(p.stem, name) for p in ROOT.glob("*.py") for name in imported(p)}
+    assert len(edges) > 30
+    wrong = {(a, b) for a, b in edges if height[b] > height[a] or (height[b] == height[a] and (a, b) not in BESIDE)}
+    assert wrong == set()
+    assert edges >= BESIDE, "an exception that nothing uses any more"
+
+
+def test_only_sites_knows_peft():
+    """PEFT's names for its attributes stand in one file."""
+    knowing = {p.stem for p in ROOT.glob("*.py") if "lora_embedding" in p.read_text() or "import peft" in p.read_text()}
+    assert knowing == {"sites"}
+
+
+def test_importing_loads_nothing_heavier_than_torch():
+    code = "import sys, grit_optim; print(sorted({'peft', 'transformers', 'matplotlib', 'bitsandbytes'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
