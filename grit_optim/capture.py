@@ -51,6 +51,7 @@ class Capture:
         active: whether rows are recorded; taps that fire are counted in any case.
         fired: how often each site's tap has seen a gradient since the last :meth:`collect`, in the order of ``sites``.
         inner: Σ over tokens of h·δ per site since the last :meth:`collect`, or None where nothing was recorded.
+        rounding: the machine epsilon of the coarsest dtype that h or δ came in since then (autocast).
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Capture:
         """Forget what was gathered since the last :meth:`collect`."""
         self.fired = [0] * len(self.sites)
         self.inner: list[Tensor | None] = [None] * len(self.sites)
+        self.rounding = torch.finfo(torch.float32).eps
         self._stash: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in self.buckets]
         self._sums = [Sums.zeros(len(b.sites), b.rank, b.device) for b in self.buckets]
 
@@ -97,6 +99,7 @@ class Capture:
         """Take the rows of one backward pass through one call of a site's ``lora_A``."""
         site = self.sites[position]
         self.fired[position] += 1
+        self.rounding = max(self.rounding, torch.finfo(h.dtype).eps, torch.finfo(delta.dtype).eps)
         inner = torch.dot(h.reshape(-1).float(), delta.reshape(-1).float())
         known = self.inner[position]
         self.inner[position] = inner if known is None else known + inner.to(known.device)
@@ -114,7 +117,8 @@ class Capture:
         """Every how many rows to take one, so that a step's calls together stay within ``max_tokens`` per site."""
         if self.max_tokens is None:
             return 1
-        return max(1, -(-rows * self.calls_per_step // self.max_tokens))
+        per_call = max(1, self.max_tokens // self.calls_per_step)
+        return max(1, -(-rows // per_call))
 
     def _reduce(self, bucket: int) -> None:
         """Add the stashed rows of a bucket to its sums, one batched product for all sites with equally many rows."""

@@ -7,6 +7,7 @@ site's own means that its taps missed, or doubled, some of what its gradients co
 
 from __future__ import annotations
 
+import math
 import statistics
 import warnings
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ from grit_optim.sites import Site
 
 RELATIVE_TOLERANCE = 0.02
 """bf16 autocast alone makes about one per cent."""
+_FP32_EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,10 @@ class SiteReport:
         fired: backward passes that its tap saw.
         tap_inner: Σ over tokens of h·δ, or None where nothing was recorded.
         a_inner: ⟨A, ∇A⟩, or None without a gradient.
-        b_inner: ⟨B, ∇B⟩, or None without a gradient.
+        b_inner: ⟨B, ∇B⟩, or None without a gradient. A gradient of zeros is none.
         status: ``"ok"``; ``"unused"``: no gradient; ``"silent"``: gradients, but the tap never fired; ``"mismatch"``: the
-            tap saw something else than the gradients; ``"unknown"``: nothing to compare (B is still zero, or this step's
-            rows were not recorded).
+            tap saw something else than the gradients; ``"unknown"``: nothing to compare (B is still zero, this step's
+            rows were not recorded, or a value is not finite).
     """
 
     name: str
@@ -53,23 +55,31 @@ def inspect(capture: Capture, compare: bool = True) -> list[SiteReport]:
         compare: whether the amounts can be compared; under data-parallel training the taps see one process's tokens and
             the gradients are averaged over all.
     """
-    measured = [_measure(site, capture.fired[i], capture.inner[i]) for i, site in enumerate(capture.sites)]
+    measured = [
+        _measure(site, capture.fired[i], capture.inner[i], capture.rounding) for i, site in enumerate(capture.sites)
+    ]
     ratios = [m.a_inner / m.tap_inner for m, _ in measured if m.a_inner and m.tap_inner]
+    ratios = [ratio for ratio in ratios if math.isfinite(ratio)]
     common = statistics.median(ratios) if ratios else 1.0
     return [_judge(report, slack, common, compare) for report, slack in measured]
 
 
-def _measure(site: Site, fired: int, inner: Tensor | None) -> tuple[SiteReport, float]:
-    """The three amounts, and the rounding error to expect in them."""
+def _measure(site: Site, fired: int, inner: Tensor | None, rounding: float) -> tuple[SiteReport, float]:
+    """The three amounts, and the rounding error to expect in them.
+
+    Each entry of a gradient is off by ``rounding`` times itself, and independently so: in the sum over all entries that
+    is rounding·‖w ∘ ∇w‖, which matters where the sum itself nearly cancels.
+    """
     products: list[float | None] = []
     slack = 0.0
     for weight in (site.a, site.b):
-        if weight.grad is None:
+        if weight.grad is None or not weight.grad.any():  # cleared without set_to_none, it is full of zeros
             products.append(None)
             continue
         w, g = weight.detach().float(), weight.grad.detach().float()
         products.append(float((w * g).sum()))
-        slack = max(slack, float(w.norm() * g.norm()) * torch.finfo(weight.dtype).eps * 8)
+        coarsest = max(rounding, torch.finfo(weight.dtype).eps)
+        slack = max(slack, 4 * coarsest * float((w * g).norm()), 8 * _FP32_EPS * float(w.norm() * g.norm()))
     tap_inner = None if inner is None else float(inner)
     return SiteReport(site.name, fired, tap_inner, products[0], products[1], "ok"), slack
 
@@ -80,14 +90,11 @@ def _judge(report: SiteReport, slack: float, common: float, compare: bool) -> Si
         return SiteReport(*values, "unused")
     if report.fired == 0:
         return SiteReport(*values, "silent")
-    if not compare or report.a_inner is None or report.tap_inner is None or not report.tap_inner:
+    tap, a_inner = report.tap_inner, report.a_inner
+    if not compare or not tap or a_inner is None or not (math.isfinite(tap) and math.isfinite(a_inner)):
         return SiteReport(*values, "unknown")
-    expected = common * report.tap_inner
-    tolerance = RELATIVE_TOLERANCE * max(abs(expected), abs(report.a_inner)) + slack
-    agrees = abs(report.a_inner - expected) <= tolerance or not (
-        torch.isfinite(torch.tensor([report.a_inner, expected])).all()
-    )
-    return SiteReport(*values, "ok" if agrees else "mismatch")
+    tolerance = RELATIVE_TOLERANCE * max(abs(common * tap), abs(a_inner)) + slack
+    return SiteReport(*values, "ok" if abs(a_inner - common * tap) <= tolerance else "mismatch")
 
 
 def warn_of(reports: Iterable[SiteReport]) -> None:

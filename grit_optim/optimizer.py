@@ -173,6 +173,7 @@ class GritOptimizer(OptimizerWrapper):
         self._counters = Counters()
         self._steps = 0
         self._unverified = CHECKED_STEPS
+        self._suspects: set[str] = set()
         self._closed = False
         self._curvatures: list[Curvature] = []
         self._capture = Capture([], [], None, self._times)
@@ -199,16 +200,16 @@ class GritOptimizer(OptimizerWrapper):
 
     def _follow_model(self) -> None:
         """Notice parameters that were moved to another device or replaced (PEFT's ``update_layer``) since the last step."""
-        same = [site.a is a and site.b is b for site, (a, b, _) in zip(self._sites, self._weights, strict=True)]
+        same = [site.holds(a, b) for site, (a, b, _) in zip(self._sites, self._weights, strict=True)]
         moved = any(a.device != device for a, _, device in self._weights)
         if all(same) and not moved:
             return
         replaced = [site.name for site, is_same in zip(self._sites, same, strict=True) if not is_same]
         if replaced:
             warnings.warn(
-                f"the weights of {len(replaced)} LoRA site(s) ({', '.join(replaced[:5])}) were replaced after the optimizer "
-                "was built, and the base optimizer does not hold the new ones, so they are not trained; build a new "
-                "optimizer after changing adapters",
+                f"the weights of {len(replaced)} LoRA site(s) ({', '.join(replaced[:5])}) were replaced or deleted after the "
+                "optimizer was built, and the base optimizer does not hold the new ones, so they are not trained; build a "
+                "new optimizer after changing adapters",
                 stacklevel=3,
             )
         self._attach([site for site, is_same in zip(self._sites, same, strict=True) if is_same])
@@ -274,7 +275,10 @@ class GritOptimizer(OptimizerWrapper):
         self._unverified -= 1
         if all(report.status == "ok" for report in reports):
             self._unverified = 0
-        if any(report.status in ("silent", "mismatch") for report in reports):
+        # A single mismatch is what a step skipped by a GradScaler leaves, if the trainer cleared the gradients by
+        # model.zero_grad(): the taps still hold that batch. A second one in a row is no accident.
+        suspects, self._suspects = self._suspects, {r.name for r in reports if r.status == "mismatch"}
+        if any(r.status == "silent" for r in reports) or suspects & self._suspects:
             self._unverified = 0
             diagnosis.warn_of(reports)
 
@@ -419,7 +423,7 @@ class GritOptimizer(OptimizerWrapper):
             self._attach(self._find_sites(self.base, model))
 
     def _own_state(self) -> dict[str, Any]:
-        with_operators = self.options.kfac_update_freq > 1
+        with_operators = self.options.kfac_update_freq > 1 or self.options.precondition == "eigenbasis"
         return {
             "version": checkpoint.VERSION,
             "steps": self._steps,

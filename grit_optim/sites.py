@@ -22,7 +22,8 @@ _UNTAPPABLE_LAYERS = {
 _TAPPABLE_VARIANTS = {"DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant",
                       "ALoraLinearVariant"}  # fmt: skip
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_WRAPPER_PREFIXES = re.compile(r"^(?:(?:module|_orig_mod)\.)+")
+# DataParallel's and DDP's prefix, and what torch.compile puts in front of each module that it was called on.
+_WRAPPER_NAMES = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +72,13 @@ class Site:
 
     @property
     def channel_dim(self) -> int:
-        """The dimension of h that has length r."""
-        return 1 if isinstance(self.tap, _CONVOLUTIONS) else -1
+        """The dimension of h that has length r, counted from the end: a convolution's input may come without a batch."""
+        return 1 - self.a.dim() if isinstance(self.tap, _CONVOLUTIONS) else -1
+
+    def holds(self, a: Tensor, b: Tensor) -> bool:
+        """Whether these are still the pair's weights; the adapter may have been replaced or deleted."""
+        there = self.adapter in self.a_modules and self.adapter in self.b_modules
+        return there and self.a is a and self.b is b
 
     @classmethod
     def from_modules(cls, name: str, a: nn.Module, b: nn.Module, scaling: float = 1.0) -> Site:
@@ -133,11 +139,11 @@ def find_sites(model: nn.Module, parameters: Iterable[Tensor]) -> tuple[list[Sit
     Returns:
         The sites that can be tapped, and for the trained layers that cannot, name to reason.
     """
-    trained = {id(p) for p in parameters}
+    trained = {id(p) for p in parameters if p.requires_grad}
     sites: list[Site] = []
     untapped: dict[str, str] = {}
     for full_name, layer in model.named_modules():
-        name = _WRAPPER_PREFIXES.sub("", full_name)
+        name = _WRAPPER_NAMES.sub("", full_name)
         if any(_is_trained_parameter(p, trained) for p in getattr(layer, "lora_embedding_A", {}).values()):
             untapped[name] = "an embedding's adapter is looked up, not multiplied"
         a_modules, b_modules = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)

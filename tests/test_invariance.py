@@ -40,7 +40,9 @@ def change():
 
 def test_kfac_pairing_is_invariant():
     plain = first_order_update(torch.eye(3, dtype=torch.float64), "kfac")
-    torch.testing.assert_close(first_order_update(change(), "kfac"), plain, rtol=2e-3, atol=2e-3 * plain.abs().max().item())
+    torch.testing.assert_close(
+        first_order_update(change(), "kfac"), plain, rtol=2e-3, atol=2e-3 * plain.abs().max().item()
+    )
 
 
 def test_paper_pairing_is_not():

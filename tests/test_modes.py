@@ -93,7 +93,9 @@ def test_steer_takes_the_gradient_or_momentum_of_sgd(settings, of):
         m = gradients[a] if of == "gradient" else optimizer.state[parameters[a]]["momentum_buffer"]
         natural = inverse_of(sigma_g, 0.03) @ m.double()
         expected = 1e-2 * m.norm() * natural / natural.norm()
-        torch.testing.assert_close((before[a] - after[a]).double(), expected, rtol=1e-2, atol=1e-2 * m.norm().item() * 1e-3)
+        torch.testing.assert_close(
+            (before[a] - after[a]).double(), expected, rtol=1e-2, atol=1e-2 * m.norm().item() * 1e-3
+        )
 
 
 def test_eigenbasis_is_adam_on_rotated_gradients():

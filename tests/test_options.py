@@ -50,7 +50,9 @@ def test_invalid_option(name, value, error, message):
     with pytest.raises(error, match=message) as caught:
         GritOptimizer(tiny.adamw(model), model, **{name: value})
     assert name in str(caught.value)
-    assert not any("Tap" in str(h) for m in model.modules() for h in m._forward_hooks.values()), "no hook is left behind"
+    assert not any("Tap" in str(h) for m in model.modules() for h in m._forward_hooks.values()), (
+        "no hook is left behind"
+    )
 
 
 def test_every_option_has_an_invalid_value_in_the_table():

@@ -14,9 +14,7 @@ BALANCED = {"reprojection": "balanced", "reprojection_freq": 4}
 def products(model):
     """ΔW of each site, by the name of A."""
     state = dict(model.named_parameters())
-    return {
-        n: (state[n.replace("lora_A", "lora_B")] @ p).detach().clone() for n, p in state.items() if "lora_A" in n
-    }
+    return {n: (state[n.replace("lora_A", "lora_B")] @ p).detach().clone() for n, p in state.items() if "lora_A" in n}
 
 
 def without_training(model, optimizer):
