@@ -1,0 +1,1 @@
+"""Benchmarks of `grit_optim` against other optimizers: base model, tasks, runs, reports."""

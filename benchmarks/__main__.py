@@ -1,0 +1,154 @@
+"""Command line: `python -m benchmarks {pretrain,run,report,cost,main}`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import arguments as read
+from .files import REPOSITORY, BenchmarkError
+from .optimizers import OPTIMIZERS
+from .results import RunConfig
+from .tasks import TASKS, check_task
+
+MAIN_LRS, MAIN_OPTIMIZERS = [5e-3, 1e-2], ["adamw", "grit"]
+_OPTIMIZER_HELP = f"known: {', '.join(OPTIMIZERS)}"
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from .pretrain import PretrainConfig, pretrain
+
+    given = {name: getattr(arguments, name) for name in ("minutes", "steps", "batch_size", "seed", "threads")}
+    record = pretrain(PretrainConfig(**{k: v for k, v in given.items() if v is not None}), arguments.out)
+    print(f"held-out loss {record['heldout_loss_nats_per_token']:.4f} nats per token; written to {arguments.out}")
+
+
+def _template(arguments: argparse.Namespace) -> RunConfig:
+    """The configuration that all runs of the command share; optimizer, rate and seed are filled in by the plan."""
+    from .runner import resolve_device
+
+    shared = ("steps", "batch_size", "rank", "beta1", "beta2", "weight_decay", "warmup", "eval_every")
+    values = {name: getattr(arguments, name) for name in shared}
+    alpha = arguments.alpha or arguments.rank
+    device, options = resolve_device(arguments.device), dict(arguments.option)
+    return RunConfig(check_task(arguments.task), "", 0.0, 0, alpha=alpha, device=device, options=options, **values)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from .runner import plan, run_all
+
+    runs = plan(_template(arguments), arguments.optimizers, arguments.lrs, arguments.seeds)
+    run_all(runs, arguments.out, arguments.jobs, arguments.threads)
+    print(f"results in {arguments.out}; table and figures: python -m benchmarks report {arguments.out}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from .report import report
+
+    report(arguments.folder)
+
+
+def _cost(arguments: argparse.Namespace) -> None:
+    from .cost import cost
+
+    cost(arguments.task, arguments.optimizer, arguments.steps, arguments.out, arguments.lr, arguments.threads)
+
+
+def _main(arguments: argparse.Namespace) -> None:
+    from .report import report
+    from .runner import plan, resolve_device, run_all
+
+    template = RunConfig("naming", "", 0.0, 0, steps=arguments.steps, device=resolve_device(arguments.device))
+    run_all(plan(template, MAIN_OPTIMIZERS, MAIN_LRS, [0]), arguments.out)
+    report(arguments.out)
+
+
+def _add_pretrain(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("pretrain", help="train the base model again from nothing")
+    parser.add_argument("--out", type=Path, required=True)
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument(
+        "--minutes", type=read.positive, help="length of the run; the learning rate reaches 0 at its end"
+    )
+    length.add_argument("--steps", type=read.positive_int, help="the same, counted in steps (repeatable exactly)")
+    parser.add_argument("--batch-size", type=read.positive_int)
+    parser.add_argument("--seed", type=read.whole)
+    parser.add_argument("--threads", type=read.positive_int)
+    parser.set_defaults(call=_pretrain)
+
+
+def _add_run(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("run", help="train LoRA with several optimizers, learning rates and seeds")
+    parser.add_argument("--task", default="naming", help=f"known: {', '.join(TASKS)}")
+    parser.add_argument("--optimizers", type=read.several(str), required=True, help=_OPTIMIZER_HELP)
+    parser.add_argument("--lrs", type=read.several(read.positive), required=True)
+    parser.add_argument("--seeds", type=read.several(read.whole), default=[0])
+    parser.add_argument("--out", type=Path, required=True)
+    for name, kind in (("steps", read.positive_int), ("batch-size", read.positive_int), ("rank", read.positive_int)):
+        parser.add_argument(f"--{name}", type=kind, default=getattr(RunConfig, name.replace("-", "_")))
+    parser.add_argument("--alpha", type=read.positive_int, help="LoRA's alpha; the rank by default")
+    for name, check in (("beta1", read.beta), ("beta2", read.beta), ("weight-decay", read.not_negative)):
+        parser.add_argument(f"--{name}", type=check, default=getattr(RunConfig, name.replace("-", "_")))
+    parser.add_argument("--warmup", type=read.whole, default=RunConfig.warmup, help="steps")
+    parser.add_argument("--eval-every", type=read.positive_int, default=RunConfig.eval_every, help="steps")
+    parser.add_argument("--option", type=read.option, action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--jobs", type=read.positive_int, default=1, help="runs at a time (times are then shared)")
+    parser.add_argument(
+        "--threads", type=read.positive_int, help="torch threads per run; by default all, shared by jobs"
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.set_defaults(call=_run)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("report", help="table and figures from the results in a folder")
+    parser.add_argument("folder", type=Path)
+    parser.set_defaults(call=_report)
+
+
+def _add_cost(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("cost", help="step time and memory of an optimizer against plain AdamW, in turns")
+    parser.add_argument("--task", default="naming", help=f"known: {', '.join(TASKS)}")
+    parser.add_argument("--optimizer", default="grit", help=_OPTIMIZER_HELP)
+    parser.add_argument("--steps", type=read.positive_int, default=80, help="timed steps of each of the two")
+    parser.add_argument("--lr", type=read.positive, default=5e-3)
+    parser.add_argument("--threads", type=read.positive_int)
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results" / "cost")
+    parser.set_defaults(call=_cost)
+
+
+def _add_main(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("main", help="the comparison in the README: AdamW against GRIT, a few minutes")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results" / "main")
+    parser.add_argument("--steps", type=read.positive_int, default=RunConfig.steps)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.set_defaults(call=_main)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_pretrain, _add_run, _add_report, _add_cost, _add_main):
+        add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        arguments.call(arguments)
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what is finished is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

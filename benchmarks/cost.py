@@ -1,0 +1,118 @@
+"""What an optimizer's step costs against plain AdamW: both in one process, in turns, on the same batches."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+from . import environment
+from .files import write_json
+from .optimizers import check_optimizer, state_bytes
+from .results import RunConfig
+from .tasks import check_task
+
+BLOCK = 5  # steps in a row; blocks alternate as ABBA, so that a drift of the machine's speed falls on both alike
+WARMUP = 10  # untimed steps of each: first allocations, and the samples that curvature waits for
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    """Lower quartile, median and upper quartile."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"q1": low, "median": middle, "q3": high}
+
+
+def abba(blocks: int) -> list[int]:
+    """The order of `2 * blocks` blocks: 0, 1, 1, 0, 0, 1, 1, 0, ..."""
+    return [lane for pair in range(blocks) for lane in ((0, 1) if pair % 2 == 0 else (1, 0))]
+
+
+def _stages(optimizer: Any) -> dict[str, float]:
+    """Seconds per stage so far; empty for an optimizer that does not count them."""
+    return dict(optimizer.stage_seconds()) if hasattr(optimizer, "stage_seconds") else {}
+
+
+def measure(config: RunConfig, task: Any, steps: int) -> dict[str, Any]:
+    """Time `steps` full training steps (forward, backward, optimizer) of AdamW and of the configured optimizer."""
+    from dataclasses import replace
+
+    from .train import Run
+
+    lanes = [Run(replace(config, optimizer="adamw", options={}), task), Run(config, task)]
+    for lane in lanes:
+        for _ in range(WARMUP):
+            lane.train_step()
+    before = _stages(lanes[1].optimizer)
+    blocks = [min(BLOCK, steps - start) for start in range(0, steps, BLOCK)]
+    for place, turn in enumerate(abba(len(blocks))):
+        for _ in range(blocks[place // 2]):
+            lanes[turn].train_step()
+    stages = {name: seconds - before.get(name, 0.0) for name, seconds in _stages(lanes[1].optimizer).items()}
+    adamw, other = (lane.step_seconds[WARMUP:] for lane in lanes)
+    return {
+        "step_seconds": {"plain adamw": quartiles(adamw), "optimizer": quartiles(other)},
+        "ratio": quartiles([mine / theirs for mine, theirs in zip(other, adamw, strict=True)]),
+        "ratio_of_totals": sum(other) / sum(adamw),
+        "stage_seconds_per_step": {name: seconds / steps for name, seconds in stages.items()},
+        "optimizer_state_bytes": {
+            "plain adamw": state_bytes(lanes[0].optimizer.state_dict()),
+            "optimizer": state_bytes(lanes[1].optimizer.state_dict()),
+        },
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a result as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("", "step, ms (quartiles)", "optimizer state", title=f"full training steps, task {result['task']}")
+    for name, times in result["step_seconds"].items():
+        spread = f"{1e3 * times['median']:.1f} ({1e3 * times['q1']:.1f} to {1e3 * times['q3']:.1f})"
+        table.add_row(
+            result["optimizer"] if name == "optimizer" else name,
+            spread,
+            f"{result['optimizer_state_bytes'][name]:,} bytes",
+        )
+    console.print(table)
+    ratio = result["ratio"]
+    console.print(
+        f"step by step: {ratio['median']:.3f}× (quartiles {ratio['q1']:.3f} to {ratio['q3']:.3f}); "
+        f"all steps together: {result['ratio_of_totals']:.3f}×"
+    )
+    if result["stage_seconds_per_step"]:
+        stages = Table("stage of the optimizer's step", "ms per step, mean")
+        for name, seconds in result["stage_seconds_per_step"].items():
+            stages.add_row(name, f"{1e3 * seconds:.2f}")
+        console.print(stages)
+
+
+def cost(task: str, optimizer: str, steps: int, out: Path, lr: float, threads: int | None = None) -> dict[str, Any]:
+    """Measure, write `cost-TASK-OPTIMIZER.json` into `out`, print a table; returns the result."""
+    import torch
+
+    from . import memory
+    from .base_model import load_tokenizer
+    from .tasks import load_task
+
+    config = RunConfig(check_task(task), check_optimizer(optimizer), lr, 0, steps=steps + WARMUP)
+    memory.keep_freed_memory()
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    load = os.getloadavg()[0]  # near 0 on a quiet machine; else the times are worth little
+    result = {
+        "task": task,
+        "optimizer": optimizer,
+        "timed_steps": steps,
+        "learning_rate": lr,
+        **measure(config, load_task(task, load_tokenizer()), steps),
+        "versions": environment.versions(),
+        "code": environment.commit(),
+        "hardware": {**environment.hardware(), "load_average_before": load},
+    }
+    path = out / f"cost-{task}-{optimizer}.json"
+    write_json(path, result)
+    show(result)
+    print(f"written: {path}")
+    return result

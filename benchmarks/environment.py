@@ -1,0 +1,112 @@
+"""What a result depends on besides its configuration: versions, hardware, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .files import REPOSITORY, BenchmarkError
+
+LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
+
+
+def installed_version(distribution: str) -> str | None:
+    """The installed version of a distribution; None where it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def require_versions(distributions: list[str]) -> dict[str, str]:
+    """Installed versions; an error that names what is missing and how to get it."""
+    found = {name: installed_version(name) for name in distributions}
+    missing = [name for name, version in found.items() if version is None]
+    if missing:
+        raise BenchmarkError(
+            f"not installed: {', '.join(missing)}; the benchmark's data are cut from these packages' sources: "
+            "pip install -e '.[bench]'"
+        )
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def pinned_versions() -> dict[str, str]:
+    """Exact pins in pyproject.toml, by lower-case distribution name."""
+    text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    return {name.lower(): version for name, version in re.findall(r'"([\w.-]+)==([^"]+)"', text)}
+
+
+def python_version() -> str:
+    """Python's version with its patch level, as in "3.11.7"."""
+    return platform.python_version()
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, the libraries and grit_optim; None for what is not installed."""
+    found = {name: installed_version(name) for name in LIBRARIES}
+    return {"python": python_version(), "grit_optim": installed_version("grit-optim"), **found}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def hardware(device: str = "cpu") -> dict[str, Any]:
+    """The processor's model, its cores, torch's threads and the accelerator's name."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
+    return {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git, or no repository (an unpacked archive): recorded as unknown
+    return done.stdout.strip()
+
+
+def commit() -> dict[str, Any]:
+    """The repository's commit, and whether code differs from it (results being written do not count)."""
+    status = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def reset_peak_memory(device: str = "cpu") -> None:
+    """Let the peak start again from what is in use now, where the system can (Linux, CUDA)."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory_bytes(device: str = "cpu") -> int:
+    """Peak memory of this process in bytes: allocated on the accelerator where one is used, else resident."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.is_file():  # the only figure that reset_peak_memory resets
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
+        if found:
+            return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

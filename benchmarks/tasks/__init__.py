@@ -1,0 +1,80 @@
+"""Tasks: what is trained and what is measured, the same for every optimizer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..files import BenchmarkError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_GROUP = 16  # batches that are sorted by length together: padding falls below a tenth, the order stays random
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a prompt and of its answer; the loss is on the answer alone."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Training and held-out examples, and the sha256 of both."""
+
+    name: str
+    train: tuple[Example, ...]
+    heldout: tuple[Example, ...]
+    fingerprint: str
+
+    def batches(self, seed: int, batch_size: int) -> Iterator[list[Example]]:
+        """Endless training batches in an order that depends on `seed` and `batch_size` alone.
+
+        Every epoch is a new permutation; batches hold examples of like length, so that little is padding.
+        """
+        if not 1 <= batch_size <= len(self.train):
+            raise BenchmarkError(
+                f"batch size {batch_size} is not between 1 and the {len(self.train)} training examples"
+            )
+        generator = random.Random(seed)
+        while True:
+            yield from self._epoch(generator, batch_size)
+
+    def _epoch(self, generator: random.Random, size: int) -> Iterator[list[Example]]:
+        """One pass over whole batches; what does not fill a batch is left out of this pass."""
+        order = generator.sample(range(len(self.train)), len(self.train) // size * size)
+        for start in range(0, len(order), size * _GROUP):
+            group = sorted(order[start : start + size * _GROUP], key=lambda index: len(self.train[index]))
+            batches = [group[place : place + size] for place in range(0, len(group), size)]
+            generator.shuffle(batches)
+            for batch in batches:
+                yield [self.train[index] for index in batch]
+
+
+def _naming(tokenizer: Tokenizer) -> Task:
+    from .naming import load
+
+    return load(tokenizer)
+
+
+TASKS: dict[str, Callable[[Tokenizer], Task]] = {"naming": _naming}
+
+
+def check_task(name: str) -> str:
+    """The name itself, or an error that lists the known ones."""
+    if name not in TASKS:
+        raise BenchmarkError(f"unknown task {name!r}; known: {', '.join(sorted(TASKS))}")
+    return name
+
+
+def load_task(name: str, tokenizer: Tokenizer) -> Task:
+    """The task of that name, its text cut into tokens by `tokenizer`."""
+    return TASKS[check_task(name)](tokenizer)

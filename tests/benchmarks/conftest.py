@@ -1,0 +1,58 @@
+"""The real task and a small model, made once for the folder."""
+
+import pytest
+
+from benchmarks import base_model
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return base_model.load_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def rows(tokenizer):
+    from benchmarks.tasks import naming
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(naming, "_warn_if_not_pinned", lambda: None)
+        return naming.rows(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def naming_task(rows, tokenizer):
+    from benchmarks.tasks import naming
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(naming, "_warn_if_not_pinned", lambda: None)
+        return naming.load(tokenizer)
+
+
+@pytest.fixture
+def made_up_result():
+    """A function that makes one result; keywords change it, `final` ends its curve."""
+
+    def make(optimizer="adamw", lr=0.01, seed=0, curve=((0, 0.0, 5.0), (50, 10.0, 3.0), (100, 20.0, 2.0)), **changes):
+        from dataclasses import asdict
+
+        from benchmarks.results import RunConfig
+
+        config = asdict(RunConfig("naming", optimizer, lr, seed, steps=100, eval_every=50))
+        config |= changes.pop("config", {})
+        result = {
+            "config": config,
+            "curve": [{"step": step, "seconds": seconds, "loss": loss} for step, seconds, loss in curve],
+            "diverged": False,
+            "final_loss": curve[-1][2],
+            "exact_match": 0.25,
+            "seconds": curve[-1][1],
+            "step_seconds_median": 0.2,
+            "optimizer_state_bytes": 2_000_000,
+            "fingerprint": "f" * 64,
+            "hardware": {"cpu": "a cpu", "cores": 2, "threads": 2, "gpu": None, "jobs": 1},
+            "versions": {"torch": "2.13.0"},
+            "code": {"commit": "c" * 40, "dirty": False},
+        }
+        return result | changes
+
+    return make
