@@ -115,13 +115,13 @@ def _add_cost(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--steps", type=read.positive_int, default=80, help="timed steps of each of the two")
     parser.add_argument("--lr", type=read.positive, default=5e-3)
     parser.add_argument("--threads", type=read.positive_int)
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results" / "cost")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "cost")
     parser.set_defaults(call=_cost)
 
 
 def _add_main(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("main", help="the comparison in the README: AdamW against GRIT, a few minutes")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results" / "main")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "main")
     parser.add_argument("--steps", type=read.positive_int, default=RunConfig.steps)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.set_defaults(call=_main)

@@ -30,7 +30,7 @@ class Held:
         gradient: what the base will see, ``[m, rows, columns]``.
         weights: the matrices before the step ``[m, rows, columns]``, for the modes that need them.
         rotated: the matrices as the base saw them, for the mode that turns them.
-        cosine: of the angle between the update with and without curvature, ``[m]``.
+        cosine: of the angle between the update with and without curvature, ``[m, 1, 1]``; NaN where one is zero.
     """
 
     curvature: Curvature
@@ -62,6 +62,8 @@ def hold_gradients(curvatures: Iterable[Curvature]) -> list[Held]:
             originals = [p.grad for p in part.parameters if p.grad is not None]
             held.append(Held(curvature, part, originals, part.stack(originals)))
     finite = all_finite([h.gradient for h in held])
+    if finite.device.type == "cpu" and finite:  # the usual case; looking costs nothing on the host
+        return held
     for h in held:
         h.gradient = torch.where(finite.to(h.gradient.device), h.gradient, torch.zeros_like(h.gradient))
     return held
@@ -105,9 +107,9 @@ def _norm(stacked: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(stacked, keepdim=True)
 
 
-def _cosine(left: Tensor, right: Tensor) -> Tensor:
-    """Cosine of the angle between two stacks of matrices, ``[m]``; NaN where one is zero."""
-    return (left * right).sum((1, 2)) / (_norm(left) * _norm(right))[:, 0, 0]
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    """Inner product of the matrices of two stacks: ``[m, rows, columns]`` twice to ``[m, 1, 1]``."""
+    return torch.linalg.vecdot(left.flatten(1), right.flatten(1))[:, None, None]
 
 
 class Preconditioner:
@@ -150,10 +152,10 @@ class Inverse(Preconditioner):
     def before(self, held: Held) -> None:
         """Multiply by the inverse, and keep each matrix's norm if asked to."""
         natural = held.group.apply(held.curvature.operator(held.group.side), held.gradient)
-        held.cosine = _cosine(natural, held.gradient)
+        size, natural_size = _norm(held.gradient), _norm(natural)
+        held.cosine = _inner(natural, held.gradient) / (natural_size * size)
         if held.curvature.options.preserve_norm:
-            size = _norm(natural)
-            natural = natural * (_norm(held.gradient) / size).nan_to_num(0.0, posinf=0.0)
+            natural = natural * (size / natural_size).nan_to_num(0.0, posinf=0.0)
         held.gradient = torch.where(held.ready, natural, held.gradient)
 
 
@@ -191,7 +193,8 @@ class Eigenbasis(Preconditioner):
         outward = basis if group.side == "A" else basis.mT
         step = group.apply(outward, group.stack(group.parameters) - held.rotated)
         group.write(held.weights + step)
-        held.cosine = _cosine(step, -group.stack(held.originals))
+        original = group.stack(held.originals)
+        held.cosine = -_inner(step, original) / (_norm(step) * _norm(original))
 
 
 class Balanced(Preconditioner):
@@ -228,11 +231,10 @@ class Steer(Preconditioner):
         decayed = held.weights * (1 - decay)
         step = taken - decayed
         natural = group.apply(held.curvature.operator(group.side), self._scaled_moment(held))
-        length = _norm(step) / _norm(natural)
-        steered = -length * natural
-        usable = held.ready & length.isfinite()
-        held.cosine = _cosine(step, steered)
-        group.write(torch.where(usable, decayed + steered, taken))
+        step_size, natural_size = _norm(step), _norm(natural)
+        held.cosine = -_inner(step, natural) / (step_size * natural_size)
+        length = step_size / natural_size
+        group.write(torch.where(held.ready & length.isfinite(), decayed - length * natural, taken))
 
     def _scaled_moment(self, held: Held) -> Tensor:
         """``m / c``, ``[m, rows, columns]``."""

@@ -53,5 +53,5 @@ class Counters:
         """Mean over all matrices whose update was turned, or None if there was none."""
         if not self.cosines:
             return None
-        value = float(torch.cat([c.detach().float().cpu() for c in self.cosines]).nanmean())
+        value = float(torch.cat([c.detach().float().cpu().flatten() for c in self.cosines]).nanmean())
         return None if value != value else value
