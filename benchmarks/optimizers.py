@@ -63,6 +63,7 @@ OPTIMIZERS: dict[str, Factory] = {
     "adamw": _adamw,
     "grit": _grit(),
     "grit-eigenbasis": _grit(precondition="eigenbasis"),
+    "grit-steer": _grit(precondition="steer"),
     "grit-balanced": _grit(precondition="balanced"),
     "grit-inverse": _grit(precondition="inverse"),
     "grit-none": _grit(precondition="none"),

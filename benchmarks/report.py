@@ -13,6 +13,7 @@ _HEADER = (
     "optimizer",
     "best learning rate",
     "held-out loss (nats/token)",
+    "loss on unseen batches",
     "exact match",
     "steps to AdamW's best",
     "seconds to AdamW's best",
@@ -22,7 +23,9 @@ _HEADER = (
 _LEGEND = (
     "Loss: mean over n seeds at the best learning rate, ± the standard deviation between seeds. Steps and seconds to "
     "AdamW's best: the first point of the mean held-out curve, interpolated, at AdamW's best final loss, as a ratio to AdamW. "
-    "Step time: median, as a ratio to AdamW."
+    "Step time: median, as a ratio to AdamW. Loss on unseen batches: of every training batch before it is trained on, mean "
+    "over the steps after the first held-out point; the batches are the same for all and no example comes twice, so this is "
+    "held out too, but from the training packages."
 )
 
 
@@ -55,6 +58,7 @@ def _fields(row: Row, has_reference: bool) -> tuple[str, ...]:
         row.method.label,
         _rate(row.method, best),
         _loss(best),
+        "–" if best is None or best.unseen_loss is None else f"{best.unseen_loss:.3f}",
         f"{100 * best.mean('exact_match'):.1f} %" if best else "–",
         _times(row.steps_ratio, missing),
         _times(row.seconds_ratio, missing),

@@ -68,6 +68,19 @@ class Cell:
         """Mean of a number over the finished seeds."""
         return statistics.fmean(run[key] for run in self.finished)
 
+    @property
+    def unseen_loss(self) -> float | None:
+        """Mean loss of the training batches when they were first met, over all steps after the first point of the curve.
+
+        Within one epoch no example is met twice, so this is a held-out loss on the training packages, of many more
+        examples than the held-out split has; every method meets the same batches. None beyond one epoch.
+        """
+        runs = self.finished
+        if not runs or any(run.get("epochs", 2.0) > 1.0 for run in runs):
+            return None
+        losses = [loss for run in runs for loss in run["train_losses"][run["config"]["eval_every"] :]]
+        return statistics.fmean(losses) if losses else None
+
     def curve(self, key: str) -> list[float]:
         """The held-out curve's `key` (step, seconds or loss), point by point the mean over the finished seeds."""
         points = zip(*(run["curve"] for run in self.finished), strict=True)

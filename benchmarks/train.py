@@ -105,6 +105,7 @@ class Run:
             "final_loss": None if diverged else self.curve[-1]["loss"],
             "exact_match": None if diverged else self.exact_match,
             "train_losses": [finite(loss) for loss in self.losses],
+            "epochs": self.config.steps * self.config.batch_size / len(self.task.train),
             "seconds": sum(self.step_seconds),
             "step_seconds_median": statistics.median(self.step_seconds),
             "padding_share": statistics.fmean(self.padding),

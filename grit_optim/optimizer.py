@@ -18,7 +18,7 @@ from grit_optim.buckets import build_buckets
 from grit_optim.capture import Capture
 from grit_optim.curvature import Curvature
 from grit_optim.fisher import gradient_unit
-from grit_optim.presets import MODE_DEFAULTS
+from grit_optim.presets import MODE_DEFAULTS, default_precondition
 from grit_optim.rank import RankPolicy
 from grit_optim.sites import Site, find_sites, no_sites_message
 from grit_optim.telemetry import Counters, StageTimes
@@ -36,7 +36,7 @@ class GritOptimizer(OptimizerWrapper):
     1. reads what the taps gathered since the last step and folds it into the factors Σ_a and Σ_g;
     2. every ``kfac_update_freq`` steps derives from them what it applies;
     3. prepares the gradients (or coordinates) of every pair;
-    4. lets the base optimizer step, and turns that step if ``precondition="steer"``;
+    4. lets the base optimizer step, and turns that step back ("eigenbasis") or aside ("steer");
     5. every ``reprojection_freq`` steps reprojects the pairs, moves the base's moments along and adapts the rank;
     6. counts, without waiting for the device.
 
@@ -48,18 +48,20 @@ class GritOptimizer(OptimizerWrapper):
         model: the PEFT model (or one that contains such layers), used to find the pairs; a weak reference is kept.
         sites: the pairs, instead of looking for PEFT's: hand-written LoRA is passed as
             ``[Site.from_modules(name, a, b, scaling), …]``.
-        precondition: how the curvature is used.
+        precondition: how the curvature is used. None: "eigenbasis" for torch's Adam family, RMSprop and Adagrad, "steer" for
+            any other base.
+            ``"eigenbasis"``: the base works in the eigenbasis of each pair's factors; its moments are kept in that basis.
             ``"steer"``: the base's step keeps its length and takes the direction of the natural gradient of its moment.
-            ``"eigenbasis"``: the base works in the eigenbasis of each pair's factors.
             ``"balanced"``: the pairs are kept in coordinates in which both factors are diagonal and proportional.
             ``"inverse"``: the gradient is multiplied by the damped inverse before the base sees it (the GRIT paper).
             ``"none"``: exactly the base.
         pairing: ``"kfac"`` multiplies ∇A by Σ_g⁻¹ and ∇B by Σ_a⁻¹; ``"paper"`` the other way round.
         fisher_decay: weight in [0, 1) that the factors' past keeps per recorded step; None for the mean over all tokens.
         kfac_update_freq: steps between two refreshes of what is derived from the factors. None: 1 for "steer" and
-            "inverse", 10 for "eigenbasis" and "balanced", which move the base's moments at each refresh.
+            "inverse", 2 for "eigenbasis", 10 for "balanced"; the last two move the base's moments at each refresh.
         kfac_min_samples: tokens that a factor must have seen before it is used.
-        kfac_damping: λ added to the factors before they are inverted or balanced. None: 0.03, and 1e-4 for "balanced".
+        kfac_damping: λ added to the factors before they are inverted or balanced. None: 0.3 for "steer",
+            0.03 for "inverse", 1e-4 for "balanced"; "eigenbasis" needs none.
         damping: ``"relative"``: λ is in units of the factor's mean eigenvalue; ``"absolute"``: in the loss's own units,
             as in the GRIT library, whose λ so depends on batch size and loss scale.
         kfac_inversion_device: where factors are inverted or decomposed; None for where they are.
@@ -95,7 +97,7 @@ class GritOptimizer(OptimizerWrapper):
         model: nn.Module,
         *,
         sites: Sequence[Site] | None = None,
-        precondition: str = "steer",
+        precondition: str | None = None,
         pairing: str = "kfac",
         fisher_decay: float | None = 0.9,
         kfac_update_freq: int | None = None,
@@ -118,6 +120,7 @@ class GritOptimizer(OptimizerWrapper):
         rank_adaptation_start_step: int = 0,
     ) -> None:
         check_base(base)
+        precondition = default_precondition(base) if precondition is None else precondition
         mode = MODE_DEFAULTS.get(precondition, MODE_DEFAULTS["none"])
         self.options = Options(
             precondition=precondition,
@@ -368,10 +371,11 @@ class GritOptimizer(OptimizerWrapper):
         """What has been done so far, as plain values (reading them waits for the device).
 
         ``mean_cosine`` is that of the angle between the latest update with and without curvature, over all matrices: 1
-        means that the curvature changed nothing.
+        means that the curvature changed nothing. None where only the one with curvature is known ("eigenbasis", "balanced").
         """
         counters = self._counters
         return {
+            "options": self.options.as_dict(),
             "steps": self._steps,
             "sites": len(self._sites),
             "refreshes": counters.refreshes,

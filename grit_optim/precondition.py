@@ -30,7 +30,8 @@ class Held:
         gradient: what the base will see, ``[m, rows, columns]``.
         weights: the matrices before the step ``[m, rows, columns]``, for the modes that need them.
         rotated: the matrices as the base saw them, for the mode that turns them.
-        cosine: of the angle between the update with and without curvature, ``[m, 1, 1]``; NaN where one is zero.
+        cosine: of the angle between the update with and without curvature, ``[m, 1, 1]``; NaN where one is zero, None in
+            the modes that only know the one with.
     """
 
     curvature: Curvature
@@ -193,8 +194,6 @@ class Eigenbasis(Preconditioner):
         outward = basis if group.side == "A" else basis.mT
         step = group.apply(outward, group.stack(group.parameters) - held.rotated)
         group.write(held.weights + step)
-        original = group.stack(held.originals)
-        held.cosine = -_inner(step, original) / (_norm(step) * _norm(original))
 
 
 class Balanced(Preconditioner):
@@ -211,8 +210,8 @@ class Steer(Preconditioner):
     """``"steer"``: the base's step keeps its length and takes the natural gradient's direction.
 
     For A the direction is ``−Σ⁻¹ (m / c)``, with m the base's average of the gradient and c the root of its average of the
-    squared gradient, averaged over the rank (columns of A, rows of B); a base that keeps neither gets the gradient and 1.
-    Decoupled weight decay stays outside.
+    squared gradient, averaged over the rank (for columns of A, rows of B); a base that keeps neither gets the gradient
+    and 1. Decoupled weight decay stays outside.
     """
 
     def refresh(self, curvature: Curvature) -> None:
@@ -239,13 +238,13 @@ class Steer(Preconditioner):
     def _scaled_moment(self, held: Held) -> Tensor:
         """``m / c``, ``[m, rows, columns]``."""
         group = held.group
-        moments = [transport.first_moment(self.base, p) for p in group.parameters]
-        squares = [transport.second_moment(self.base, p) for p in group.parameters]
-        known = [m for m in moments if m is not None]
-        moment = group.stack(known) if len(known) == len(moments) else held.gradient
-        if any(s is None for s in squares):
+        moments = [m for m in (transport.first_moment(self.base, p) for p in group.parameters) if m is not None]
+        squares = [s for s in (transport.second_moment(self.base, p) for p in group.parameters) if s is not None]
+        complete = len(group.parameters)
+        moment = group.stack(moments) if len(moments) == complete else held.gradient
+        if len(squares) < complete:
             return moment
-        mean_square = group.stack([s for s in squares if s is not None]).mean(group.rank_dim, keepdim=True)
+        mean_square = group.stack(squares).mean(group.rank_dim, keepdim=True)
         return moment / mean_square.clamp_min(torch.finfo(moment.dtype).tiny).sqrt()
 
 

@@ -5,17 +5,34 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Any
 
-# Defaults that belong to a way of using the curvature rather than to all of them. A change of basis moves the base's
-# moments along only approximately, so those modes change it seldom; the others start from the factors at every step.
+import torch
+from torch.optim import Optimizer
+
+# Defaults that belong to a way of using the curvature rather than to all of them, as measured on the naming task
+# (benchmarks/FINDINGS.md). Balanced coordinates move the weights themselves, so they are changed seldom.
 MODE_DEFAULTS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
     {
-        "steer": {"kfac_update_freq": 1, "kfac_damping": 0.03},
+        "steer": {"kfac_update_freq": 1, "kfac_damping": 0.3},
         "inverse": {"kfac_update_freq": 1, "kfac_damping": 0.03},
-        "eigenbasis": {"kfac_update_freq": 10, "kfac_damping": 0.03},
+        "eigenbasis": {"kfac_update_freq": 2, "kfac_damping": 0.03},
         "balanced": {"kfac_update_freq": 10, "kfac_damping": 1e-4},
         "none": {"kfac_update_freq": 1, "kfac_damping": 0.03},
     }
 )
+
+_ADAPTIVE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop,
+             torch.optim.Adagrad)  # fmt: skip
+
+
+def default_precondition(base: Optimizer) -> str:
+    """How the curvature is used if nothing is asked for.
+
+    ``"eigenbasis"`` measured best, but it needs a base that scales each entry by itself (SGD does not care for the basis)
+    and whose moments can be turned with the basis (bitsandbytes keeps them in 8 bits, Adafactor as row and column means);
+    for any other base ``"steer"``, which only reads what the base keeps.
+    """
+    return "eigenbasis" if isinstance(base, _ADAPTIVE) else "steer"
+
 
 PAPER: MappingProxyType[str, Any] = MappingProxyType(
     {

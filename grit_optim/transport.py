@@ -43,10 +43,11 @@ def decoupled_decay(base: Optimizer, settings: dict[str, Any]) -> float | Tensor
 
 
 def first_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
-    """The base's average of the gradient for ``parameter``, in the parameter's shape and fp32, or None."""
+    """The base's average (or decayed sum) of the gradient for ``parameter``, in the parameter's shape, or None."""
     state = base.state.get(parameter, {})
-    for name in GRADIENT_LIKE:
-        if isinstance(state.get(name), Tensor):
+    for name in ("exp_avg", "grad_avg", "momentum_buffer"):
+        averages_gradients = name != "momentum_buffer" or "square_avg" not in state  # RMSprop's is of scaled gradients
+        if isinstance(state.get(name), Tensor) and averages_gradients:
             return state[name]
     return _bitsandbytes_moment(state, "1")
 

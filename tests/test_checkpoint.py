@@ -147,7 +147,7 @@ def test_saved_tensors_own_small_storages(tmp_path, mode):
 
 
 def test_saved_state_does_not_change_with_the_run():
-    model, optimizer = built({})
+    model, optimizer = built({"precondition": "steer"})
     train(model, optimizer, 3)
     own = optimizer.state_dict()["grit"]
     before = copy.deepcopy(own)
@@ -256,7 +256,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("spoil", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_a_checkpoint_that_does_not_belong_changes_nothing(spoil, message):
-    model, optimizer = built({})
+    model, optimizer = built({"precondition": "steer"})
     train(model, optimizer, 3)
     foreign = copy.deepcopy(optimizer.state_dict())
     spoil(foreign["grit"])

@@ -68,7 +68,9 @@ def test_inverse_keeps_the_norm_of_each_gradient_by_default():
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_steer_keeps_adams_length_and_takes_the_natural_direction(weight_decay):
     settings = {"lr": 1e-2, "betas": (0.6, 0.99), "weight_decay": weight_decay}
-    model, optimizer, before, _ = one_step({}, torch.optim.AdamW, **settings)
+    model, optimizer, before, _ = one_step(
+        {"precondition": "steer", "kfac_damping": 0.03}, torch.optim.AdamW, **settings
+    )
     after = tiny.weights(model)
     parameters = dict(model.named_parameters())
     for a, b, sigma_a, sigma_g in sites_of(model, optimizer):
@@ -86,7 +88,9 @@ def test_steer_keeps_adams_length_and_takes_the_natural_direction(weight_decay):
 
 @pytest.mark.parametrize(("settings", "of"), [({}, "gradient"), ({"momentum": 0.9}, "momentum")])
 def test_steer_takes_the_gradient_or_momentum_of_sgd(settings, of):
-    model, optimizer, before, gradients = one_step({}, torch.optim.SGD, **settings)
+    model, optimizer, before, gradients = one_step(
+        {"precondition": "steer", "kfac_damping": 0.03}, torch.optim.SGD, **settings
+    )
     after = tiny.weights(model)
     parameters = dict(model.named_parameters())
     for a, _, _, sigma_g in sites_of(model, optimizer):

@@ -94,6 +94,27 @@ def test_bases_that_cannot_be_wrapped():
         GritOptimizer(tiny.adamw(model), "model")
 
 
+@pytest.mark.parametrize(
+    ("base", "mode"),
+    [
+        ("AdamW", "eigenbasis"),
+        ("RAdam", "eigenbasis"),
+        ("Adagrad", "eigenbasis"),
+        ("SGD", "steer"),
+        ("Adafactor", "steer"),
+    ],
+)
+def test_the_default_mode_depends_on_the_base(base, mode):
+    """A base that does not scale entries one by one gains nothing from another basis."""
+    model = tiny.llama()
+    optimizer = GritOptimizer(getattr(torch.optim, base)(tiny.trained(model), lr=1e-2), model, kfac_min_samples=8)
+    assert optimizer.options.precondition == mode
+    tiny.train(model, optimizer, 3)
+    assert optimizer.telemetry()["engaged_sites"] == 14
+    cosine = optimizer.telemetry()["mean_cosine"]
+    assert cosine is None if mode == "eigenbasis" else cosine < 0.99
+
+
 def test_defaults_of_the_mode_stand_in_for_none():
     model = tiny.llama()
     frequencies = {}
@@ -101,4 +122,4 @@ def test_defaults_of_the_mode_stand_in_for_none():
         optimizer = GritOptimizer(tiny.adamw(model), model, precondition=mode)
         frequencies[mode] = (optimizer.options.kfac_update_freq, optimizer.options.kfac_damping)
         optimizer.close()
-    assert frequencies == {"steer": (1, 0.03), "inverse": (1, 0.03), "eigenbasis": (10, 0.03), "balanced": (10, 1e-4)}
+    assert frequencies == {"steer": (1, 0.3), "inverse": (1, 0.03), "eigenbasis": (2, 0.03), "balanced": (10, 1e-4)}

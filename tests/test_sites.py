@@ -304,7 +304,8 @@ def test_groups_follow_the_parameter_groups():
 def test_steering_takes_each_groups_own_rate_and_decay(reloaded):
     """Decay stays outside, and what is left keeps the base's length: true only with that group's own lr·wd."""
     ours, plain = warm(llama()), warm(llama())
-    optimizer, base = GritOptimizer(AdamW(plus_groups(ours)), ours, kfac_min_samples=8), AdamW(plus_groups(plain))
+    base = AdamW(plus_groups(plain))
+    optimizer = GritOptimizer(AdamW(plus_groups(ours)), ours, precondition="steer", kfac_min_samples=8)
     if reloaded:
         optimizer.load_state_dict(optimizer.state_dict())
     for settings in (*optimizer.param_groups, *base.param_groups):  # a schedule reaches the decay as well

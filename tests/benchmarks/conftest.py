@@ -45,6 +45,8 @@ def made_up_result():
             "diverged": False,
             "final_loss": curve[-1][2],
             "exact_match": 0.25,
+            "train_losses": [4.0] * 50 + [2.25] * 25 + [2.75] * 25,
+            "epochs": 0.5,
             "seconds": curve[-1][1],
             "step_seconds_median": 0.2,
             "optimizer_state_bytes": 2_000_000,

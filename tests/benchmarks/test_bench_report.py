@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.report import report, table
 from benchmarks.results import write_result
-from benchmarks.summary import comparable, first_crossing, methods, reference_cell, rows
+from benchmarks.summary import Cell, comparable, first_crossing, methods, reference_cell, rows
 
 
 @pytest.fixture
@@ -56,24 +56,29 @@ def test_best_rate_at_the_end_of_the_grid_is_marked(study):
 
 def test_table_shows_numbers_and_diverged_runs(study):
     lines = table(study).splitlines()
-    assert "| adamw | 0.01 (edge of grid) | 2.100 ± 0.141 (n=2) | 15.0 % | 1.00× | 1.00× | 1.00× | 2.00 MB |" in lines
-    assert "| grit | 0.01 | 1.500 (n=1) | 25.0 % | 0.70× | 1.40× | 1.50× | 3.00 MB |" in lines
+    assert (
+        "| adamw | 0.01 (edge of grid) | 2.100 ± 0.141 (n=2) | 2.500 | 15.0 % | 1.00× | 1.00× | 1.00× | 2.00 MB |"
+        in lines
+    )
+    assert "| grit | 0.01 | 1.500 (n=1) | 2.500 | 25.0 % | 0.70× | 1.40× | 1.50× | 3.00 MB |" in lines
     assert "- grit at 0.02: 1 of 2 runs diverged" in lines
 
 
 def test_a_method_that_only_diverges_is_shown(study):
     alone = [*study[:4], study[-1]]
-    assert "| grit | none of 0.02 | diverged | – | – | – | – | – |" in table(alone).splitlines()
+    assert "| grit | none of 0.02 | diverged | – | – | – | – | – | – |" in table(alone).splitlines()
 
 
 def test_a_method_that_never_gets_there(study):
-    assert "| grit | 0.005 (single rate) | 3.000 (n=1) | 25.0 % | not reached | not reached | 1.50×" in table(study[:5])
+    assert "| grit | 0.005 (single rate) | 3.000 (n=1) | 2.500 | 25.0 % | not reached | not reached | 1.50×" in table(
+        study[:5]
+    )
 
 
 def test_without_adamw_there_are_no_ratios(study):
     text = table(study[4:7])
     assert reference_cell(methods(study[4:7])) is None
-    assert "| grit | 0.01 | 1.500 (n=1) | 25.0 % | – | – | – | 3.00 MB |" in text
+    assert "| grit | 0.01 | 1.500 (n=1) | 2.500 | 25.0 % | – | – | – | 3.00 MB |" in text
     assert "nothing to take ratios to" in text
 
 
@@ -139,3 +144,11 @@ def test_figures_of_runs_that_all_diverged(tmp_path, study):
     report(tmp_path)
     assert not (tmp_path / "curves.png").exists()
     assert (tmp_path / "learning_rates.png").exists()
+
+
+def test_unseen_loss_is_only_given_within_one_epoch(made_up_result):
+    """Beyond it, a training batch has been trained on before."""
+    cells = [Cell(0.01, (made_up_result(epochs=epochs),)) for epochs in (1.0, 1.01)]
+    assert cells[0].unseen_loss == 2.5
+    assert cells[1].unseen_loss is None
+    assert Cell(0.01, (made_up_result(train_losses=[3.0] * 50),)).unseen_loss is None, "nothing after the first point"
