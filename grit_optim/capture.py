@@ -23,6 +23,9 @@ from grit_optim.telemetry import StageTimes
 STASH_LIMIT = 8
 """Backward passes per site whose rows are kept before they are added up; bounds memory under long accumulation."""
 
+COPIED_STRIDE = 4
+"""From one row in so many on, the rows are copied, so that the whole activation can be freed before the step."""
+
 
 class Tap:
     """Forward hook on ``lora_A``. Holds its capture weakly, so that no model keeps an optimizer alive.
@@ -106,9 +109,10 @@ class Capture:
         bucket, slot = self._slots[position]
         h, delta = (t.movedim(site.channel_dim, -1).reshape(-1, site.rank) for t in (h, delta))
         stride = self._stride(h.shape[0])
-        if stride > 1:  # a copy, so that the whole activation can be freed
-            start = self.offset % stride
-            h, delta = h[start::stride].clone(), delta[start::stride].clone()
+        if stride > 1:
+            h, delta = (t[self.offset % stride :: stride] for t in (h, delta))
+        if stride >= COPIED_STRIDE:
+            h, delta = h.clone(), delta.clone()
         self._stash[bucket].append((slot, h, delta))
         if len(self._stash[bucket]) >= STASH_LIMIT * len(self.buckets[bucket].sites):
             self._reduce(bucket)
@@ -132,7 +136,7 @@ class Capture:
             h = torch.stack([h.to(device) for _, h, _ in members]).float()
             delta = torch.stack([delta.to(device) for _, _, delta in members]).float()
             # Padding, and tokens after which nothing is predicted, have δ = 0 but h ≠ 0: they say nothing of the loss.
-            matters = (delta != 0).any(-1, keepdim=True)
+            matters = torch.linalg.vecdot(delta, delta)[..., None] != 0
             h = torch.where(matters, h, 0.0)
             sums.activation.index_add_(0, index, h.mT @ h)
             sums.gradient.index_add_(0, index, delta.mT @ delta)

@@ -1,0 +1,49 @@
+"""What the README says is what the code does and what the results files hold."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from grit_optim import GritOptimizer
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf8")
+
+
+def options():
+    parameters = inspect.signature(GritOptimizer.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "sites"}
+
+
+def documented():
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (.+) \|$", README, flags=re.MULTILINE)
+    return {name: (default.strip("`"), text) for name, default, text in rows}
+
+
+def test_every_option_is_in_the_table_with_its_default():
+    rows = documented()
+    assert set(rows) == set(options())
+    for name, default in options().items():
+        assert rows[name][0] == (f'"{default}"' if isinstance(default, str) else str(default)), name
+        assert len(rows[name][1]) > 20, name
+
+
+@pytest.mark.parametrize("command", ["benchmarks/main.sh", "tests/run.sh"])
+def test_the_two_commands_exist(command):
+    assert f"bash {command}" in README
+    assert (ROOT / command).stat().st_mode & 0o111
+
+
+def test_the_main_table_is_the_one_that_was_printed():
+    """Figures come from the results files; nobody edits them in the README."""
+    table = (ROOT / "benchmarks" / "results" / "main" / "table.md").read_text(encoding="utf8").strip()
+    assert table.startswith("| optimizer")
+    assert table in README
+
+
+def test_linked_files_exist():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
