@@ -23,7 +23,8 @@ _HEADER = (
 _LEGEND = (
     "Loss: mean over n seeds at the best learning rate, ± the standard deviation between seeds. Steps and seconds to "
     "AdamW's best: the first point of the mean held-out curve, interpolated, at AdamW's best final loss, as a ratio to AdamW. "
-    "Step time: median, as a ratio to AdamW. Loss on unseen batches: of every training batch before it is trained on, mean "
+    "Step time: median, as a ratio to AdamW; the runs came one after another, so on a noisy machine `cost`, which takes turns, "
+    "is the one to trust, for the seconds too. Loss on unseen batches: of every training batch before it is trained on, mean "
     "over the steps after the first held-out point; the batches are the same for all and no example comes twice, so this is "
     "held out too, but from the training packages."
 )

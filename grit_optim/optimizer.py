@@ -314,6 +314,11 @@ class GritOptimizer(OptimizerWrapper):
         try:
             with self._times("base"):
                 self.base.step()
+        except BaseException:
+            for h in held:
+                mode.abandon(h)
+            raise
+        else:
             with self._times("precondition"):
                 for h in held:
                     mode.after(h)

@@ -133,6 +133,9 @@ class Preconditioner:
     def after(self, held: Held) -> None:
         """Change what the base made of it."""
 
+    def abandon(self, held: Held) -> None:
+        """Put back what :meth:`before` changed, after the base failed."""
+
     def to_plain_coordinates(self, curvature: Curvature) -> None:
         """Bring the base's state back to the coordinates of A and B themselves."""
 
@@ -194,6 +197,10 @@ class Eigenbasis(Preconditioner):
         outward = basis if group.side == "A" else basis.mT
         step = group.apply(outward, group.stack(group.parameters) - held.rotated)
         group.write(held.weights + step)
+
+    def abandon(self, held: Held) -> None:
+        """Put the weights back as they were."""
+        held.group.write(held.weights)
 
 
 class Balanced(Preconditioner):

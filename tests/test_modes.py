@@ -141,6 +141,49 @@ def test_turning_the_basis_moves_the_first_moment_exactly():
         torch.testing.assert_close(now, plain[i], rtol=1e-4, atol=1e-6 * plain[i].abs().max().item() + 1e-9)
 
 
+def test_close_leaves_the_first_moments_in_the_coordinates_of_the_weights():
+    """So that the base can go on alone, or be saved for it."""
+    model = tiny.llama()
+    optimizer = tiny.grit(model, precondition="eigenbasis")
+    tiny.train(model, optimizer, 5)
+    curvature = optimizer._curvatures[0]
+    turned = [
+        q @ optimizer.state[s.a]["exp_avg"] for q, s in zip(curvature.a_operator, curvature.bucket.sites, strict=True)
+    ]
+    assert len(turned) == 14
+    optimizer.close()
+    for plain, site in zip(turned, curvature.bucket.sites, strict=True):
+        torch.testing.assert_close(
+            optimizer.base.state[site.a]["exp_avg"], plain, rtol=1e-4, atol=1e-6 * plain.abs().max()
+        )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_base_that_fails_leaves_weights_and_gradients_as_they_were(mode):
+    """The eigenbasis turns the weights for the base's step; they must not stay so."""
+    model = tiny.llama()
+    optimizer = tiny.grit(model, precondition=mode, kfac_update_freq=100)
+    tiny.train(model, optimizer, 3)
+    optimizer._steps = 100
+    tiny.loss_of(model, 9).backward()
+    optimizer._fold_statistics()
+    with torch.no_grad():
+        optimizer._refresh()
+    before, gradients = tiny.weights(model), [p.grad for p in tiny.trained(model)]
+
+    def fail(closure=None):
+        raise RuntimeError("out of memory")
+
+    optimizer.base.step = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    after = tiny.weights(model)
+    assert len(before) == 28
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=0)
+    assert all(p.grad is g for p, g in zip(tiny.trained(model), gradients, strict=True))
+
+
 def test_eigenbasis_with_sgd_is_plain_sgd():
     """SGD does not care for the basis: a rotation in and out changes nothing."""
     after = [tiny.weights(one_step(o)[0]) for o in ({"precondition": "eigenbasis"}, {"precondition": "none"})]
