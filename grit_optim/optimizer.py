@@ -302,26 +302,25 @@ class GritOptimizer(OptimizerWrapper):
     def _step_base(self) -> None:
         """Stages 3 and 4."""
         mode = self._mode if self._in_use() else modes.Identity(self.base)
-        held: list[modes.Held] = []
+        needed = mode.holds_gradients or self.options.max_grad_norm is not None
         with self._times("precondition"):
-            if mode.holds_gradients or self.options.max_grad_norm is not None:
-                held = modes.hold_gradients(self._curvatures)
+            held = modes.hold_gradients(self._curvatures) if needed else []
+        try:
+            with self._times("precondition"):
                 for h in held:
                     mode.before(h)
                 if self.options.max_grad_norm is not None:
                     modes.clip(held, self.options.max_grad_norm)
                 modes.hand_over(held)
-        try:
             with self._times("base"):
                 self.base.step()
+            with self._times("precondition"):
+                for h in held:
+                    mode.after(h)
         except BaseException:
             for h in held:
                 mode.abandon(h)
             raise
-        else:
-            with self._times("precondition"):
-                for h in held:
-                    mode.after(h)
         finally:
             modes.give_back(held)
         self._counters.cosines = [h.cosine for h in held if h.cosine is not None]
@@ -343,7 +342,9 @@ class GritOptimizer(OptimizerWrapper):
                     pairs.project(self.base, curvature, policy)
                     continue
                 change = pairs.balance(self.base, curvature, policy, pairs.BALANCING_DAMPING)
-                self._counters.predicted_cost = self._counters.predicted_cost + change.cost.sum().cpu()
+                self._counters.predicted_cost = self._counters.predicted_cost + change.cost.sum().to(
+                    self._curvatures[0].bucket.device
+                )
                 if self._in_use():
                     self._mode.refresh(curvature)  # what was derived belongs to the old coordinates
         self._counters.reprojections += 1

@@ -7,7 +7,7 @@ A mode has three parts, each a no-op unless it says otherwise: ``refresh`` deriv
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,8 +38,8 @@ class Held:
     group: Group
     originals: list[Tensor]
     gradient: Tensor
-    weights: Tensor = field(init=False)
-    rotated: Tensor = field(init=False)
+    weights: Tensor | None = None
+    rotated: Tensor | None = None
     cosine: Tensor | None = None
 
     @property
@@ -134,7 +134,7 @@ class Preconditioner:
         """Change what the base made of it."""
 
     def abandon(self, held: Held) -> None:
-        """Put back what :meth:`before` changed, after the base failed."""
+        """Put back what :meth:`before` changed of the weights, after it or the base failed."""
 
     def to_plain_coordinates(self, curvature: Curvature) -> None:
         """Bring the base's state back to the coordinates of A and B themselves."""
@@ -193,6 +193,8 @@ class Eigenbasis(Preconditioner):
 
     def after(self, held: Held) -> None:
         """Turn the base's step out of the eigenbasis and add it to the weights as they were."""
+        assert held.weights is not None
+        assert held.rotated is not None
         group, basis = held.group, held.curvature.operator(held.group.side)
         outward = basis if group.side == "A" else basis.mT
         step = group.apply(outward, group.stack(group.parameters) - held.rotated)
@@ -200,7 +202,8 @@ class Eigenbasis(Preconditioner):
 
     def abandon(self, held: Held) -> None:
         """Put the weights back as they were."""
-        held.group.write(held.weights)
+        if held.weights is not None:
+            held.group.write(held.weights)
 
 
 class Balanced(Preconditioner):
@@ -231,6 +234,7 @@ class Steer(Preconditioner):
 
     def after(self, held: Held) -> None:
         """Turn the step that the base took."""
+        assert held.weights is not None
         group = held.group
         taken = group.stack(group.parameters)
         decay = transport.decoupled_decay(self.base, self.base.param_groups[group.param_group])

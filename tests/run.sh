@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up what is missing and runs the tests; arguments go to pytest (`bash tests/run.sh -m slow` for the long ones).
+# Sets up what is missing and runs the tests in as many processes as there are cores; arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash benchmarks/setup.sh dev
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n auto "$@"
