@@ -62,6 +62,7 @@ def several(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
     """A comma-separated list without repeats, every item read by `kind`."""
 
     def read(text: str) -> list[T]:
+        """The list that `text` names."""
         items = [item.strip() for item in text.split(",")]
         if not all(items):
             raise argparse.ArgumentTypeError(f"{text!r} has an empty item; separate values by single commas")

@@ -45,6 +45,7 @@ def _grit(**fixed: Any) -> Factory:
     """GRIT around AdamW; `fixed` are the keywords that make the variant, the settings' options come on top."""
 
     def factory(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
+        """The variant over the model's trainable parameters."""
         from grit_optim import GritOptimizer
 
         base = _adamw(model, Settings(settings.lr, settings.betas, settings.weight_decay))

@@ -76,6 +76,7 @@ def execute_all(runs: Sequence[RunConfig], folder: Path, jobs: int, threads: int
         slots.put(slot)
 
     def in_fresh_process(config: RunConfig) -> Path:
+        """Carry out one run in a process of its own; returns its result's path."""
         slot = slots.get()
         try:
             with ProcessPoolExecutor(1, mp_context=context) as executor:

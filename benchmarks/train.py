@@ -158,6 +158,7 @@ def execute(config: RunConfig, folder: Path, threads: int, jobs: int = 1, slot: 
     with tqdm(total=config.steps, desc=name, unit="step", position=slot, leave=jobs == 1) as bar:
 
         def advance(loss: float) -> None:
+            """Move the progress bar by one step."""
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
 

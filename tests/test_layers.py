@@ -12,6 +12,7 @@ LAYERS = [
     {"_checks", "buckets", "linalg", "presets", "sites", "wrapper"},
     {"curvature", "fisher", "pairs", "precondition", "rank", "reprojection", "schedule", "transport"},
     {"capture", "checkpoint", "diagnosis", "telemetry"},
+    {"stages"},
     {"optimizer"},
     {"__init__"},
 ]

@@ -1,0 +1,197 @@
+"""What happens in a step of GritOptimizer, stage by stage; the public face is in ``optimizer.py``."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch.optim import Optimizer
+
+from grit_optim import checkpoint, diagnosis, pairs, schedule
+from grit_optim import precondition as modes
+from grit_optim._checks import Options, check_parameters
+from grit_optim.buckets import build_buckets
+from grit_optim.capture import Capture
+from grit_optim.curvature import Curvature
+from grit_optim.fisher import gradient_unit
+from grit_optim.rank import RankPolicy
+from grit_optim.sites import Site
+from grit_optim.telemetry import Counters, StageTimes
+from grit_optim.wrapper import OptimizerWrapper
+
+CHECKED_STEPS = 5
+"""In how many of the first steps the taps are compared with the gradients."""
+
+
+class StagedOptimizer(OptimizerWrapper):
+    """An optimizer's sites, taps and curvature, and the stages that one step is made of."""
+
+    options: Options
+    state_key = checkpoint.KEY
+
+    def _start(self, base: Optimizer, sites: list[Site]) -> None:
+        """Everything that construction, unpickling and copying have in common."""
+        self._wrap(base)
+        self._mode = modes.make_preconditioner(self.options.precondition, base)
+        self._times = StageTimes()
+        self._counters = Counters()
+        self._steps = 0
+        self._unverified = CHECKED_STEPS
+        self._suspects: set[str] = set()
+        self._closed = False
+        self._curvatures: list[Curvature] = []
+        self._capture = Capture([], [], None, self._times)
+        self._attach(sites)
+
+    def _attach(self, sites: list[Site]) -> None:
+        """Stack and tap the sites; what is already known of a site of the same name and rank is kept."""
+        known = checkpoint.pack_sites(self._curvatures, with_operators=True)
+        group_of = {id(p): i for i, group in enumerate(self.base.param_groups) for p in group["params"]}
+        check_parameters({site.name: site.a for site in sites})
+        strangers = [site.name for site in sites if id(site.a) not in group_of or id(site.b) not in group_of]
+        if strangers:
+            raise ValueError(
+                f"site(s) {', '.join(strangers[:5])} have weights that the base optimizer does not hold; build it on the "
+                "model's trainable parameters"
+            )
+        self._capture.close()
+        buckets = build_buckets(sites, group_of)
+        self._sites = sites
+        self._weights = [(site.a, site.b, site.a.device) for site in sites]
+        self._curvatures = [Curvature(bucket, self.options) for bucket in buckets]
+        self._capture = Capture(sites, buckets, self.options.max_tokens, self._times)
+        checkpoint.unpack_sites(self._curvatures, known)
+
+    def _follow_model(self) -> None:
+        """Notice parameters that were moved to another device or replaced (PEFT's ``update_layer``) since the last step."""
+        same = [site.holds(a, b) for site, (a, b, _) in zip(self._sites, self._weights, strict=True)]
+        moved = any(a.device != device for a, _, device in self._weights)
+        if all(same) and not moved:
+            return
+        replaced = [site.name for site, is_same in zip(self._sites, same, strict=True) if not is_same]
+        if replaced:
+            warnings.warn(
+                f"the weights of {len(replaced)} LoRA site(s) ({', '.join(replaced[:5])}) were replaced or deleted after the "
+                "optimizer was built, and the base optimizer does not hold the new ones, so they are not trained; build a "
+                "new optimizer after changing adapters",
+                stacklevel=3,
+            )
+        self._attach([site for site, is_same in zip(self._sites, same, strict=True) if is_same])
+
+    def check_capture(self) -> list[diagnosis.SiteReport]:
+        """Whether the taps see what the gradients saw, per site; call it after ``backward()`` and before :meth:`step`.
+
+        Compares ⟨A, ∇A⟩, ⟨B, ∇B⟩ and Σ h·δ, which are equal up to the loss scale and the trainer's clipping. Reads values
+        from the device. Runs by itself in the first steps, and warns.
+        """
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return diagnosis.inspect(self._capture, compare=not (distributed and torch.distributed.get_world_size() > 1))
+
+    def _fold_statistics(self) -> bool:
+        """Stage 1. Returns whether a tap fired since the last step: without that nothing of GRIT's advances."""
+        capture = self._capture
+        with self._times("fold"):
+            self._verify_taps(capture)
+            if not any(capture.fired):
+                capture.discard()
+                return False
+            recorded = capture.active
+            sums = capture.collect()
+            if not recorded:
+                return True
+            device = self._curvatures[0].bucket.device
+            accept = torch.stack([s.is_finite().to(device) for s in sums]).all()
+            relative = self.options.damping == "relative"
+            unit = gradient_unit(sums) if relative else torch.ones((), device=device)
+            for curvature, total in zip(self._curvatures, sums, strict=True):
+                there = curvature.bucket.device
+                curvature.factors.fold(total, accept.to(there), self.options.fisher_decay, unit.to(there))
+            self._counters.folds += 1
+            self._counters.dropped = self._counters.dropped + (~accept).long()
+        return True
+
+    def _verify_taps(self, capture: Capture) -> None:
+        """In the first steps, until every site has been seen to agree, compare what taps and gradients saw."""
+        if self._unverified == 0:
+            return
+        reports = self.check_capture()
+        if all(report.status == "unused" for report in reports):
+            return
+        self._unverified -= 1
+        if all(report.status == "ok" for report in reports):
+            self._unverified = 0
+        # A single mismatch is what a step skipped by a GradScaler leaves, if the trainer cleared the gradients by
+        # model.zero_grad(): the taps still hold that batch. A second one in a row is no accident.
+        suspects, self._suspects = self._suspects, {r.name for r in reports if r.status == "mismatch"}
+        if any(r.status == "silent" for r in reports) or suspects & self._suspects:
+            self._unverified = 0
+            diagnosis.warn_of(reports)
+
+    def _in_use(self) -> bool:
+        return self._steps >= self.options.ng_warmup_steps
+
+    def _refresh(self) -> None:
+        """Stage 2."""
+        if not schedule.every(self._steps, self.options.kfac_update_freq):
+            return
+        if self._mode.changes_coordinates and not self._in_use():
+            return
+        with self._times("refresh"):
+            for curvature in self._curvatures:
+                self._mode.refresh(curvature)
+        self._counters.refreshes += 1
+
+    def _step_base(self) -> None:
+        """Stages 3 and 4."""
+        mode = self._mode if self._in_use() else modes.Identity(self.base)
+        needed = mode.holds_gradients or self.options.max_grad_norm is not None
+        with self._times("precondition"):
+            held = modes.hold_gradients(self._curvatures) if needed else []
+        try:
+            with self._times("precondition"):
+                for h in held:
+                    mode.before(h)
+                if self.options.max_grad_norm is not None:
+                    modes.clip(held, self.options.max_grad_norm)
+                modes.hand_over(held)
+            with self._times("base"):
+                self.base.step()
+            with self._times("precondition"):
+                for h in held:
+                    mode.after(h)
+        except BaseException:
+            for h in held:
+                mode.abandon(h)
+            raise
+        finally:
+            modes.give_back(held)
+        self._counters.cosines = [h.cosine for h in held if h.cosine is not None]
+
+    def _reproject(self) -> None:
+        """Stage 5."""
+        options = self.options
+        due = schedule.every(self._steps, options.reprojection_freq, options.reprojection_warmup_steps)
+        if options.reprojection == "none" or not due:
+            return
+        adapting = options.enable_rank_adaptation and self._steps >= options.rank_adaptation_start_step
+        policy = RankPolicy(
+            options.reprojection_k, options.rank_adaptation_threshold if adapting else None, options.min_lora_rank
+        )
+        with self._times("reproject"):
+            for curvature in self._curvatures:
+                self._mode.to_plain_coordinates(curvature)
+                if options.reprojection != "balanced":
+                    pairs.project(self.base, curvature, policy)
+                    continue
+                change = pairs.balance(self.base, curvature, policy, pairs.BALANCING_DAMPING)
+                self._counters.predicted_cost = self._counters.predicted_cost + change.cost.sum().to(
+                    self._curvatures[0].bucket.device
+                )
+                if self._in_use():
+                    self._mode.refresh(curvature)  # what was derived belongs to the old coordinates
+        self._counters.reprojections += 1
+
+    def _count(self) -> None:
+        """Stage 6."""
+        self._steps += 1
+        self._capture.active = schedule.capture_due(self._steps, self.options.cov_update_freq)
