@@ -1,11 +1,15 @@
 """What the README says is what the code does and what the results files hold."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from benchmarks.report import table
+from benchmarks.results import read_results
+from benchmarks.summary import comparable
 from grit_optim import GritOptimizer
 
 ROOT = Path(__file__).parent.parent
@@ -36,11 +40,20 @@ def test_the_two_commands_exist(command):
     assert (ROOT / command).stat().st_mode & 0o111
 
 
-def test_the_main_table_is_the_one_that_was_printed():
+@pytest.mark.parametrize("folder", ["main", "seeds"])
+def test_the_tables_are_the_ones_that_were_printed(folder):
     """Figures come from the results files; nobody edits them in the README."""
-    table = (ROOT / "benchmarks" / "results" / "main" / "table.md").read_text(encoding="utf8").strip()
-    assert table.startswith("| optimizer")
-    assert table in README
+    results = ROOT / "benchmarks" / "results" / folder
+    found = comparable(read_results(results))
+    assert len(found) == 1
+    assert (results / "table.md").read_text(encoding="utf8").strip() == table(found[0][1]).strip()
+    assert table(found[0][1]).strip() in README
+
+
+def test_the_cost_is_the_one_that_was_measured():
+    ratio = json.loads((ROOT / "benchmarks" / "results" / "cost" / "cost-naming-grit.json").read_text())["ratio"]
+    measured = f"**{ratio['median']:.3f}×** step by step (quartiles {ratio['q1']:.3f} to {ratio['q3']:.3f})"
+    assert measured in README
 
 
 def test_linked_files_exist():
