@@ -97,6 +97,10 @@ def _judge(report: SiteReport, slack: float, common: float, compare: bool) -> Si
     return SiteReport(*values, "ok" if abs(a_inner - common * tap) <= tolerance else "mismatch")
 
 
+_STACK_LEVEL = 7
+"""Frames from the warning to whoever called ``step()``: this module, two stages, the step and torch's two wrappers of it."""
+
+
 def warn_of(reports: Iterable[SiteReport]) -> None:
     """One warning that names the sites whose taps do not see what their gradients saw, and the remedy."""
     by_status: dict[str, list[str]] = {}
@@ -108,14 +112,14 @@ def warn_of(reports: Iterable[SiteReport]) -> None:
             "`lora_A` is never called. A fused kernel (Unsloth, Axolotl), a merged adapter or a model compiled before the "
             "optimizer was built goes around it: turn the fused LoRA kernels off, unmerge, or build the optimizer before "
             "the first compiled call",
-            stacklevel=4,
+            stacklevel=_STACK_LEVEL,
         )
     if "mismatch" in by_status:
         warnings.warn(
             f"the taps of {_listed(by_status['mismatch'])} do not see what their gradients come from (⟨A, ∇A⟩ differs from "
             "Σ h·δ): part of the forward passes goes around `lora_A`, the loss has a term in the weights themselves, or "
             "gradients were left from before. GRIT's factors for them describe something else; see check_capture()",
-            stacklevel=4,
+            stacklevel=_STACK_LEVEL,
         )
 
 
