@@ -159,3 +159,23 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
                 f"site {name!r} holds a DTensor (FSDP2 or tensor parallelism): its rows lie on several processes, and "
                 "GritOptimizer needs whole matrices; use DDP, or a single process"
             )
+
+
+def several_processes() -> bool:
+    """Whether this process is one of several that train together (``torch.distributed``)."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def check_single_process(options: Options) -> None:
+    """Refuse to act on curvature where every process has gathered its own.
+
+    Raises:
+        NotImplementedError: several processes train together, and the weights would come to differ between them.
+    """
+    if (options.precondition, options.reprojection) != ("none", "none") and several_processes():
+        raise NotImplementedError(
+            f"{torch.distributed.get_world_size()} processes train together (DDP or the like), but GritOptimizer does not yet "
+            "average its factors over processes: each would turn the same gradients its own way, and the weights would drift "
+            "apart. Train in a single process, or pass precondition='none', reprojection='none' to run the base alone"
+        )

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from grit_optim import checkpoint, schedule
 from grit_optim import precondition as modes
-from grit_optim._checks import Options, check_base
+from grit_optim._checks import Options, check_base, check_single_process
 from grit_optim.curvature import Curvature
 from grit_optim.presets import MODE_DEFAULTS, default_precondition
 from grit_optim.sites import Site, find_sites, no_sites_message
@@ -169,9 +169,14 @@ class GritOptimizer(StagedOptimizer):
 
         Returns:
             What the closure returned, or None.
+
+        Raises:
+            NotImplementedError: several processes train together.
+            RuntimeError: the optimizer was closed.
         """
         if self._closed:
             raise RuntimeError("this GritOptimizer was closed; go on with its base optimizer, or build a new one")
+        check_single_process(self.options)
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from grit_optim import checkpoint, diagnosis, pairs, schedule
 from grit_optim import precondition as modes
-from grit_optim._checks import Options, check_parameters
+from grit_optim._checks import Options, check_parameters, several_processes
 from grit_optim.buckets import build_buckets
 from grit_optim.capture import Capture
 from grit_optim.curvature import Curvature
@@ -84,8 +84,7 @@ class StagedOptimizer(OptimizerWrapper):
         Compares ⟨A, ∇A⟩, ⟨B, ∇B⟩ and Σ h·δ, which are equal up to the loss scale and the trainer's clipping. Reads values
         from the device. Runs by itself in the first steps, and warns.
         """
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return diagnosis.inspect(self._capture, compare=not (distributed and torch.distributed.get_world_size() > 1))
+        return diagnosis.inspect(self._capture, compare=not several_processes())
 
     def _fold_statistics(self) -> bool:
         """Stage 1. Returns whether a tap fired since the last step: without that nothing of GRIT's advances."""
