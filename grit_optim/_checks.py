@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -117,14 +117,9 @@ def _real(name: str, value: object, allowed: str, test: Any) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
-def unknown_option_message(given: Iterable[str]) -> str:
-    """What to say of keywords that GritOptimizer does not have, with the closest ones that it has."""
-    known = [f.name for f in fields(Options)]
-    parts = []
-    for name in given:
-        close = difflib.get_close_matches(name, known, n=1)
-        parts.append(f"{name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
-    return f"GritOptimizer has no option {', '.join(parts)}"
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first ``most`` names for a message, with an ellipsis where there are more."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def check_base(base: object) -> None:

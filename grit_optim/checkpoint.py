@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from grit_optim._checks import listed
 from grit_optim.curvature import Curvature
 from grit_optim.fisher import Factors
 
@@ -37,9 +38,8 @@ def pack_sites(curvatures: Iterable[Curvature], with_operators: bool) -> dict[st
 
 
 def unpack_sites(curvatures: Iterable[Curvature], packed: Mapping[str, SiteState]) -> None:
-    """Put saved states back; a site that has none, or whose rank differs, keeps what it has."""
+    """Put saved states into new curvatures; a site that has none, or whose rank differs, keeps what it has."""
     for curvature in curvatures:
-        curvature.reset_operators()
         for position, name in enumerate(curvature.bucket.names()):
             state = packed.get(name)
             if state is None or state["activation"].shape[-1] != curvature.bucket.rank:
@@ -81,5 +81,4 @@ def check(saved: Mapping[str, Any], curvatures: Iterable[Curvature]) -> None:
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"{len(names)} ({shown}{', …' if len(names) > 3 else ''})" if names else "none"
+    return f"{len(names)} ({listed(names, 3)})" if names else "none"

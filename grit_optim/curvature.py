@@ -31,10 +31,7 @@ class Curvature:
         self.options = options
         self.factors = Factors.zeros(size, bucket.rank, device)
         self.rank = torch.full((size,), bucket.rank, device=device)
-        self.a_operator = linalg.eye_like(self.factors.activation).clone()
-        self.b_operator = self.a_operator.clone()
-        self.a_ready = torch.zeros(size, dtype=torch.bool, device=device)
-        self.b_ready = self.a_ready.clone()
+        self.reset_operators()
         self.damping_used = torch.full((2, size), torch.nan, device=device)
 
     def operator(self, side: str) -> Tensor:
@@ -100,9 +97,9 @@ class Curvature:
 
     def reset_operators(self) -> None:
         """Set the operators to the identity."""
-        for side in ("a", "b"):
-            setattr(self, f"{side}_operator", linalg.eye_like(self.a_operator).clone())
-            setattr(self, f"{side}_ready", torch.zeros_like(self.a_ready))
+        identity = linalg.eye_like(self.factors.activation)
+        self.a_operator, self.b_operator = identity.clone(), identity.clone()
+        self.a_ready, self.b_ready = torch.zeros(2, len(self.rank), dtype=torch.bool, device=self.rank.device)
 
 
 def _where_ready(ready: Tensor, operators: Tensor) -> Tensor:

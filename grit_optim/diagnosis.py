@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from grit_optim._checks import listed
 from grit_optim.capture import Capture
 from grit_optim.sites import Site
 
@@ -108,7 +109,7 @@ def warn_of(reports: Iterable[SiteReport]) -> None:
         by_status.setdefault(report.status, []).append(report.name)
     if "silent" in by_status:
         warnings.warn(
-            f"GRIT does nothing for {_listed(by_status['silent'])}: their weights receive gradients, but the forward pass of "
+            f"GRIT does nothing for {_sites(by_status['silent'])}: their weights receive gradients, but the forward pass of "
             "`lora_A` is never called. A fused kernel (Unsloth, Axolotl), a merged adapter or a model compiled before the "
             "optimizer was built goes around it: turn the fused LoRA kernels off, unmerge, or build the optimizer before "
             "the first compiled call",
@@ -116,12 +117,12 @@ def warn_of(reports: Iterable[SiteReport]) -> None:
         )
     if "mismatch" in by_status:
         warnings.warn(
-            f"the taps of {_listed(by_status['mismatch'])} do not see what their gradients come from (⟨A, ∇A⟩ differs from "
+            f"the taps of {_sites(by_status['mismatch'])} do not see what their gradients come from (⟨A, ∇A⟩ differs from "
             "Σ h·δ): part of the forward passes goes around `lora_A`, the loss has a term in the weights themselves, or "
             "gradients were left from before. GRIT's factors for them describe something else; see check_capture()",
             stacklevel=_STACK_LEVEL,
         )
 
 
-def _listed(names: Sequence[str]) -> str:
-    return f"{len(names)} site(s) ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
+def _sites(names: list[str]) -> str:
+    return f"{len(names)} site(s) ({listed(names)})"

@@ -8,9 +8,6 @@ from grit_optim import reprojection, transport
 from grit_optim.curvature import Curvature
 from grit_optim.rank import RankPolicy
 
-BALANCING_DAMPING = 1e-4
-"""Relative damping of the factors before they are balanced for a reprojection; small, so that the spectrum stays true."""
-
 KEEP_RANK = RankPolicy(fixed=None, threshold=None, floor=1)
 """The policy of a mere change of coordinates."""
 
@@ -41,4 +38,4 @@ def project(base: Optimizer, curvature: Curvature, policy: RankPolicy) -> None:
 
 def _apply(base: Optimizer, curvature: Curvature, move: reprojection.Move) -> None:
     transport.move_weights(curvature.bucket.groups, move)
-    transport.warn_dropped_state(transport.move_state(base, curvature.bucket.groups, move))
+    transport.move_state(base, curvature.bucket.groups, move)

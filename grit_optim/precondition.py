@@ -114,7 +114,7 @@ def _inner(left: Tensor, right: Tensor) -> Tensor:
 
 
 class Preconditioner:
-    """``"none"``: the base optimizer as it is."""
+    """What every mode can do around the base's step; by itself nothing."""
 
     changes_coordinates = False
     """Whether ``refresh`` moves the base's state or the weights, so that it must not run while the mode is not in use."""
@@ -180,7 +180,7 @@ class Eigenbasis(Preconditioner):
 
     def _turn_state(self, curvature: Curvature, a_turn: Tensor, b_turn: Tensor) -> None:
         move = Move(a_turn, b_turn.mT, a_turn, b_turn.mT)
-        transport.warn_dropped_state(transport.move_state(self.base, curvature.bucket.groups, move))
+        transport.move_state(self.base, curvature.bucket.groups, move)
 
     def before(self, held: Held) -> None:
         """Turn gradient and weights into the eigenbasis."""

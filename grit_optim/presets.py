@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+BALANCING_DAMPING = 1e-4
+"""Relative damping of factors that are balanced; small, so that their spectrum stays true."""
+
 # Defaults that belong to a way of using the curvature rather than to all of them, as measured on the naming task
 # (benchmarks/FINDINGS.md). Balanced coordinates move the weights themselves, so they are changed seldom.
 MODE_DEFAULTS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
@@ -15,7 +18,7 @@ MODE_DEFAULTS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
         "steer": {"kfac_update_freq": 1, "kfac_damping": 0.3},
         "inverse": {"kfac_update_freq": 1, "kfac_damping": 0.03},
         "eigenbasis": {"kfac_update_freq": 2, "kfac_damping": 0.03},
-        "balanced": {"kfac_update_freq": 10, "kfac_damping": 1e-4},
+        "balanced": {"kfac_update_freq": 10, "kfac_damping": BALANCING_DAMPING},
         "none": {"kfac_update_freq": 1, "kfac_damping": 0.03},
     }
 )

@@ -9,11 +9,12 @@ from torch.optim import Optimizer
 
 from grit_optim import checkpoint, diagnosis, pairs, schedule
 from grit_optim import precondition as modes
-from grit_optim._checks import Options, check_parameters, several_processes
+from grit_optim._checks import Options, check_parameters, listed, several_processes
 from grit_optim.buckets import build_buckets
 from grit_optim.capture import Capture
 from grit_optim.curvature import Curvature
 from grit_optim.fisher import gradient_unit
+from grit_optim.presets import BALANCING_DAMPING
 from grit_optim.rank import RankPolicy
 from grit_optim.sites import Site
 from grit_optim.telemetry import Counters, StageTimes
@@ -51,7 +52,7 @@ class StagedOptimizer(OptimizerWrapper):
         strangers = [site.name for site in sites if id(site.a) not in group_of or id(site.b) not in group_of]
         if strangers:
             raise ValueError(
-                f"site(s) {', '.join(strangers[:5])} have weights that the base optimizer does not hold; build it on the "
+                f"site(s) {listed(strangers)} have weights that the base optimizer does not hold; build it on the "
                 "model's trainable parameters"
             )
         self._capture.close()
@@ -71,7 +72,7 @@ class StagedOptimizer(OptimizerWrapper):
         replaced = [site.name for site, is_same in zip(self._sites, same, strict=True) if not is_same]
         if replaced:
             warnings.warn(
-                f"the weights of {len(replaced)} LoRA site(s) ({', '.join(replaced[:5])}) were replaced or deleted after the "
+                f"the weights of {len(replaced)} LoRA site(s) ({listed(replaced)}) were replaced or deleted after the "
                 "optimizer was built, and the base optimizer does not hold the new ones, so they are not trained; build a "
                 "new optimizer after changing adapters",
                 stacklevel=3,
@@ -182,7 +183,7 @@ class StagedOptimizer(OptimizerWrapper):
                 if options.reprojection != "balanced":
                     pairs.project(self.base, curvature, policy)
                     continue
-                change = pairs.balance(self.base, curvature, policy, pairs.BALANCING_DAMPING)
+                change = pairs.balance(self.base, curvature, policy, BALANCING_DAMPING)
                 self._counters.predicted_cost = self._counters.predicted_cost + change.cost.sum().to(
                     self._curvatures[0].bucket.device
                 )

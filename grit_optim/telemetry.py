@@ -34,14 +34,14 @@ class StageTimes:
 
 
 class Counters:
-    """What the optimizer has done, as Python ints and device tensors; a tensor is read only by :meth:`as_dict`.
+    """What the optimizer has done, as Python ints and device tensors; a tensor is read only by whoever asks.
 
     Attributes:
         refreshes: times the operators were derived anew.
         reprojections: times the pairs were reprojected.
         folds: steps whose statistics were offered to the factors.
         dropped: steps of those whose statistics were not finite and were left out, a tensor per device.
-        cosines: mean cosine of the angle between the update with and without curvature, of the latest step.
+        cosines: cosine, per matrix, of the angle between the update with and without curvature, of the latest step.
         predicted_cost: Σ of the Λ² that balanced reprojection dropped, in the units of the factors.
     """
 

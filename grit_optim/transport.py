@@ -81,27 +81,26 @@ def move_weights(groups: Iterable[Group], move: Move) -> None:
         group.write(group.apply(operator, group.stack(group.parameters).to(operator.dtype)))
 
 
-def move_state(base: Optimizer, groups: Iterable[Group], move: Move) -> dict[str, list[str]]:
+def move_state(base: Optimizer, groups: Iterable[Group], move: Move) -> None:
     """Move the base's state for the parameters of ``groups`` as ``move`` says.
 
-    Returns:
-        For each class of state that was not understood, ``{"AdamW8bit": ["state1", …]}``: those parameters' state was
-        dropped, and the base will start it anew.
+    Where a state tensor is not understood, those parameters' state is dropped with a warning, and the base starts it anew.
     """
-    unknown: dict[str, set[str]] = {}
+    unknown: set[str] = set()
     for group in groups:
         gradient, weight = (move.a_gradient, move.a_weight) if group.side == "A" else (move.b_gradient, move.b_weight)
         states = [base.state.get(p, {}) for p in group.parameters]
         strange = _unknown_names(group.parameters, states)
         if strange:
-            unknown.setdefault(type(base).__name__, set()).update(strange)
+            unknown |= strange
             for parameter in group.parameters:
                 base.state.pop(parameter, None)
             continue
         for names, operator in ((GRADIENT_LIKE, gradient), (SQUARE_LIKE, gradient.square()), (WEIGHT_LIKE, weight)):
             for name in names:
                 _move_named(group, states, name, operator)
-    return {owner: sorted(names) for owner, names in unknown.items()}
+    if unknown:
+        _warn_dropped_state(base, unknown)
 
 
 def _unknown_names(parameters: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> set[str]:
@@ -127,13 +126,12 @@ def _move_named(group: Group, states: Sequence[dict[str, Any]], name: str, opera
         tensor.copy_(value.view_as(tensor))
 
 
-def warn_dropped_state(unknown: dict[str, list[str]]) -> None:
+def _warn_dropped_state(base: Optimizer, names: set[str]) -> None:
     """Say which state a change of coordinates could not carry along."""
-    for owner, names in unknown.items():
-        warnings.warn(
-            f"GritOptimizer changed the coordinates of A and B, and {owner} keeps state that it does not know how to move "
-            f"({', '.join(names)}); that state was reset for the LoRA parameters. Use a base whose state is among "
-            f"{', '.join(GRADIENT_LIKE + SQUARE_LIKE)}, or a mode that leaves the coordinates alone (precondition='steer' "
-            "or 'inverse', reprojection='none')",
-            stacklevel=3,
-        )
+    warnings.warn(
+        f"GritOptimizer changed the coordinates of A and B, and {type(base).__name__} keeps state that it does not know how to "
+        f"move ({', '.join(sorted(names))}); that state was reset for the LoRA parameters. Use a base whose state is among "
+        f"{', '.join(GRADIENT_LIKE + SQUARE_LIKE)}, or a mode that leaves the coordinates alone (precondition='steer' or "
+        "'inverse', reprojection='none')",
+        stacklevel=3,
+    )
