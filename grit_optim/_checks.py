@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-PRECONDITIONS = ("steer", "eigenbasis", "balanced", "inverse", "none")
+PRECONDITIONS = ("spectral", "steer", "eigenbasis", "balanced", "inverse", "none")
 PAIRINGS = ("kfac", "paper")
 DAMPINGS = ("relative", "absolute")
 REPROJECTIONS = ("none", "balanced", "two_sided", "one_sided")
@@ -28,6 +29,10 @@ class Options:
     kfac_min_samples: int
     kfac_damping: float
     damping: str
+    kfac_power: float
+    gradient_share: float
+    step_length: float | str
+    a_step_ratio: float
     kfac_inversion_device: str | None
     cov_update_freq: int
     max_tokens: int | None
@@ -54,7 +59,12 @@ class Options:
             _whole(name, getattr(self, name), least=0)
         for name in ("max_tokens", "reprojection_k"):
             _whole(name, getattr(self, name), least=1, optional=True)
-        _real("kfac_damping", self.kfac_damping, "above 0", lambda x: x > 0)
+        for name in ("kfac_damping", "a_step_ratio"):
+            _real(name, getattr(self, name), "above 0", lambda x: x > 0)
+        _real("kfac_power", self.kfac_power, "from 0 up", lambda x: x >= 0)
+        _real("gradient_share", self.gradient_share, "in [0, 1]", lambda x: 0 <= x <= 1)
+        if self.step_length != "base":
+            _real("step_length", self.step_length, "above 0, or 'base' for the base's own length", lambda x: x > 0)
         _real("rank_adaptation_threshold", self.rank_adaptation_threshold, "in (0, 1]", lambda x: 0 < x <= 1)
         if self.fisher_decay is not None:
             _real("fisher_decay", self.fisher_decay, "in [0, 1), or None for the running mean", lambda x: 0 <= x < 1)
@@ -113,7 +123,7 @@ def _whole(name: str, value: object, least: int, optional: bool = False) -> None
 def _real(name: str, value: object, allowed: str, test: Any) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
-    if not test(value):
+    if not math.isfinite(value) or not test(value):
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 

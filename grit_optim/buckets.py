@@ -61,6 +61,11 @@ class Group:
         torch._foreach_copy_([p.detach() for p in self.parameters], self.unstack(stacked))
 
     @property
+    def width(self) -> int:
+        """Columns of A, rows of B: the size of the dimension that is not the rank."""
+        return self.parameters[0].numel() // self.parameters[0].flatten(1).shape[self.rank_dim - 1]
+
+    @property
     def rank_dim(self) -> int:
         """The dimension of a stacked matrix that runs over the rank."""
         return 1 if self.side == "A" else 2

@@ -74,6 +74,18 @@ class Curvature:
         )
         self._set_operators(inverse.to(self.bucket.device), used.to(self.bucket.device).reshape(2, -1))
 
+    def refresh_powers(self, power: float) -> None:
+        """Set the operators to the damped inverses of the paired factors, each to ``power``; block-exact."""
+        if power == 1:
+            self.refresh_inverses()
+            return
+        stacked = torch.cat(self.paired_factors())
+        strength = linalg.damping_strength(stacked, self.options.kfac_damping, self.options.damping == "relative")
+        roots, used = linalg.damped_power(stacked, strength, power)
+        mask = self.mask.to(stacked.device)
+        roots = linalg.block(roots, torch.cat((mask, mask)))
+        self._set_operators(roots.to(self.bucket.device), used.to(self.bucket.device).reshape(2, -1))
+
     def _set_operators(self, operators: Tensor, damping_used: Tensor) -> None:
         self.damping_used = damping_used
         ready_a, ready_b = self.paired_readiness()

@@ -65,6 +65,29 @@ def damped_inverse(factor: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cholesky_inverse(chosen), torch.where(usable, rungs[first, sites], torch.nan)
 
 
+def damped_power(factor: Tensor, strength: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    """``(M + λ I)^(−power)`` by eigendecomposition.
+
+    Args:
+        factor: symmetric positive semi-definite matrices ``[S, r, r]``.
+        strength: λ per matrix ``[S]``.
+        power: 1 for the inverse, 0.5 for the inverse root.
+
+    Returns:
+        The powers ``[S, r, r]`` and λ as used ``[S]``. Where M + λ I has no positive eigenvalue (a zero or non-finite matrix)
+        the power is the identity and λ is NaN.
+    """
+    values, vectors = descending_eigh(factor)
+    values = values.clamp_min(0) + strength[:, None]
+    largest = values[:, :1]
+    usable = (largest > 0) & largest.isfinite()
+    # Rounding may leave an eigenvalue at zero where λ is tiny; it counts as what the largest one's rounding hides.
+    floor = largest * torch.finfo(values.dtype).eps
+    scaled = torch.where(usable, torch.maximum(values, floor), 1.0).pow(-power)
+    result = (vectors * scaled[:, None, :]) @ vectors.mT
+    return torch.where(usable[:, :, None], result, eye_like(result)), torch.where(usable[:, 0], strength, torch.nan)
+
+
 def descending_eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues ``[S, r]`` and eigenvectors ``[S, r, r]`` (columns), the largest eigenvalue first.
 

@@ -15,7 +15,7 @@ from grit_optim import checkpoint, schedule
 from grit_optim import precondition as modes
 from grit_optim._checks import Options, check_base, check_single_process
 from grit_optim.curvature import Curvature
-from grit_optim.presets import MODE_DEFAULTS, default_precondition
+from grit_optim.presets import MODE_DEFAULTS, default_step_length
 from grit_optim.sites import Site, find_sites, no_sites_message
 from grit_optim.stages import StagedOptimizer
 
@@ -28,7 +28,7 @@ class GritOptimizer(StagedOptimizer):
     1. reads what the taps gathered since the last step and folds it into the factors Σ_a and Σ_g;
     2. every ``kfac_update_freq`` steps derives from them what it applies;
     3. prepares the gradients (or coordinates) of every pair;
-    4. lets the base optimizer step, and turns that step back ("eigenbasis") or aside ("steer");
+    4. lets the base optimizer step, and turns that step back ("eigenbasis") or aside ("spectral", "steer");
     5. every ``reprojection_freq`` steps reprojects the pairs, moves the base's moments along and adapts the rank;
     6. counts, without waiting for the device.
 
@@ -40,22 +40,32 @@ class GritOptimizer(StagedOptimizer):
         model: the PEFT model (or one that contains such layers), used to find the pairs; a weak reference is kept.
         sites: the pairs, instead of looking for PEFT's: hand-written LoRA is passed as
             ``[Site.from_modules(name, a, b, scaling), …]``.
-        precondition: how the curvature is used. None: "eigenbasis" for torch's Adam family, RMSprop and Adagrad, "steer" for
-            any other base.
+        precondition: how the curvature is used.
+            ``"spectral"``: the base steps, and its step is turned to the direction of steepest descent in the spectral norm of
+            Fisher coordinates: momentum whitened on the rank side, as Muon does to whole matrices.
             ``"eigenbasis"``: the base works in the eigenbasis of each pair's factors; its moments are kept in that basis.
-            ``"steer"``: the base's step keeps its length and takes the direction of the natural gradient of its moment.
+            ``"steer"``: the base's step is turned to the direction of the natural gradient of its moment.
             ``"balanced"``: the pairs are kept in coordinates in which both factors are diagonal and proportional.
             ``"inverse"``: the gradient is multiplied by the damped inverse before the base sees it (the GRIT paper).
             ``"none"``: exactly the base.
         pairing: ``"kfac"`` multiplies ∇A by Σ_g⁻¹ and ∇B by Σ_a⁻¹; ``"paper"`` the other way round.
         fisher_decay: weight in [0, 1) that the factors' past keeps per recorded step; None for the mean over all tokens.
-        kfac_update_freq: steps between two refreshes of what is derived from the factors. None: 1 for "steer" and
-            "inverse", 2 for "eigenbasis", 10 for "balanced"; the last two move the base's moments at each refresh.
+        kfac_update_freq: steps between two refreshes of what is derived from the factors. None: 1 for "spectral",
+            "steer" and "inverse", 2 for "eigenbasis", 10 for "balanced"; the last two move the base's moments at each refresh.
         kfac_min_samples: tokens that a factor must have seen before it is used.
-        kfac_damping: λ added to the factors before they are inverted or balanced. None: 0.3 for "steer",
-            0.03 for "inverse", 1e-4 for "balanced"; "eigenbasis" needs none.
+        kfac_damping: λ added to the factors before they are inverted or balanced. None: 0.3 for "spectral" and
+            "steer", 0.03 for "inverse", 1e-4 for "balanced"; "eigenbasis" needs none.
         damping: ``"relative"``: λ is in units of the factor's mean eigenvalue; ``"absolute"``: in the loss's own units,
             as in the GRIT library, whose λ so depends on batch size and loss scale.
+        kfac_power: power p of Σ⁻¹ in "spectral" and "steer": 1 is the natural gradient, 0 leaves the tokens' curvature out.
+            None: 0.5 for "spectral", 1 for "steer".
+        gradient_share: share of the newest gradient in the direction of "spectral" and "steer", beside the base's average; it
+            keeps the direction fresh where β₁ is 0.9. None: 0.4 for "spectral", 0 for "steer".
+        step_length: how long a step of "spectral" or "steer" is: root mean square of its entries, in units of the learning
+            rate, or ``"base"`` for the length of the step that the base took. None: 0.6 in "spectral" around any kind of
+            Adam, else "base".
+        a_step_ratio: how much longer A's steps are than B's, in "spectral" and "steer". None: 1.5 for "spectral", 1 for
+            "steer".
         kfac_inversion_device: where factors are inverted or decomposed; None for where they are.
         cov_update_freq: the taps record in one step of so many.
         max_tokens: tokens per pair and step that enter the factors, evenly spaced; None for all.
@@ -89,13 +99,17 @@ class GritOptimizer(StagedOptimizer):
         model: nn.Module,
         *,
         sites: Sequence[Site] | None = None,
-        precondition: str | None = None,
+        precondition: str = "spectral",
         pairing: str = "kfac",
         fisher_decay: float | None = 0.9,
         kfac_update_freq: int | None = None,
         kfac_min_samples: int = 64,
         kfac_damping: float | None = None,
         damping: str = "relative",
+        kfac_power: float | None = None,
+        gradient_share: float | None = None,
+        step_length: float | str | None = None,
+        a_step_ratio: float | None = None,
         kfac_inversion_device: str | None = None,
         cov_update_freq: int = 1,
         max_tokens: int | None = 1024,
@@ -112,7 +126,6 @@ class GritOptimizer(StagedOptimizer):
         rank_adaptation_start_step: int = 0,
     ) -> None:
         check_base(base)
-        precondition = default_precondition(base) if precondition is None else precondition
         mode = MODE_DEFAULTS.get(precondition, MODE_DEFAULTS["none"])
         self.options = Options(
             precondition=precondition,
@@ -122,6 +135,10 @@ class GritOptimizer(StagedOptimizer):
             kfac_min_samples=kfac_min_samples,
             kfac_damping=mode["kfac_damping"] if kfac_damping is None else kfac_damping,
             damping=damping,
+            kfac_power=mode["kfac_power"] if kfac_power is None else kfac_power,
+            gradient_share=mode["gradient_share"] if gradient_share is None else gradient_share,
+            step_length=default_step_length(precondition, base) if step_length is None else step_length,
+            a_step_ratio=mode["a_step_ratio"] if a_step_ratio is None else a_step_ratio,
             kfac_inversion_device=kfac_inversion_device,
             cov_update_freq=cov_update_freq,
             max_tokens=max_tokens,

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from grit_optim import pairs, transport
+from grit_optim import linalg, pairs, transport
 from grit_optim.buckets import Group
 from grit_optim.curvature import Curvature
 from grit_optim.reprojection import Move
+
+_ORTHOGONAL_DAMPING = 0.01
+"""Share of the mean squared singular value below which "spectral" takes a direction of the momentum for noise."""
 
 
 @dataclass(eq=False)
@@ -217,16 +220,17 @@ class Balanced(Preconditioner):
 
 
 class Steer(Preconditioner):
-    """``"steer"``: the base's step keeps its length and takes the natural gradient's direction.
+    """``"steer"``: the base steps, and its step is turned to the natural gradient's direction.
 
-    For A the direction is ``−Σ⁻¹ (m / c)``, with m the base's average of the gradient and c the root of its average of the
-    squared gradient, averaged over the rank (for columns of A, rows of B); a base that keeps neither gets the gradient
-    and 1. Decoupled weight decay stays outside.
+    For A the direction is ``−Σ^(−p) (m / c)``, with m the base's average of the gradient, into which ``gradient_share`` of the
+    newest one is mixed, c the root of its average of the squared gradient, averaged over the rank (one value per column of
+    A, per row of B), and p ``kfac_power``; a base that keeps neither gets the gradient and 1. ``step_length`` says how long
+    the step is. Decoupled weight decay stays outside.
     """
 
     def refresh(self, curvature: Curvature) -> None:
-        """Invert the factors."""
-        curvature.refresh_inverses()
+        """Take the factors' inverses to the power p."""
+        curvature.refresh_powers(curvature.options.kfac_power)
 
     def before(self, held: Held) -> None:
         """Remember the weights."""
@@ -240,11 +244,25 @@ class Steer(Preconditioner):
         decay = transport.decoupled_decay(self.base, self.base.param_groups[group.param_group])
         decayed = held.weights * (1 - decay)
         step = taken - decayed
-        natural = group.apply(held.curvature.operator(group.side), self._scaled_moment(held))
-        step_size, natural_size = _norm(step), _norm(natural)
-        held.cosine = -_inner(step, natural) / (step_size * natural_size)
-        length = step_size / natural_size
-        group.write(torch.where(held.ready & length.isfinite(), decayed - length * natural, taken))
+        direction = self.direction(held, self._scaled_moment(held))
+        step_size, size = _norm(step), _norm(direction)
+        held.cosine = -_inner(step, direction) / (step_size * size)
+        length = self._length(held, step_size) / size
+        group.write(torch.where(held.ready & length.isfinite(), decayed - length * direction, taken))
+
+    def direction(self, held: Held, moment: Tensor) -> Tensor:
+        """What the step is turned to, from ``m / c``: ``[m, rows, columns]`` twice."""
+        return held.group.apply(held.curvature.operator(held.group.side), moment)
+
+    def _length(self, held: Held, base_length: Tensor) -> Tensor:
+        """Frobenius norm that each step is to have, ``[m, 1, 1]``; zero where the base did not move."""
+        options, group = held.curvature.options, held.group
+        ratio = options.a_step_ratio if group.side == "A" else 1.0
+        if options.step_length == "base":
+            return ratio * base_length
+        entries = held.curvature.rank[group.index] * group.width
+        rms = float(options.step_length) * self.base.param_groups[group.param_group]["lr"]
+        return ratio * rms * entries.sqrt()[:, None, None] * (base_length > 0)
 
     def _scaled_moment(self, held: Held) -> Tensor:
         """``m / c``, ``[m, rows, columns]``."""
@@ -252,11 +270,43 @@ class Steer(Preconditioner):
         moments = [m for m in (transport.first_moment(self.base, p) for p in group.parameters) if m is not None]
         squares = [s for s in (transport.second_moment(self.base, p) for p in group.parameters) if s is not None]
         complete = len(group.parameters)
-        moment = group.stack(moments) if len(moments) == complete else held.gradient
+        moment = self._mixed(held, group.stack(moments)) if len(moments) == complete else held.gradient
         if len(squares) < complete:
             return moment
         mean_square = group.stack(squares).mean(group.rank_dim, keepdim=True)
         return moment / mean_square.clamp_min(torch.finfo(moment.dtype).tiny).sqrt()
+
+    def _mixed(self, held: Held, moment: Tensor) -> Tensor:
+        """The base's mean gradient with the newest gradient mixed in."""
+        share, group = held.curvature.options.gradient_share, held.group
+        if share == 0:
+            return moment
+        weight = transport.moment_weight(self.base, group.parameters[0], self.base.param_groups[group.param_group])
+        return (1 - share) * (moment / weight) + share * held.gradient
+
+
+class Spectral(Steer):
+    """``"spectral"``: as "steer", with the direction of steepest descent in the spectral norm of Fisher coordinates.
+
+    With ``P = Σ^(−p/2)`` and ``X = P (m / c)``: for A the direction is ``−P (X Xᵀ)^(−1/2) X``. Muon (Jordan et al. 2024)
+    orthogonalises the momentum of a whole weight matrix; here the r×r side is enough, the curvature of the tokens sets the
+    coordinates, and nothing is kept between steps but the factors.
+    """
+
+    def refresh(self, curvature: Curvature) -> None:
+        """Take the factors' inverses to the power p/2."""
+        curvature.refresh_powers(curvature.options.kfac_power / 2)
+
+    def direction(self, held: Held, moment: Tensor) -> Tensor:
+        """``P (X Xᵀ)^(−1/2) X`` for A, ``X (Xᵀ X)^(−1/2) P`` for B."""
+        group, curvature = held.group, held.curvature
+        root = curvature.operator(group.side)
+        inner = group.apply(root, moment)
+        gram = inner @ inner.mT if group.side == "A" else inner.mT @ inner
+        whitening = linalg.damped_power(gram, linalg.damping_strength(gram, _ORTHOGONAL_DAMPING, relative=True), 0.5)[0]
+        whitening = linalg.block(whitening, curvature.mask[group.index])  # what was given up stays exactly zero
+        chosen = root[group.index].to(inner.dtype)
+        return chosen @ (whitening @ inner) if group.side == "A" else (inner @ whitening) @ chosen
 
 
 _MODES: dict[str, type[Preconditioner]] = {
@@ -265,6 +315,7 @@ _MODES: dict[str, type[Preconditioner]] = {
     "eigenbasis": Eigenbasis,
     "balanced": Balanced,
     "steer": Steer,
+    "spectral": Spectral,
 }
 
 

@@ -5,36 +5,38 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 BALANCING_DAMPING = 1e-4
 """Relative damping of factors that are balanced; small, so that their spectrum stays true."""
 
-# Defaults that belong to a way of using the curvature rather than to all of them, as measured on the naming task
-# (benchmarks/FINDINGS.md). Balanced coordinates move the weights themselves, so they are changed seldom.
+# Defaults that belong to a way of using the curvature rather than to all of them, as measured (benchmarks/FINDINGS.md).
+# Balanced coordinates move the weights themselves, so they are changed seldom.
+_COMMON = {"kfac_update_freq": 1, "kfac_damping": 0.03, "kfac_power": 1.0, "gradient_share": 0.0, "a_step_ratio": 1.0}
 MODE_DEFAULTS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
     {
-        "steer": {"kfac_update_freq": 1, "kfac_damping": 0.3},
-        "inverse": {"kfac_update_freq": 1, "kfac_damping": 0.03},
-        "eigenbasis": {"kfac_update_freq": 2, "kfac_damping": 0.03},
-        "balanced": {"kfac_update_freq": 10, "kfac_damping": BALANCING_DAMPING},
-        "none": {"kfac_update_freq": 1, "kfac_damping": 0.03},
+        "spectral": {**_COMMON, "kfac_damping": 0.3, "kfac_power": 0.5, "gradient_share": 0.4, "a_step_ratio": 1.5},
+        "steer": {**_COMMON, "kfac_damping": 0.3},
+        "inverse": _COMMON,
+        "eigenbasis": {**_COMMON, "kfac_update_freq": 2},
+        "balanced": {**_COMMON, "kfac_update_freq": 10, "kfac_damping": BALANCING_DAMPING},
+        "none": _COMMON,
     }
 )
 
-_ADAPTIVE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop,
-             torch.optim.Adagrad)  # fmt: skip
+STEP_RMS = 0.6
+"""Length of a "spectral" step around an Adam: root mean square of its entries, in units of the learning rate."""
 
 
-def default_precondition(base: Optimizer) -> str:
-    """How the curvature is used if nothing is asked for.
+def default_step_length(precondition: str, base: Optimizer) -> float | str:
+    """How long a step is if nothing is asked for.
 
-    ``"eigenbasis"`` measured best, but it needs a base that scales each entry by itself (SGD does not care for the basis)
-    and whose moments can be turned with the basis (bitsandbytes keeps them in 8 bits, Adafactor as row and column means);
-    for any other base ``"steer"``, which only reads what the base keeps.
+    Adam's own step shrinks with the noise in its average, so with β₁: at β₁ = 0.9 it is a quarter to a half of the learning
+    rate per entry. A fixed length instead lets one learning rate serve whatever β₁ is. Any other base's learning rate means
+    something else, so there the base's own step says how long.
     """
-    return "eigenbasis" if isinstance(base, _ADAPTIVE) else "steer"
+    is_adam = any("Adam" in kind.__name__ for kind in type(base).__mro__)
+    return STEP_RMS if precondition == "spectral" and is_adam else "base"
 
 
 PAPER: MappingProxyType[str, Any] = MappingProxyType(

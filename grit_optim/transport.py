@@ -52,6 +52,24 @@ def first_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
     return _bitsandbytes_moment(state, "1")
 
 
+def moment_weight(base: Optimizer, parameter: Tensor, settings: dict[str, Any]) -> Tensor | float:
+    """What :func:`first_moment` is to be divided by to be a mean of gradients: the sum of the weights in it.
+
+    Args:
+        base: the base optimizer.
+        parameter: one of its parameters, after at least one step.
+        settings: the parameter's group.
+
+    Returns:
+        ``1 − β₁ᵗ`` for Adam's average after t steps, ``(1 − dampening) / (1 − β)`` for SGD's momentum buffer, which sums, 1
+        for any other.
+    """
+    if "dampening" in settings:
+        return (1 - settings["dampening"]) / (1 - settings["momentum"])
+    steps = base.state.get(parameter, {}).get("step")
+    return 1.0 if steps is None or "betas" not in settings else 1 - settings["betas"][0] ** steps
+
+
 def second_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
     """The base's average of the squared gradient for ``parameter``, elementwise, or None."""
     state = base.state.get(parameter, {})

@@ -9,7 +9,7 @@ from torch.optim import AdamW
 
 from grit_optim import GritOptimizer, presets
 
-MODES = ["steer", "inverse", "eigenbasis", "balanced", "none"]
+MODES = ["spectral", "steer", "inverse", "eigenbasis", "balanced", "none"]
 
 # The paper's settings with periods short enough to be met within a test.
 PAPER = {

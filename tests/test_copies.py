@@ -11,7 +11,7 @@ from tiny import grit, llama, loss_of, train, trained, weights
 from torch.optim.lr_scheduler import LinearLR
 from twin import assert_equal, differing
 
-MODES = ["steer", "inverse", "eigenbasis", "balanced", "none"]
+MODES = ["spectral", "steer", "inverse", "eigenbasis", "balanced", "none"]
 
 
 # -------------------------------------------------------------------- copies

@@ -221,7 +221,7 @@ def zero_gradient_step(model, optimizer):
     optimizer.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("mode", ["steer", "inverse", "eigenbasis", "balanced", "none"])
+@pytest.mark.parametrize("mode", ["spectral", "steer", "inverse", "eigenbasis", "balanced", "none"])
 def test_a_step_without_backward_advances_nothing(mode):
     model = llama()
     optimizer = grit(model, precondition=mode, reprojection="balanced", reprojection_freq=1)

@@ -142,3 +142,21 @@ def test_dropping_trailing_balanced_coordinates_is_the_cheapest_projection():
     for _ in range(200):
         left, right = torch.randn(2, 4, 2, generator=generator, dtype=torch.float64)
         assert cost(left @ right.T) >= ours
+
+
+@pytest.mark.parametrize("power", [0.0, 0.25, 0.5, 1.0])
+def test_damped_power_is_the_power_of_the_damped_matrix(power):
+    matrix = torch.randn(3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    factor, strength = matrix @ matrix.mT, torch.tensor([0.1, 1.0, 1e-3], dtype=torch.float64)
+    found, used = linalg.damped_power(factor, strength, power)
+    values, vectors = torch.linalg.eigh(linalg.damped(factor, strength))
+    torch.testing.assert_close(found, vectors @ torch.diag_embed(values**-power) @ vectors.mT)
+    torch.testing.assert_close(used, strength)
+
+
+def test_damped_power_of_nothing_is_the_identity():
+    hopeless = torch.stack([torch.zeros(3, 3), torch.full((3, 3), torch.nan), torch.eye(3)])
+    found, used = linalg.damped_power(hopeless, linalg.damping_strength(hopeless, 0.3, relative=True), 0.5)
+    torch.testing.assert_close(found[:2], torch.eye(3).expand(2, 3, 3), rtol=0, atol=0)
+    assert used.isnan().tolist() == [True, True, False]
+    torch.testing.assert_close(found[2], torch.eye(3) / 1.3**0.5)

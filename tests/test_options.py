@@ -25,6 +25,11 @@ INVALID = [
     ("kfac_min_samples", -1, ValueError, "at least 0"),
     ("kfac_damping", 0.0, ValueError, "above 0"),
     ("kfac_damping", float("nan"), ValueError, "above 0"),
+    ("kfac_power", -0.5, ValueError, "from 0 up"),
+    ("gradient_share", 1.5, ValueError, r"in \[0, 1\]"),
+    ("step_length", 0.0, ValueError, "'base' for the base's own length"),
+    ("step_length", "bas", TypeError, "must be a number above 0, or 'base'"),
+    ("a_step_ratio", float("inf"), ValueError, "above 0"),
     ("kfac_inversion_device", "gpu", ValueError, "is no device"),
     ("cov_update_freq", 0, ValueError, "at least 1"),
     ("max_tokens", 0, ValueError, "at least 1"),
@@ -95,31 +100,31 @@ def test_bases_that_cannot_be_wrapped():
 
 
 @pytest.mark.parametrize(
-    ("base", "mode"),
-    [
-        ("AdamW", "eigenbasis"),
-        ("RAdam", "eigenbasis"),
-        ("Adagrad", "eigenbasis"),
-        ("SGD", "steer"),
-        ("Adafactor", "steer"),
-    ],
+    ("base", "length"),
+    [("AdamW", 0.6), ("RAdam", 0.6), ("Adamax", 0.6), ("SGD", "base"), ("Adafactor", "base"), ("Adagrad", "base")],
 )
-def test_the_default_mode_depends_on_the_base(base, mode):
-    """A base that does not scale entries one by one gains nothing from another basis."""
+def test_the_default_length_of_a_step_depends_on_the_base(base, length):
+    """Only an Adam's learning rate is a length per entry."""
     model = tiny.llama()
     optimizer = GritOptimizer(getattr(torch.optim, base)(tiny.trained(model), lr=1e-2), model, kfac_min_samples=8)
-    assert optimizer.options.precondition == mode
+    assert optimizer.options.precondition == "spectral"
+    assert optimizer.options.step_length == length
     tiny.train(model, optimizer, 3)
     assert optimizer.telemetry()["engaged_sites"] == 14
-    cosine = optimizer.telemetry()["mean_cosine"]
-    assert cosine is None if mode == "eigenbasis" else cosine < 0.99
+    assert optimizer.telemetry()["mean_cosine"] < 0.99
 
 
 def test_defaults_of_the_mode_stand_in_for_none():
     model = tiny.llama()
     frequencies = {}
-    for mode in ("steer", "inverse", "eigenbasis", "balanced"):
+    for mode in ("spectral", "steer", "inverse", "eigenbasis", "balanced"):
         optimizer = GritOptimizer(tiny.adamw(model), model, precondition=mode)
         frequencies[mode] = (optimizer.options.kfac_update_freq, optimizer.options.kfac_damping)
         optimizer.close()
-    assert frequencies == {"steer": (1, 0.3), "inverse": (1, 0.03), "eigenbasis": (2, 0.03), "balanced": (10, 1e-4)}
+    assert frequencies == {
+        "spectral": (1, 0.3),
+        "steer": (1, 0.3),
+        "inverse": (1, 0.03),
+        "eigenbasis": (2, 0.03),
+        "balanced": (10, 1e-4),
+    }

@@ -10,7 +10,7 @@ from twin import assert_equal, warm
 
 from grit_optim import GritOptimizer, Site
 
-MODES = ["steer", "inverse", "eigenbasis", "balanced", "none"]
+MODES = ["spectral", "steer", "inverse", "eigenbasis", "balanced", "none"]
 
 
 # -------------------------------------------------------------------- gradient scaling
@@ -110,7 +110,8 @@ def eight_bit_step():
         model = HandWritten(512, 512, rank=8)
         base = bnb.optim.AdamW8bit(trained(model), lr=1e-2, weight_decay=0.0)
         sites = [Site.from_modules("pair", model.down, model.up, model.scaling)]
-        optimizer = GritOptimizer(base, model, sites=sites, kfac_min_samples=8, kfac_damping=0.03) if wrap else base
+        options = {"precondition": "steer", "kfac_min_samples": 8, "kfac_damping": 0.03}
+        optimizer = GritOptimizer(base, model, sites=sites, **options) if wrap else base
         before = weights(model)
         model(torch.randn(64, 512)).square().mean().backward()
         optimizer.step()

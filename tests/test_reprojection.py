@@ -122,7 +122,7 @@ BASES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["steer", "inverse", "eigenbasis", "balanced", "none"])
+@pytest.mark.parametrize("mode", ["spectral", "steer", "inverse", "eigenbasis", "balanced", "none"])
 @pytest.mark.parametrize("base", BASES)
 def test_what_balanced_reprojection_drops_stays_exactly_zero(base, mode):
     """No masking: gradients and moments of a dropped coordinate are zero, so that no base brings it back."""

@@ -124,7 +124,7 @@ def spoiled(model, value):
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=["inf", "nan"])
-@pytest.mark.parametrize("mode", ["steer", "inverse", "eigenbasis", "balanced"])
+@pytest.mark.parametrize("mode", ["spectral", "steer", "inverse", "eigenbasis", "balanced"])
 def test_non_finite_gradients_are_dropped_and_counted(mode, value):
     """The step's statistics are left out and the base sees zero gradients: as if that step's loss had been constant."""
     ours, reference = warm(llama()), warm(llama())

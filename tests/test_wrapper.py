@@ -12,7 +12,7 @@ from twin import assert_equal, differing, warm
 from grit_optim import GritOptimizer
 
 EXACT = {"precondition": "none", "reprojection": "none"}
-MODES = ["steer", "inverse", "eigenbasis", "balanced", "none"]
+MODES = ["spectral", "steer", "inverse", "eigenbasis", "balanced", "none"]
 HOOK_KINDS = [
     f"{when}_{end}" for when in ("step", "state_dict", "load_state_dict") for end in ("pre_hook", "post_hook")
 ]
