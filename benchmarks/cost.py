@@ -9,7 +9,7 @@ from typing import Any
 
 from . import environment
 from .files import write_json
-from .optimizers import check_optimizer, state_bytes
+from .optimizers import check_optimizer, package_version, state_bytes
 from .results import RunConfig
 from .tasks import check_task
 
@@ -108,6 +108,7 @@ def cost(task: str, optimizer: str, steps: int, out: Path, lr: float, threads: i
         "learning_rate": lr,
         **measure(config, load_task(task, load_tokenizer()), steps),
         "versions": environment.versions(),
+        "optimizer_package": package_version(optimizer),
         "code": environment.commit(),
         "hardware": {**environment.hardware(), "load_average_before": load},
     }
