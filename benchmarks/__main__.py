@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import arguments as read
+from . import suite_arguments
 from .files import REPOSITORY, BenchmarkError
-from .optimizers import OPTIMIZERS
+from .optimizers import OPTIMIZERS, check_optimizer
 from .results import RunConfig
 from .tasks import TASKS, check_task
 
@@ -29,18 +30,22 @@ def _template(arguments: argparse.Namespace) -> RunConfig:
     """The configuration that all runs of the command share; optimizer, rate and seed are filled in by the plan."""
     from .runner import resolve_device
 
-    shared = ("steps", "batch_size", "rank", "beta1", "beta2", "weight_decay", "warmup", "eval_every")
-    values = {name: getattr(arguments, name) for name in shared}
-    alpha = arguments.alpha or arguments.rank
-    device, options = resolve_device(arguments.device), dict(arguments.option)
-    return RunConfig(check_task(arguments.task), "", 0.0, 0, alpha=alpha, device=device, options=options, **values)
+    names = ("steps", "batch_size", "rank", "alpha", "beta1", "beta2", "weight_decay", "warmup", "eval_every")
+    values = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    values.setdefault("alpha", values.get("rank", RunConfig.rank))
+    device, options = resolve_device(arguments.device), dict(arguments.option or [])
+    return RunConfig(check_task(arguments.task or "naming"), "", 0.0, 0, device=device, options=options, **values)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     from .runner import plan, run_all
 
-    runs = plan(_template(arguments), arguments.optimizers, arguments.lrs, arguments.seeds)
-    run_all(runs, arguments.out, arguments.jobs, arguments.threads)
+    suite_arguments.check(arguments)
+    if arguments.suite:
+        suite_arguments.run(arguments)
+    else:
+        runs = plan(_template(arguments), arguments.optimizers, arguments.lrs, arguments.seeds or [0])
+        run_all(runs, arguments.out, arguments.jobs, arguments.threads)
     print(f"results in {arguments.out}; table and figures: python -m benchmarks report {arguments.out}")
 
 
@@ -53,7 +58,9 @@ def _report(arguments: argparse.Namespace) -> None:
 def _cost(arguments: argparse.Namespace) -> None:
     from .cost import cost
 
-    cost(arguments.task, arguments.optimizer, arguments.steps, arguments.out, arguments.lr, arguments.threads)
+    task, optimizer = check_task(arguments.task), check_optimizer(arguments.optimizer)
+    path = arguments.out / f"cost-{task}-{optimizer}.json"
+    cost(RunConfig(task, optimizer, arguments.lr, 0), arguments.steps, path, arguments.threads)
 
 
 def _main(arguments: argparse.Namespace) -> None:
@@ -81,24 +88,25 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
 
 def _add_run(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("run", help="train LoRA with several optimizers, learning rates and seeds")
-    parser.add_argument("--task", default="naming", help=f"known: {', '.join(TASKS)}")
-    parser.add_argument("--optimizers", type=read.several(str), required=True, help=_OPTIMIZER_HELP)
-    parser.add_argument("--lrs", type=read.several(read.positive), required=True)
-    parser.add_argument("--seeds", type=read.several(read.whole), default=[0])
+    parser.add_argument("--task", help=f"known: {', '.join(TASKS)}; by default naming")
+    parser.add_argument("--optimizers", type=read.several(str), help=_OPTIMIZER_HELP)
+    parser.add_argument("--lrs", type=read.several(read.positive))
+    parser.add_argument("--seeds", type=read.several(read.whole), help="by default 0")
     parser.add_argument("--out", type=Path, required=True)
     for name, kind in (("steps", read.positive_int), ("batch-size", read.positive_int), ("rank", read.positive_int)):
-        parser.add_argument(f"--{name}", type=kind, default=getattr(RunConfig, name.replace("-", "_")))
+        parser.add_argument(f"--{name}", type=kind, help=f"by default {getattr(RunConfig, name.replace('-', '_'))}")
     parser.add_argument("--alpha", type=read.positive_int, help="LoRA's alpha; the rank by default")
     for name, check in (("beta1", read.beta), ("beta2", read.beta), ("weight-decay", read.not_negative)):
-        parser.add_argument(f"--{name}", type=check, default=getattr(RunConfig, name.replace("-", "_")))
-    parser.add_argument("--warmup", type=read.whole, default=RunConfig.warmup, help="steps")
-    parser.add_argument("--eval-every", type=read.positive_int, default=RunConfig.eval_every, help="steps")
-    parser.add_argument("--option", type=read.option, action="append", default=[], metavar="KEY=VALUE")
+        parser.add_argument(f"--{name}", type=check, help=f"by default {getattr(RunConfig, name.replace('-', '_'))}")
+    parser.add_argument("--warmup", type=read.whole, help=f"steps, by default {RunConfig.warmup}")
+    parser.add_argument("--eval-every", type=read.positive_int, help=f"steps, by default {RunConfig.eval_every}")
+    parser.add_argument("--option", type=read.option, action="append", metavar="KEY=VALUE")
     parser.add_argument("--jobs", type=read.positive_int, default=1, help="runs at a time (times are then shared)")
     parser.add_argument(
         "--threads", type=read.positive_int, help="torch threads per run; by default all, shared by jobs"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    suite_arguments.add(parser)
     parser.set_defaults(call=_run)
 
 

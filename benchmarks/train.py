@@ -148,6 +148,7 @@ def execute(config: RunConfig, folder: Path, threads: int, jobs: int = 1, slot: 
     """Carry out one run in this process, with a progress bar, and write its result."""
     from tqdm import tqdm
 
+    begun = time.perf_counter()
     memory.keep_freed_memory()
     torch.set_num_threads(threads)
     task = load_task(config.task, load_tokenizer())
@@ -165,6 +166,7 @@ def execute(config: RunConfig, folder: Path, threads: int, jobs: int = 1, slot: 
         diverged = train(run, advance)
     result = {
         **run.result(diverged),
+        "wall_seconds": time.perf_counter() - begun,  # with loading and evaluation: what planning a suite goes by
         "fingerprint": fingerprint,
         "versions": environment.versions(),
         "code": code,
