@@ -11,7 +11,7 @@ from pathlib import Path
 from . import environment
 from .files import BenchmarkError, write_json
 from .results import RunConfig, read_result
-from .suites import FIXED_SETTINGS, Contender, SuiteSettings, check_settings
+from .suites import FIXED_SETTINGS, Contender, SuiteSettings, check_settings, cost_name
 from .summary import Result, surroundings
 from .sweep import Ledger, Trial, make_trials, plan, targets
 
@@ -143,18 +143,13 @@ def _train(stay: Stay) -> dict[str, str]:
         _note_failures(stay.folder, runs, found)
 
 
-def cost_file(folder: Path, task: str, contender: Contender) -> Path:
-    """Where the step time of a contender is kept."""
-    return folder / f"cost-{task}-{contender.label}.json"
-
-
 def _time_steps(stay: Stay) -> dict[str, str]:
     """Time every contender's step on the first task against AdamW's, one after another; returns what failed."""
     from .runner import in_process
 
     failures: dict[str, str] = {}
     for trial in stay.trials({})[0]:
-        path = cost_file(stay.folder, trial.task, trial.contender)
+        path = stay.folder / cost_name(trial.task, trial.contender.label)
         if trial.task != stay.whole.tasks[0] or trial.best is None or path.exists():
             continue
         config = trial.config(trial.best, trial.settings.seeds[0], trial.settings.steps)

@@ -106,6 +106,11 @@ QUICK_CONTENDERS = ("adamw", "adamw-0.6", "loraplus", "riemannian", "lorarite", 
 QUICK_TASKS = 2  # the first so many
 
 
+def cost_name(task: str, label: str) -> str:
+    """Name of the file that holds the step time of a contender."""
+    return f"cost-{task}-{label}.json"
+
+
 def check_suite(name: str) -> tuple[Contender, ...]:
     """The suite's contenders, or an error that lists the known suites."""
     if name not in SUITES:

@@ -43,6 +43,12 @@ def comparable(
     return [({name: one.get(name, "none") for name in differing}, groups[key]) for key, one in settings.items()]
 
 
+def heading(number: int, difference: dict[str, str]) -> str:
+    """Heading of one of several tables: what its results differ in from the others."""
+    what = "; ".join(f"{name}: {value}" for name, value in difference.items())
+    return f"### Table {number}: {what}"
+
+
 @dataclass(frozen=True)
 class Cell:
     """The seeds of one method at one learning rate."""
