@@ -10,7 +10,7 @@ from typing import Any
 
 from . import environment
 from .files import write_json
-from .optimizers import check_optimizer, state_bytes
+from .optimizers import check_optimizer, package_version, state_bytes
 from .results import RunConfig
 from .tasks import check_task
 
@@ -112,6 +112,7 @@ def cost(config: RunConfig, steps: int, path: Path, threads: int | None = None, 
         "learning_rate": config.lr,
         **measure(replace(config, steps=steps + WARMUP), load_task(config.task, load_tokenizer()), steps),
         "versions": environment.versions(),
+        "optimizer_package": package_version(optimizer),
         "code": environment.commit(),
         "hardware": {**environment.hardware(config.device), "load_average_before": load},
         **about,

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .environment import installed_version
 from .files import BenchmarkError
+from .peers import PEERS
+from .settings import Factory, Settings, trainable
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What every factory is given; `options` go to the optimizer's own constructor."""
-
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-Factory = Callable[["torch.nn.Module", Settings], "torch.optim.Optimizer"]
-
-
-def _trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _adamw(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
     import torch
 
     return torch.optim.AdamW(
-        _trainable(model),
+        trainable(model),
         lr=settings.lr,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
@@ -69,6 +53,7 @@ OPTIMIZERS: dict[str, Factory] = {
     "grit-inverse": _grit(precondition="inverse"),
     "grit-none": _grit(precondition="none"),
     "grit-paper": _grit_paper,
+    **{name: peer.factory for name, peer in PEERS.items()},
 }
 
 
@@ -85,15 +70,38 @@ def make_optimizer(name: str, model: torch.nn.Module, settings: Settings) -> tor
     try:
         return factory(model, settings)
     except ImportError as error:
-        raise BenchmarkError(f"optimizer {name!r} needs {error.name}: {error}; pip install -e '.[bench]'") from error
+        package, extra = (PEERS[name].package, "peers") if name in PEERS else (error.name, "bench")
+        raise BenchmarkError(f"optimizer {name!r} needs {package}: {error}; pip install -e '.[{extra}]'") from error
+
+
+def package_version(name: str) -> dict[str, str | None]:
+    """The distribution that a peer's update rule comes from, with its version; empty for our own and plain AdamW."""
+    return {PEERS[name].package: installed_version(PEERS[name].package)} if name in PEERS else {}
+
+
+def state_tensors(state: Any) -> list[torch.Tensor]:
+    """All tensors in a state dict, each once.
+
+    Dicts, lists and tuples are gone through, and so are the attributes of any other object: some packages keep their
+    matrices in classes of their own.
+    """
+    import torch
+
+    seen: set[int] = set()
+
+    def collect(value: Any) -> list[torch.Tensor]:
+        """The tensors in `value` that have not been met yet."""
+        if id(value) in seen or isinstance(value, str | bytes | int | float | type | None):
+            return []
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            return [value]
+        items = value if isinstance(value, list | tuple | dict) else getattr(value, "__dict__", {})
+        return [tensor for item in (items.values() if isinstance(items, dict) else items) for tensor in collect(item)]
+
+    return collect(state)
 
 
 def state_bytes(state: Any) -> int:
-    """Bytes of all tensors in a state dict, nested dicts, lists and tuples included."""
-    import torch
-
-    if isinstance(state, torch.Tensor):
-        return state.numel() * state.element_size()
-    if isinstance(state, dict):
-        return sum(map(state_bytes, state.values()))
-    return sum(map(state_bytes, state)) if isinstance(state, list | tuple) else 0
+    """Bytes of all tensors in a state dict, each counted once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in state_tensors(state))

@@ -16,8 +16,9 @@ from . import environment, memory
 from .base_model import FOLDER, load_base_model, load_tokenizer
 from .files import sha256, sha256_of_file
 from .objective import answer_loss, collate, evaluate
-from .optimizers import Settings, make_optimizer, state_bytes
+from .optimizers import make_optimizer, package_version, state_bytes
 from .results import RunConfig, finite, write_result
+from .settings import Settings
 from .tasks import Task, load_task
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ def execute(config: RunConfig, folder: Path, threads: int, jobs: int = 1, slot: 
         "wall_seconds": time.perf_counter() - begun,  # with loading and evaluation: what planning a suite goes by
         "fingerprint": fingerprint,
         "versions": environment.versions(),
+        "optimizer_package": package_version(config.optimizer),
         "code": code,
         "hardware": {**environment.hardware(config.device), "jobs": jobs},
     }

@@ -41,7 +41,7 @@ RUN = ["run", "--optimizers", "adamw", "--lrs", "5e-3", "--out", "never"]
         ([*RUN, "--option", "precondition"], "is not of the form key=value"),
         ([*RUN, "--device", "tpu"], "invalid choice: 'tpu'"),
         ([*RUN, "--task", "poetry"], "unknown task 'poetry'; known: naming"),
-        ([*RUN, "--optimizers", "sgdx"], "unknown optimizer 'sgdx'; known: adamw, grit"),
+        ([*RUN, "--optimizers", "sgdx"], "unknown optimizer 'sgdx'; known: adamw, adamw8bit, grit"),
         (["pretrain", "--out", "x"], "one of the arguments --minutes --steps is required"),
         (["pretrain", "--out", "x", "--minutes", "1", "--steps", "1"], "not allowed with argument"),
         (["report", "no/such/folder"], "no such folder: no/such/folder"),

@@ -110,7 +110,7 @@ def test_settings_reach_the_optimizer():
 
 
 def test_unknown_optimizer_lists_the_known():
-    with pytest.raises(BenchmarkError, match="unknown optimizer 'sgdx'; known: adamw, grit"):
+    with pytest.raises(BenchmarkError, match="unknown optimizer 'sgdx'; known: adamw, adamw8bit, grit"):
         make_optimizer("sgdx", torch.nn.Linear(2, 2), Settings(0.1))
 
 

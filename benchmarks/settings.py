@@ -1,0 +1,28 @@
+"""What every optimizer's factory is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every factory is given; `options` go to the optimizer's own constructor."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+Factory = Callable[["torch.nn.Module", Settings], "torch.optim.Optimizer"]
+
+
+def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that ask for a gradient, in the model's order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
