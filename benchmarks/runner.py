@@ -12,10 +12,14 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .files import BenchmarkError
 from .optimizers import check_optimizer
 from .results import RunConfig, is_done
+
+if TYPE_CHECKING:
+    from .tasks.external import DataOptions
 
 _HEAVY = ["torch", "transformers", "peft", "benchmarks.train"]
 
@@ -38,21 +42,24 @@ def plan(template: RunConfig, optimizers: Sequence[str], lrs: Sequence[float], s
     return [replace(template, optimizer=name, lr=lr, seed=seed) for seed, name, lr in combinations]
 
 
-def pending(runs: Sequence[RunConfig], folder: Path) -> list[RunConfig]:
-    """The runs that the folder does not hold yet; makes the task's data on the way."""
+def pending(runs: Sequence[RunConfig], folder: Path, data: DataOptions | None = None) -> list[RunConfig]:
+    """The runs that the folder does not hold yet; makes the task's data on the way and says what they leave out."""
     from .base_model import load_tokenizer
     from .tasks import load_task
     from .train import data_fingerprint
 
-    fingerprint = data_fingerprint(load_task(runs[0].task, load_tokenizer()))
+    task = load_task(runs[0].task, load_tokenizer(), data)
+    if task.note:
+        print(task.note)
+    fingerprint = data_fingerprint(task)
     return [run for run in runs if not is_done(folder, run, fingerprint)]
 
 
-def _child(config: RunConfig, folder: Path, threads: int, jobs: int, slot: int) -> Path:
+def _child(config: RunConfig, folder: Path, threads: int, jobs: int, slot: int, data: DataOptions | None) -> Path:
     warnings.simplefilter("ignore", UserWarning)  # the parent has printed those about versions
     from .train import execute
 
-    return execute(config, folder, threads, jobs, slot)
+    return execute(config, folder, threads, jobs, slot, data)
 
 
 def _context() -> multiprocessing.context.BaseContext:
@@ -64,7 +71,9 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def execute_all(runs: Sequence[RunConfig], folder: Path, jobs: int, threads: int | None = None) -> list[str]:
+def execute_all(
+    runs: Sequence[RunConfig], folder: Path, jobs: int, threads: int | None = None, data: DataOptions | None = None
+) -> list[str]:
     """Carry out runs, `jobs` at a time; returns a line for each that failed.
 
     A process per run: peak memory is the run's own, and nothing that one optimizer changed can reach the next.
@@ -80,7 +89,7 @@ def execute_all(runs: Sequence[RunConfig], folder: Path, jobs: int, threads: int
         slot = slots.get()
         try:
             with ProcessPoolExecutor(1, mp_context=context) as executor:
-                return executor.submit(_child, config, folder, threads, jobs, slot).result()
+                return executor.submit(_child, config, folder, threads, jobs, slot, data).result()
         finally:
             slots.put(slot)
 
@@ -97,11 +106,17 @@ def execute_all(runs: Sequence[RunConfig], folder: Path, jobs: int, threads: int
     return failures
 
 
-def run_all(runs: Sequence[RunConfig], folder: Path, jobs: int = 1, threads: int | None = None) -> None:
+def run_all(
+    runs: Sequence[RunConfig],
+    folder: Path,
+    jobs: int = 1,
+    threads: int | None = None,
+    data: DataOptions | None = None,
+) -> None:
     """Carry out what is pending; an error at the end if a run failed (diverging is a result, not a failure)."""
-    todo = pending(runs, folder)
+    todo = pending(runs, folder, data)
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are in {folder} already and are left as they are")
-    failures = execute_all(todo, folder, jobs, threads) if todo else []
+    failures = execute_all(todo, folder, jobs, threads, data) if todo else []
     if failures:
         raise BenchmarkError(f"{len(failures)} of {len(todo)} runs failed:\n" + "\n".join(failures))
