@@ -1,5 +1,7 @@
 """The real task and a small model, made once for the folder."""
 
+from functools import cache
+
 import pytest
 
 from benchmarks import base_model
@@ -15,6 +17,7 @@ def rows_of(tokenizer):
     """A function that gives the rows of an embedded task, without a warning where versions are not the pinned ones."""
     from benchmarks.tasks import embedded
 
+    @cache
     def load(recipe):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(embedded, "warn_if_not_pinned", lambda recipe: None)

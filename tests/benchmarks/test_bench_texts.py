@@ -119,7 +119,7 @@ x = one_line_of_code(1)
 x = second_line_of_code(2)
 x = third_line_of_code(3)
 y = numpy_helper(x)
-z = alone(x)
+z = alone_here(x)
 def f(nx_value):
     return nx_value + nx_other
     more = np.zeros(3)
@@ -130,12 +130,12 @@ def test_snippets_stop_at_lines_that_name_a_package():
     assert list(packages.runs(FILE)) == [
         [],
         ["x = one_line_of_code(1)", "x = second_line_of_code(2)", "x = third_line_of_code(3)"],
-        ["z = alone(x)", "def f(nx_value):", "    return nx_value + nx_other"],
+        ["z = alone_here(x)", "def f(nx_value):", "    return nx_value + nx_other"],
         [],
     ]
     assert list(packages.snippets(FILE)) == [
         "x = one_line_of_code(1)\nx = second_line_of_code(2)\nx = third_line_of_code(3)",
-        "z = alone(x)\ndef f(nx_value):\n    return nx_value + nx_other",
+        "z = alone_here(x)\ndef f(nx_value):\n    return nx_value + nx_other",
     ]
 
 
