@@ -122,6 +122,16 @@ def without_repeats(rows: Groups, key: Callable[[Row], Hashable] = lambda row: (
     return kept
 
 
+def apart(train: Groups, heldout: Groups, key: Callable[[Row], Hashable] = lambda row: row.body) -> Groups:
+    """Training rows whose key no held-out row has.
+
+    The training split gives way, so that the held-out one does not depend on it (nor, where only the training split has
+    the standard library, on Python's version).
+    """
+    known = {key(row) for items in heldout.values() for row in items}
+    return {package: [row for row in items if key(row) not in known] for package, items in train.items()}
+
+
 def fair_shares(counts: dict[str, int], total: int) -> dict[str, int]:
     """Shares of `total`, as even as the counts allow: small packages give all, large ones an equal cap."""
     shares: dict[str, int] = {}

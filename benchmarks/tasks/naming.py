@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..base_model import ANSWER, EOS
-from .embedded import HELDOUT_SIZE, Groups, Recipe, Row, Sample, choose, encode, sources, without_repeats
+from .embedded import HELDOUT_SIZE, Groups, Recipe, Row, Sample, apart, choose, encode, sources, without_repeats
 from .functions import functions
 
 if TYPE_CHECKING:
@@ -41,12 +41,7 @@ def _rows(split: str, packages: tuple[str, ...], tokenizer: Tokenizer) -> Groups
 def build(tokenizer: Tokenizer) -> list[Row]:
     """Both splits from the installed sources; takes about a minute."""
     heldout = _rows("heldout", HELDOUT_PACKAGES, tokenizer)
-    bodies = {row.body for items in heldout.values() for row in items}
-    # The training split gives way, so that the held-out one does not depend on it (nor on Python's version).
-    train = {
-        package: [row for row in items if row.body not in bodies]
-        for package, items in _rows("train", TRAIN_PACKAGES, tokenizer).items()
-    }
+    train = apart(_rows("train", TRAIN_PACKAGES, tokenizer), heldout)
     return choose(train, TRAIN_SIZE) + choose(heldout, HELDOUT_SIZE)
 
 

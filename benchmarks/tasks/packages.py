@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..base_model import ANSWER, EOS
 from ..corpus import SourceFile, is_held_out
-from .embedded import HELDOUT_SIZE, Groups, Recipe, Row, Sample, choose, encode, sources, without_repeats
+from .embedded import HELDOUT_SIZE, Groups, Recipe, Row, Sample, apart, choose, encode, sources, without_repeats
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -105,11 +105,7 @@ def build(tokenizer: Tokenizer) -> list[Row]:
     train, heldout = split_samples()
     kept = _rows("heldout", heldout, tokenizer)
     # Snippets without a long line have no keys, so whole bodies are compared too.
-    bodies = {row.body for items in kept.values() for row in items}
-    rows = {
-        name: [row for row in items if row.body not in bodies]
-        for name, items in _rows("train", train, tokenizer).items()
-    }
+    rows = apart(_rows("train", train, tokenizer), kept)
     return choose(rows, TRAIN_SIZE) + choose(kept, HELDOUT_SIZE)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..base_model import ANSWER, EOS
 from ..corpus import SourceFile
-from .embedded import HELDOUT_SIZE, Groups, Recipe, Row, Sample, choose, encode, sources, without_repeats
+from .embedded import HELDOUT_SIZE, Groups, Recipe, Row, Sample, apart, choose, encode, sources, without_repeats
 from .functions import Definition, definitions, parse, usable
 
 if TYPE_CHECKING:
@@ -79,12 +79,8 @@ def _rows(split: str, packages: tuple[str, ...], tokenizer: Tokenizer) -> Groups
 def build(tokenizer: Tokenizer) -> list[Row]:
     """Both splits from the installed sources; takes about half a minute."""
     heldout = _rows("heldout", HELDOUT_PACKAGES, tokenizer)
-    keys = {(row.label, row.body) for items in heldout.values() for row in items}
-    prompts = {tuple(row.prompt) for items in heldout.values() for row in items}
-    train = {
-        package: [row for row in items if (row.label, row.body) not in keys and tuple(row.prompt) not in prompts]
-        for package, items in _rows("train", TRAIN_PACKAGES, tokenizer).items()
-    }
+    train = apart(_rows("train", TRAIN_PACKAGES, tokenizer), heldout, lambda row: (row.label, row.body))
+    train = apart(train, heldout, lambda row: tuple(row.prompt))
     return choose(train, TRAIN_SIZE) + choose(heldout, HELDOUT_SIZE)
 
 

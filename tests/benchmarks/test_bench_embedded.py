@@ -133,6 +133,12 @@ def test_fair_shares(counts, total, expected):
     assert embedded.fair_shares(counts, total) == expected
 
 
+def test_training_rows_give_way_to_held_out_ones():
+    other = dataclasses.replace(MADE[0], body="other", prompt=[5])
+    assert embedded.apart({"a": [*MADE, other], "b": MADE}, {"c": MADE}) == {"a": [other], "b": []}
+    assert embedded.apart({"a": [other]}, {"c": MADE}, lambda row: row.label) == {"a": []}
+
+
 def sample(prompt, answer=" f<eos>", origin="m.py:f"):
     return embedded.Sample("sympy", origin, "f", prompt, prompt + ANSWER, answer)
 

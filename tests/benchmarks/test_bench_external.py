@@ -271,7 +271,7 @@ def test_a_run_on_local_data_from_command_to_result(tmp_path):
 
 
 @pytest.mark.skipif("GRIT_BENCH_DATA" not in os.environ, reason="GRIT_BENCH_DATA names no folder with the real files")
-@pytest.mark.parametrize(("name", "length", "sizes"), [("gsm8k", 512, (7_473, 1_319)), ("boolq", 64, (9_427, 3_270))])
+@pytest.mark.parametrize(("name", "length", "sizes"), [("gsm8k", 512, (7_473, 1_319)), ("boolq", 128, (9_427, 3_270))])
 def test_the_real_files(name, length, sizes, tokenizer):
     task = load_task(name, tokenizer, DataOptions(Path(os.environ["GRIT_BENCH_DATA"]), length))
     for examples, size in zip((task.train, task.heldout), sizes, strict=True):
