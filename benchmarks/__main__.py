@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks {pretrain,run,report,cost,main}`."""
+"""Command line: `python -m benchmarks {pretrain,run,report,tasks,cost,main}`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .files import REPOSITORY, BenchmarkError
 from .optimizers import OPTIMIZERS, check_optimizer
 from .results import RunConfig
 from .tasks import TASKS, check_task
+from .tasks.external import DATA, MAX_LENGTH, DataOptions, check_data
 
 MAIN_LRS, MAIN_OPTIMIZERS = [5e-3, 1e-2], ["adamw", "grit"]
 _OPTIMIZER_HELP = f"known: {', '.join(OPTIMIZERS)}"
@@ -34,7 +35,17 @@ def _template(arguments: argparse.Namespace) -> RunConfig:
     values = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     values.setdefault("alpha", values.get("rank", RunConfig.rank))
     device, options = resolve_device(arguments.device), dict(arguments.option or [])
-    return RunConfig(check_task(arguments.task or "naming"), "", 0.0, 0, device=device, options=options, **values)
+    task = check_data(arguments.data[0]) if arguments.data else check_task(arguments.task or "naming")
+    return RunConfig(task, "", 0.0, 0, device=device, options=options, **values)
+
+
+def _data(arguments: argparse.Namespace) -> DataOptions | None:
+    """Where external data come from; None for an embedded task."""
+    if arguments.data:
+        return DataOptions(arguments.data[1], arguments.max_length or MAX_LENGTH)
+    if arguments.max_length:
+        raise BenchmarkError("--max-length is for --data; the embedded tasks have lengths of their own")
+    return None
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -44,8 +55,9 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.suite:
         suite_arguments.run(arguments)
     else:
+        data = _data(arguments)
         runs = plan(_template(arguments), arguments.optimizers, arguments.lrs, arguments.seeds or [0])
-        run_all(runs, arguments.out, arguments.jobs, arguments.threads)
+        run_all(runs, arguments.out, arguments.jobs, arguments.threads, data)
     print(f"results in {arguments.out}; table and figures: python -m benchmarks report {arguments.out}")
 
 
@@ -53,6 +65,12 @@ def _report(arguments: argparse.Namespace) -> None:
     from .report import report
 
     report(arguments.folder)
+
+
+def _tasks(arguments: argparse.Namespace) -> None:
+    from .tasks.describe import describe
+
+    describe([check_task(name) for name in arguments.task])
 
 
 def _cost(arguments: argparse.Namespace) -> None:
@@ -88,7 +106,20 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
 
 def _add_run(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("run", help="train LoRA with several optimizers, learning rates and seeds")
-    parser.add_argument("--task", help=f"known: {', '.join(TASKS)}; by default naming")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--task", help=f"known: {', '.join(TASKS)}; by default naming")
+    what.add_argument(
+        "--data",
+        type=read.data,
+        metavar="NAME[=FOLDER]",
+        help=f"public data instead of a task: the hub's copy, or NAME_train.jsonl and NAME_test.jsonl in FOLDER; "
+        f"known: {', '.join(DATA)}",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=read.positive_int,
+        help=f"tokens of prompt and answer of --data, by default {MAX_LENGTH}; longer examples are left out and counted",
+    )
     parser.add_argument("--optimizers", type=read.several(str), help=_OPTIMIZER_HELP)
     parser.add_argument("--lrs", type=read.several(read.positive))
     parser.add_argument("--seeds", type=read.several(read.whole), help="by default 0")
@@ -116,6 +147,14 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(call=_report)
 
 
+def _add_tasks(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("tasks", help="sizes, lengths and the untrained base model's loss of embedded tasks")
+    parser.add_argument(
+        "--task", type=read.several(str), default=sorted(TASKS), help=f"known: {', '.join(TASKS)}; by default all"
+    )
+    parser.set_defaults(call=_tasks)
+
+
 def _add_cost(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("cost", help="step time and memory of an optimizer against plain AdamW, in turns")
     parser.add_argument("--task", default="naming", help=f"known: {', '.join(TASKS)}")
@@ -139,7 +178,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_pretrain, _add_run, _add_report, _add_cost, _add_main):
+    for add in (_add_pretrain, _add_run, _add_report, _add_tasks, _add_cost, _add_main):
         add(commands)
     return parser
 

@@ -13,11 +13,14 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, 
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .files import BenchmarkError
 from .optimizers import check_optimizer
 from .results import RunConfig, is_done
+
+if TYPE_CHECKING:
+    from .tasks.external import DataOptions
 
 T = TypeVar("T")
 _HEAVY = ["torch", "transformers", "peft", "benchmarks.train"]
@@ -42,25 +45,28 @@ def plan(template: RunConfig, optimizers: Sequence[str], lrs: Sequence[float], s
 
 
 @cache
-def fingerprint(task: str) -> str:
-    """What identifies the task's data and the base model; makes the data where they are not there yet."""
+def fingerprint(task: str, data: DataOptions | None = None) -> str:
+    """What identifies the task's data and the base model; makes the data where needed and says what they leave out."""
     from .base_model import load_tokenizer
     from .tasks import load_task
     from .train import data_fingerprint
 
-    return data_fingerprint(load_task(task, load_tokenizer()))
+    loaded = load_task(task, load_tokenizer(), data)
+    if loaded.note:
+        print(loaded.note)
+    return data_fingerprint(loaded)
 
 
-def pending(runs: Sequence[RunConfig], folder: Path) -> list[RunConfig]:
+def pending(runs: Sequence[RunConfig], folder: Path, data: DataOptions | None = None) -> list[RunConfig]:
     """The runs that the folder does not hold yet; makes the tasks' data on the way."""
-    return [run for run in runs if not is_done(folder, run, fingerprint(run.task))]
+    return [run for run in runs if not is_done(folder, run, fingerprint(run.task, data))]
 
 
-def _child(config: RunConfig, folder: Path, threads: int, jobs: int, slot: int) -> Path:
+def _child(config: RunConfig, folder: Path, threads: int, jobs: int, slot: int, data: DataOptions | None) -> Path:
     warnings.simplefilter("ignore", UserWarning)  # the parent has printed those about versions
     from .train import execute
 
-    return execute(config, folder, threads, jobs, slot)
+    return execute(config, folder, threads, jobs, slot, data)
 
 
 def _context() -> multiprocessing.context.BaseContext:
@@ -83,7 +89,9 @@ def in_process(call: Callable[..., T], *arguments: Any) -> T:
         return executor.submit(call, *arguments).result()
 
 
-def execute_all(runs: Sequence[RunConfig], folder: Path, jobs: int, threads: int | None = None) -> dict[str, str]:
+def execute_all(
+    runs: Sequence[RunConfig], folder: Path, jobs: int, threads: int | None = None, data: DataOptions | None = None
+) -> dict[str, str]:
     """Carry out runs, `jobs` at a time; returns what went wrong with each that failed, by its result's name.
 
     A process per run: peak memory is the run's own, and nothing that one optimizer changed can reach the next.
@@ -97,7 +105,7 @@ def execute_all(runs: Sequence[RunConfig], folder: Path, jobs: int, threads: int
         """Carry out one run in a process of its own; returns its result's path."""
         slot = slots.get()
         try:
-            return in_process(_child, config, folder, share, jobs, slot)
+            return in_process(_child, config, folder, share, jobs, slot, data)
         finally:
             slots.put(slot)
 
@@ -115,12 +123,18 @@ def execute_all(runs: Sequence[RunConfig], folder: Path, jobs: int, threads: int
     return failures
 
 
-def run_all(runs: Sequence[RunConfig], folder: Path, jobs: int = 1, threads: int | None = None) -> None:
+def run_all(
+    runs: Sequence[RunConfig],
+    folder: Path,
+    jobs: int = 1,
+    threads: int | None = None,
+    data: DataOptions | None = None,
+) -> None:
     """Carry out what is pending; an error at the end if a run failed (diverging is a result, not a failure)."""
-    todo = pending(runs, folder)
+    todo = pending(runs, folder, data)
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are in {folder} already and are left as they are")
-    failures = execute_all(todo, folder, jobs, threads) if todo else {}
+    failures = execute_all(todo, folder, jobs, threads, data) if todo else {}
     if failures:
         lines = [f"{name}: {error}" for name, error in failures.items()]
         raise BenchmarkError(f"{len(failures)} of {len(todo)} runs failed:\n" + "\n".join(lines))

@@ -21,7 +21,7 @@ _SUITE_SETTINGS = {
     "cost_steps": (read.positive_int, "timed steps of a contender, and as many of AdamW"),
 }
 _SUITE_ONLY = ("contenders", "tasks", "quick", "phases", *_SUITE_SETTINGS)
-_PLAIN_ONLY = ("task", "optimizers", "lrs", "beta1", "beta2", "option")
+_PLAIN_ONLY = ("task", "data", "max_length", "optimizers", "lrs", "beta1", "beta2", "option")
 
 
 def _flag(name: str) -> str:

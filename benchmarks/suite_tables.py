@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .bootstrap import RESAMPLES, Interval
+from .peers import PEERS
 from .suite import Suite
 from .suite_summary import Entry, Standing, entries
 from .summary import Result
@@ -84,6 +85,9 @@ def _step_time(entry: Entry) -> str:
 
 
 def _betas(entry: Entry) -> str:
+    peer = PEERS.get(entry.contender.optimizer)
+    if peer and "betas" not in peer.uses:
+        return "–"
     return f"{entry.contender.beta1:g}, {entry.contender.beta2:g}"
 
 

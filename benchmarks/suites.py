@@ -7,11 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .files import BenchmarkError
-
-try:
-    from .peers import LR_CENTRES
-except ImportError:  # the peers' packages are optional, and so is their registry
-    LR_CENTRES: dict[str, float] = {}  # type: ignore[no-redef]
+from .peers import LR_CENTRES
 
 DEFAULT_CENTRE = 5e-3
 PHASES = ("explore", "narrow", "budgets", "cost")

@@ -72,7 +72,7 @@ def pretend(monkeypatch, made_up_result):
 
         monkeypatch.setattr(runner, "execute_all", execute_all)
         monkeypatch.setattr(runner, "in_process", timed)
-        monkeypatch.setattr(runner, "fingerprint", lambda task: "f" * 64)
+        monkeypatch.setattr(runner, "fingerprint", lambda task, data=None: "f" * 64)
         monkeypatch.setattr(suite, "_now", lambda device, threads: surroundings(made_up_result()))
         return done
 
@@ -341,8 +341,8 @@ def in_this_process(monkeypatch, naming_task):
     few = sorted(naming_task.train, key=len)
     small = Task("naming", tuple(few[:32]), tuple(few[32:40]), "small")
     monkeypatch.setattr(cost, "WARMUP", 1)
-    monkeypatch.setattr(train, "load_task", lambda name, tokenizer: small)
-    monkeypatch.setattr(tasks, "load_task", lambda name, tokenizer: small)
+    monkeypatch.setattr(train, "load_task", lambda name, tokenizer, data=None: small)
+    monkeypatch.setattr(tasks, "load_task", lambda name, tokenizer, data=None: small)
     monkeypatch.setattr(runner, "in_process", lambda call, *arguments: call(*arguments))
     runner.fingerprint.cache_clear()
     yield

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from benchmarks.files import BenchmarkError
+from benchmarks.optimizers import OPTIMIZERS
 from benchmarks.outlook import duration, expected, outlook
 from benchmarks.suites import (
     PHASES,
@@ -252,9 +253,6 @@ def test_the_suite_of_peers():
 
 
 def test_every_contender_is_a_known_optimizer():
-    pytest.importorskip("benchmarks.peers")
-    from benchmarks.optimizers import OPTIMIZERS
-
     assert {contender.optimizer for contender in SUITES["peers"]} <= OPTIMIZERS.keys()
 
 
