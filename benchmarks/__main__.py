@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks {pretrain,run,report,cost,main}`."""
+"""Command line: `python -m benchmarks {pretrain,run,report,tasks,cost,main}`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import arguments as read
+from . import suite_arguments
 from .files import REPOSITORY, BenchmarkError
-from .optimizers import OPTIMIZERS
+from .optimizers import OPTIMIZERS, check_optimizer
 from .results import RunConfig
 from .tasks import TASKS, check_task
+from .tasks.external import DATA, MAX_LENGTH, DataOptions, check_data
 
 MAIN_LRS, MAIN_OPTIMIZERS = [5e-3, 1e-2], ["adamw", "grit"]
 _OPTIMIZER_HELP = f"known: {', '.join(OPTIMIZERS)}"
@@ -29,18 +31,33 @@ def _template(arguments: argparse.Namespace) -> RunConfig:
     """The configuration that all runs of the command share; optimizer, rate and seed are filled in by the plan."""
     from .runner import resolve_device
 
-    shared = ("steps", "batch_size", "rank", "beta1", "beta2", "weight_decay", "warmup", "eval_every")
-    values = {name: getattr(arguments, name) for name in shared}
-    alpha = arguments.alpha or arguments.rank
-    device, options = resolve_device(arguments.device), dict(arguments.option)
-    return RunConfig(check_task(arguments.task), "", 0.0, 0, alpha=alpha, device=device, options=options, **values)
+    names = ("steps", "batch_size", "rank", "alpha", "beta1", "beta2", "weight_decay", "warmup", "eval_every")
+    values = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    values.setdefault("alpha", values.get("rank", RunConfig.rank))
+    device, options = resolve_device(arguments.device), dict(arguments.option or [])
+    task = check_data(arguments.data[0]) if arguments.data else check_task(arguments.task or "naming")
+    return RunConfig(task, "", 0.0, 0, device=device, options=options, **values)
+
+
+def _data(arguments: argparse.Namespace) -> DataOptions | None:
+    """Where external data come from; None for an embedded task."""
+    if arguments.data:
+        return DataOptions(arguments.data[1], arguments.max_length or MAX_LENGTH)
+    if arguments.max_length:
+        raise BenchmarkError("--max-length is for --data; the embedded tasks have lengths of their own")
+    return None
 
 
 def _run(arguments: argparse.Namespace) -> None:
     from .runner import plan, run_all
 
-    runs = plan(_template(arguments), arguments.optimizers, arguments.lrs, arguments.seeds)
-    run_all(runs, arguments.out, arguments.jobs, arguments.threads)
+    suite_arguments.check(arguments)
+    if arguments.suite:
+        suite_arguments.run(arguments)
+    else:
+        data = _data(arguments)
+        runs = plan(_template(arguments), arguments.optimizers, arguments.lrs, arguments.seeds or [0])
+        run_all(runs, arguments.out, arguments.jobs, arguments.threads, data)
     print(f"results in {arguments.out}; table and figures: python -m benchmarks report {arguments.out}")
 
 
@@ -50,10 +67,18 @@ def _report(arguments: argparse.Namespace) -> None:
     report(arguments.folder)
 
 
+def _tasks(arguments: argparse.Namespace) -> None:
+    from .tasks.describe import describe
+
+    describe([check_task(name) for name in arguments.task])
+
+
 def _cost(arguments: argparse.Namespace) -> None:
     from .cost import cost
 
-    cost(arguments.task, arguments.optimizer, arguments.steps, arguments.out, arguments.lr, arguments.threads)
+    task, optimizer = check_task(arguments.task), check_optimizer(arguments.optimizer)
+    path = arguments.out / f"cost-{task}-{optimizer}.json"
+    cost(RunConfig(task, optimizer, arguments.lr, 0), arguments.steps, path, arguments.threads)
 
 
 def _main(arguments: argparse.Namespace) -> None:
@@ -81,24 +106,38 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
 
 def _add_run(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("run", help="train LoRA with several optimizers, learning rates and seeds")
-    parser.add_argument("--task", default="naming", help=f"known: {', '.join(TASKS)}")
-    parser.add_argument("--optimizers", type=read.several(str), required=True, help=_OPTIMIZER_HELP)
-    parser.add_argument("--lrs", type=read.several(read.positive), required=True)
-    parser.add_argument("--seeds", type=read.several(read.whole), default=[0])
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--task", help=f"known: {', '.join(TASKS)}; by default naming")
+    what.add_argument(
+        "--data",
+        type=read.data,
+        metavar="NAME[=FOLDER]",
+        help=f"public data instead of a task: the hub's copy, or NAME_train.jsonl and NAME_test.jsonl in FOLDER; "
+        f"known: {', '.join(DATA)}",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=read.positive_int,
+        help=f"tokens of prompt and answer of --data, by default {MAX_LENGTH}; longer examples are left out and counted",
+    )
+    parser.add_argument("--optimizers", type=read.several(str), help=_OPTIMIZER_HELP)
+    parser.add_argument("--lrs", type=read.several(read.positive))
+    parser.add_argument("--seeds", type=read.several(read.whole), help="by default 0")
     parser.add_argument("--out", type=Path, required=True)
     for name, kind in (("steps", read.positive_int), ("batch-size", read.positive_int), ("rank", read.positive_int)):
-        parser.add_argument(f"--{name}", type=kind, default=getattr(RunConfig, name.replace("-", "_")))
+        parser.add_argument(f"--{name}", type=kind, help=f"by default {getattr(RunConfig, name.replace('-', '_'))}")
     parser.add_argument("--alpha", type=read.positive_int, help="LoRA's alpha; the rank by default")
     for name, check in (("beta1", read.beta), ("beta2", read.beta), ("weight-decay", read.not_negative)):
-        parser.add_argument(f"--{name}", type=check, default=getattr(RunConfig, name.replace("-", "_")))
-    parser.add_argument("--warmup", type=read.whole, default=RunConfig.warmup, help="steps")
-    parser.add_argument("--eval-every", type=read.positive_int, default=RunConfig.eval_every, help="steps")
-    parser.add_argument("--option", type=read.option, action="append", default=[], metavar="KEY=VALUE")
+        parser.add_argument(f"--{name}", type=check, help=f"by default {getattr(RunConfig, name.replace('-', '_'))}")
+    parser.add_argument("--warmup", type=read.whole, help=f"steps, by default {RunConfig.warmup}")
+    parser.add_argument("--eval-every", type=read.positive_int, help=f"steps, by default {RunConfig.eval_every}")
+    parser.add_argument("--option", type=read.option, action="append", metavar="KEY=VALUE")
     parser.add_argument("--jobs", type=read.positive_int, default=1, help="runs at a time (times are then shared)")
     parser.add_argument(
         "--threads", type=read.positive_int, help="torch threads per run; by default all, shared by jobs"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    suite_arguments.add(parser)
     parser.set_defaults(call=_run)
 
 
@@ -106,6 +145,14 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("report", help="table and figures from the results in a folder")
     parser.add_argument("folder", type=Path)
     parser.set_defaults(call=_report)
+
+
+def _add_tasks(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("tasks", help="sizes, lengths and the untrained base model's loss of embedded tasks")
+    parser.add_argument(
+        "--task", type=read.several(str), default=sorted(TASKS), help=f"known: {', '.join(TASKS)}; by default all"
+    )
+    parser.set_defaults(call=_tasks)
 
 
 def _add_cost(commands: argparse._SubParsersAction) -> None:
@@ -131,7 +178,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_pretrain, _add_run, _add_report, _add_cost, _add_main):
+    for add in (_add_pretrain, _add_run, _add_report, _add_tasks, _add_cost, _add_main):
         add(commands)
     return parser
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -83,3 +84,11 @@ def option(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
+
+
+def data(text: str) -> tuple[str, Path | None]:
+    """`NAME` or `NAME=FOLDER`; no folder stands for the hub's copy."""
+    name, separator, folder = text.partition("=")
+    if not name or (separator and not folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME or NAME=FOLDER")
+    return name, Path(folder) if folder else None

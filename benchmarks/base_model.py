@@ -15,6 +15,7 @@ FOLDER = Path(__file__).resolve().parent / "base_model"
 PAD, EOS, BLANK, ANSWER = "<pad>", "<eos>", "<blank>", "<answer>"
 SPECIAL_TOKENS = (PAD, EOS, BLANK, ANSWER)  # their ids are 0, 1, 2, 3
 VOCABULARY = 2048
+MAX_POSITIONS = 512  # tokens that the model reads at a time
 _REMEDY = "make it with: python -m benchmarks pretrain --out benchmarks/base_model"
 
 
@@ -28,7 +29,7 @@ def model_config() -> LlamaConfig:
         intermediate_size=688,
         num_hidden_layers=4,
         num_attention_heads=4,
-        max_position_embeddings=512,
+        max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         pad_token_id=SPECIAL_TOKENS.index(PAD),
         eos_token_id=SPECIAL_TOKENS.index(EOS),

@@ -28,7 +28,8 @@ class SourceFile:
 
 def _wanted(relative: Path) -> bool:
     """Whether a file takes part: no excluded folder, and not the build's own configuration (machine paths)."""
-    return EXCLUDED_FOLDERS.isdisjoint(relative.parts[:-1]) and not relative.name.startswith("_sysconfigdata")
+    is_configuration = relative.name.startswith("_sysconfigdata") or relative.name == "__config__.py"
+    return EXCLUDED_FOLDERS.isdisjoint(relative.parts[:-1]) and not is_configuration
 
 
 def _read_tree(package: str, root: Path) -> Iterator[SourceFile]:

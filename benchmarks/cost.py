@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,6 @@ def _stages(optimizer: Any) -> dict[str, float]:
 
 def measure(config: RunConfig, task: Any, steps: int) -> dict[str, Any]:
     """Time `steps` full training steps (forward, backward, optimizer) of AdamW and of the configured optimizer."""
-    from dataclasses import replace
-
     from .train import Run
 
     lanes = [Run(replace(config, optimizer="adamw", options={}), task), Run(config, task)]
@@ -89,30 +88,35 @@ def show(result: dict[str, Any]) -> None:
         console.print(stages)
 
 
-def cost(task: str, optimizer: str, steps: int, out: Path, lr: float, threads: int | None = None) -> dict[str, Any]:
-    """Measure, write `cost-TASK-OPTIMIZER.json` into `out`, print a table; returns the result."""
+def cost(config: RunConfig, steps: int, path: Path, threads: int | None = None, **about: Any) -> dict[str, Any]:
+    """Measure an optimizer's step against plain AdamW with `steps` timed steps each; write the result and print a table.
+
+    `config` gives task, optimizer and its settings; its length is not used. `threads` is torch's, by default all cores;
+    `about` is written into the result as it is.
+    """
     import torch
 
     from . import memory
     from .base_model import load_tokenizer
     from .tasks import load_task
 
-    config = RunConfig(check_task(task), check_optimizer(optimizer), lr, 0, steps=steps + WARMUP)
     memory.keep_freed_memory()
     torch.set_num_threads(threads or os.cpu_count() or 1)
     load = os.getloadavg()[0]  # near 0 on a quiet machine; else the times are worth little
     result = {
-        "task": task,
-        "optimizer": optimizer,
+        "task": check_task(config.task),
+        "optimizer": check_optimizer(config.optimizer),
+        "betas": [config.beta1, config.beta2],
+        "options": config.options,
         "timed_steps": steps,
-        "learning_rate": lr,
-        **measure(config, load_task(task, load_tokenizer()), steps),
+        "learning_rate": config.lr,
+        **measure(replace(config, steps=steps + WARMUP), load_task(config.task, load_tokenizer()), steps),
         "versions": environment.versions(),
-        "optimizer_package": package_version(optimizer),
+        "optimizer_package": package_version(config.optimizer),
         "code": environment.commit(),
-        "hardware": {**environment.hardware(), "load_average_before": load},
+        "hardware": {**environment.hardware(config.device), "load_average_before": load},
+        **about,
     }
-    path = out / f"cost-{task}-{optimizer}.json"
     write_json(path, result)
     show(result)
     print(f"written: {path}")

@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import cycle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import write_with
+from .plots import LOSS, panels, save, styles
 from .summary import Cell, Method, reference_cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# Okabe and Ito's palette without yellow: told apart with any colour vision; marker and line tell them apart in grey.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_MARKERS, _LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")
-_LOSS = "held-out loss (nats per token)"
-
-
-def _styles() -> Iterator[dict[str, Any]]:
-    looks = zip(cycle(_COLOURS), cycle(_MARKERS), cycle(_LINES), strict=False)
-    for colour, marker, line in looks:
-        yield {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.6}
-
-
-def _figure(panels: int, width: float) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 3.9), dpi=160, layout="constrained")
-    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
-    for axis in axes:
-        axis.grid(alpha=0.3, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    write_with(path, lambda temporary: figure.savefig(temporary, format="png"))
-    return path
 
 
 def _label(method: Method, best: Cell) -> str:
@@ -70,10 +41,10 @@ def draw_curves(found: Sequence[Method], path: Path) -> Path | None:
     finished = [(method, method.best) for method in found if method.best is not None]
     if not finished:
         return None
-    figure, axes = _figure(2, 9.0)
+    figure, axes = panels(1, 2, 9.0)
     labels = {"step": "training steps", "seconds": "training time (seconds, without evaluation)"}
     for axis, (key, title) in zip(axes, labels.items(), strict=True):
-        for (method, best), style in zip(finished, _styles(), strict=False):
+        for (method, best), style in zip(finished, styles(), strict=False):
             _plot_curve(axis, best, key, _label(method, best), style)
         axis.set_xlabel(title)
     _cut_start(axes[0], [best for _, best in finished])
@@ -83,9 +54,9 @@ def draw_curves(found: Sequence[Method], path: Path) -> Path | None:
             axis.axhline(reference.loss, color="#666666", linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
         across = axes[0].get_yaxis_transform()
         axes[0].annotate("AdamW's best", (0.02, reference.loss), xycoords=across, va="bottom", fontsize=8)
-    axes[0].set_ylabel(_LOSS)
+    axes[0].set_ylabel(LOSS)
     axes[1].legend(frameon=False, fontsize=8, loc="upper right")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _plot_rates(axis: Axes, method: Method, style: dict[str, Any]) -> None:
@@ -96,7 +67,7 @@ def _plot_rates(axis: Axes, method: Method, style: dict[str, Any]) -> None:
 
 def _mark_diverged(axis: Axes, found: Sequence[Method]) -> None:
     """A cross at the top of the axis for every rate at which a run diverged."""
-    for method, style in zip(found, _styles(), strict=False):
+    for method, style in zip(found, styles(), strict=False):
         rates = [cell.lr for cell in method.cells if cell.diverged]
         if rates:
             heights = [0.97] * len(rates)
@@ -116,8 +87,8 @@ def draw_rates(found: Sequence[Method], path: Path) -> Path:
     """Final held-out loss against the learning rate, with the spread between seeds; diverged runs as crosses."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    figure, (axis,) = _figure(1, 5.2)
-    for method, style in zip(found, _styles(), strict=False):
+    figure, (axis,) = panels(1, 1, 5.2)
+    for method, style in zip(found, styles(), strict=False):
         _plot_rates(axis, method, style)
     _mark_diverged(axis, found)
     axis.set_xscale("log")
@@ -126,10 +97,10 @@ def draw_rates(found: Sequence[Method], path: Path) -> Path:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_xlabel("peak learning rate (log scale)")
-    axis.set_ylabel("final " + _LOSS)
+    axis.set_ylabel("final " + LOSS)
     axis.margins(0.12)
     axis.legend(frameon=False, fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def draw(found: Sequence[Method], folder: Path, suffix: str = "") -> list[Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .files import write_text
 from .results import read_results
-from .summary import Cell, Method, Result, Row, comparable, methods, reference_cell, rows
+from .summary import Cell, Method, Result, Row, comparable, heading, methods, reference_cell, rows
 
 _HEADER = (
     "optimizer",
@@ -103,25 +103,25 @@ def table(results: Sequence[Result]) -> str:
     return "\n\n".join([*parts, _LEGEND, _origin(results)])
 
 
-def _heading(number: int, difference: dict[str, str]) -> str:
-    what = "; ".join(f"{name}: {value}" for name, value in difference.items())
-    return f"### Table {number}: {what}"
-
-
 def report(folder: Path) -> str:
     """Write `table.md` and the figures into `folder` and print the table; returns the table.
 
     Runs that differ in data, model, hardware, versions or length never share a table: each such group gets its own,
-    headed by what it differs in.
+    headed by what it differs in. A folder that holds a suite gets the suite's report.
     """
     from .figures import draw
+    from .suite import RECORD
+    from .suite_report import suite_report
+
+    if (folder / RECORD).exists():
+        return suite_report(folder)
 
     groups, parts, figures = comparable(read_results(folder)), list[str](), list[Path]()
     if len(groups) > 1:
         parts.append(f"These runs are not all comparable, so they stand in {len(groups)} tables.")
     for number, (difference, results) in enumerate(groups, start=1):
         if difference:
-            parts.append(_heading(number, difference))
+            parts.append(heading(number, difference))
         parts.append(table(results))
         figures += draw(methods(results), folder, f"-{number}" if len(groups) > 1 else "")
     text = "\n\n".join(parts) + "\n"

@@ -8,15 +8,21 @@ import os
 import queue
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .files import BenchmarkError
 from .optimizers import check_optimizer
 from .results import RunConfig, is_done
 
+if TYPE_CHECKING:
+    from .tasks.external import DataOptions
+
+T = TypeVar("T")
 _HEAVY = ["torch", "transformers", "peft", "benchmarks.train"]
 
 
@@ -38,21 +44,29 @@ def plan(template: RunConfig, optimizers: Sequence[str], lrs: Sequence[float], s
     return [replace(template, optimizer=name, lr=lr, seed=seed) for seed, name, lr in combinations]
 
 
-def pending(runs: Sequence[RunConfig], folder: Path) -> list[RunConfig]:
-    """The runs that the folder does not hold yet; makes the task's data on the way."""
+@cache
+def fingerprint(task: str, data: DataOptions | None = None) -> str:
+    """What identifies the task's data and the base model; makes the data where needed and says what they leave out."""
     from .base_model import load_tokenizer
     from .tasks import load_task
     from .train import data_fingerprint
 
-    fingerprint = data_fingerprint(load_task(runs[0].task, load_tokenizer()))
-    return [run for run in runs if not is_done(folder, run, fingerprint)]
+    loaded = load_task(task, load_tokenizer(), data)
+    if loaded.note:
+        print(loaded.note)
+    return data_fingerprint(loaded)
 
 
-def _child(config: RunConfig, folder: Path, threads: int, jobs: int, slot: int) -> Path:
+def pending(runs: Sequence[RunConfig], folder: Path, data: DataOptions | None = None) -> list[RunConfig]:
+    """The runs that the folder does not hold yet; makes the tasks' data on the way."""
+    return [run for run in runs if not is_done(folder, run, fingerprint(run.task, data))]
+
+
+def _child(config: RunConfig, folder: Path, threads: int, jobs: int, slot: int, data: DataOptions | None) -> Path:
     warnings.simplefilter("ignore", UserWarning)  # the parent has printed those about versions
     from .train import execute
 
-    return execute(config, folder, threads, jobs, slot)
+    return execute(config, folder, threads, jobs, slot, data)
 
 
 def _context() -> multiprocessing.context.BaseContext:
@@ -64,13 +78,25 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def execute_all(runs: Sequence[RunConfig], folder: Path, jobs: int, threads: int | None = None) -> list[str]:
-    """Carry out runs, `jobs` at a time; returns a line for each that failed.
+def threads_per_run(jobs: int, threads: int | None = None) -> int:
+    """Threads of one of `jobs` runs at a time: an equal share of the cores unless `threads` says otherwise."""
+    return threads or max(1, (os.cpu_count() or 1) // jobs)
+
+
+def in_process(call: Callable[..., T], *arguments: Any) -> T:
+    """The result of a call in a fresh process of its own."""
+    with ProcessPoolExecutor(1, mp_context=_context()) as executor:
+        return executor.submit(call, *arguments).result()
+
+
+def execute_all(
+    runs: Sequence[RunConfig], folder: Path, jobs: int, threads: int | None = None, data: DataOptions | None = None
+) -> dict[str, str]:
+    """Carry out runs, `jobs` at a time; returns what went wrong with each that failed, by its result's name.
 
     A process per run: peak memory is the run's own, and nothing that one optimizer changed can reach the next.
     """
-    threads = threads or max(1, (os.cpu_count() or 1) // jobs)
-    context, failures = _context(), list[str]()
+    share, failures = threads_per_run(jobs, threads), dict[str, str]()
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for slot in range(jobs):
         slots.put(slot)
@@ -79,8 +105,7 @@ def execute_all(runs: Sequence[RunConfig], folder: Path, jobs: int, threads: int
         """Carry out one run in a process of its own; returns its result's path."""
         slot = slots.get()
         try:
-            with ProcessPoolExecutor(1, mp_context=context) as executor:
-                return executor.submit(_child, config, folder, threads, jobs, slot).result()
+            return in_process(_child, config, folder, share, jobs, slot, data)
         finally:
             slots.put(slot)
 
@@ -89,19 +114,27 @@ def execute_all(runs: Sequence[RunConfig], folder: Path, jobs: int, threads: int
         try:
             for future in as_completed(futures):
                 if error := future.exception():
-                    failures.append(f"{futures[future].file_name()}: {type(error).__name__}: {error}")
-                    print(f"failed: {failures[-1]}", file=sys.stderr)
+                    name = futures[future].file_name()
+                    failures[name] = f"{type(error).__name__}: {error}"
+                    print(f"failed: {name}: {failures[name]}", file=sys.stderr)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return failures
 
 
-def run_all(runs: Sequence[RunConfig], folder: Path, jobs: int = 1, threads: int | None = None) -> None:
+def run_all(
+    runs: Sequence[RunConfig],
+    folder: Path,
+    jobs: int = 1,
+    threads: int | None = None,
+    data: DataOptions | None = None,
+) -> None:
     """Carry out what is pending; an error at the end if a run failed (diverging is a result, not a failure)."""
-    todo = pending(runs, folder)
+    todo = pending(runs, folder, data)
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are in {folder} already and are left as they are")
-    failures = execute_all(todo, folder, jobs, threads) if todo else []
+    failures = execute_all(todo, folder, jobs, threads, data) if todo else {}
     if failures:
-        raise BenchmarkError(f"{len(failures)} of {len(todo)} runs failed:\n" + "\n".join(failures))
+        lines = [f"{name}: {error}" for name, error in failures.items()]
+        raise BenchmarkError(f"{len(failures)} of {len(todo)} runs failed:\n" + "\n".join(lines))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,23 +17,36 @@ _SHARED = ("task", "steps", "batch_size", "rank", "alpha", "warmup", "eval_every
 _VARIANT = ("beta1", "beta2", "weight_decay", "options")
 
 
+def surroundings(result: Result) -> dict[str, str]:
+    """Hardware and versions that a result was made with, as text by name."""
+    around = {f"hardware {name}": str(value) for name, value in result["hardware"].items()}
+    versions = {f"version of {name}": str(value) for name, value in result["versions"].items()}
+    return {**around, **versions}
+
+
 def setting(result: Result) -> dict[str, str]:
     """What must agree for two runs to stand in one table, as text by name."""
     shared = {name: str(result["config"][name]) for name in _SHARED}
-    around = {f"hardware {name}": str(value) for name, value in result["hardware"].items()}
-    versions = {f"version of {name}": str(value) for name, value in result["versions"].items()}
-    return {"data and model": result["fingerprint"][:16], **shared, **around, **versions}
+    return {"data and model": result["fingerprint"][:16], **shared, **surroundings(result)}
 
 
-def comparable(results: Sequence[Result]) -> list[tuple[dict[str, str], list[Result]]]:
-    """Results in groups that may be compared, each with the part of its setting that the groups differ in."""
+def comparable(
+    results: Sequence[Result], key: Callable[[Result], dict[str, str]] = setting
+) -> list[tuple[dict[str, str], list[Result]]]:
+    """Results in groups that may be compared, each with the part of its setting (`key`) that the groups differ in."""
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in results:
-        groups[json.dumps(setting(result), sort_keys=True)].append(result)
+        groups[json.dumps(key(result), sort_keys=True)].append(result)
     settings = {key: json.loads(key) for key in sorted(groups)}
     names = {name for one in settings.values() for name in one}
     differing = sorted(name for name in names if len({one.get(name) for one in settings.values()}) > 1)
     return [({name: one.get(name, "none") for name in differing}, groups[key]) for key, one in settings.items()]
+
+
+def heading(number: int, difference: dict[str, str]) -> str:
+    """Heading of one of several tables: what its results differ in from the others."""
+    what = "; ".join(f"{name}: {value}" for name, value in difference.items())
+    return f"### Table {number}: {what}"
 
 
 @dataclass(frozen=True)

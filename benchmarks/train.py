@@ -24,6 +24,8 @@ from .tasks import Task, load_task
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from .tasks.external import DataOptions
+
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -105,6 +107,7 @@ class Run:
             "diverged": diverged,
             "final_loss": None if diverged else self.curve[-1]["loss"],
             "exact_match": None if diverged else self.exact_match,
+            "metric": self.task.metric,
             "train_losses": [finite(loss) for loss in self.losses],
             "epochs": self.config.steps * self.config.batch_size / len(self.task.train),
             "seconds": sum(self.step_seconds),
@@ -145,13 +148,16 @@ def train(run: Run, advance: Callable[[float], None] = lambda loss: None) -> boo
     return diverged
 
 
-def execute(config: RunConfig, folder: Path, threads: int, jobs: int = 1, slot: int = 0) -> Path:
+def execute(
+    config: RunConfig, folder: Path, threads: int, jobs: int = 1, slot: int = 0, data: DataOptions | None = None
+) -> Path:
     """Carry out one run in this process, with a progress bar, and write its result."""
     from tqdm import tqdm
 
+    begun = time.perf_counter()
     memory.keep_freed_memory()
     torch.set_num_threads(threads)
-    task = load_task(config.task, load_tokenizer())
+    task = load_task(config.task, load_tokenizer(), data)
     code, fingerprint = environment.commit(), data_fingerprint(task)  # as they are now, not when the run ends
     environment.reset_peak_memory(config.device)
     run = Run(config, task)
@@ -166,6 +172,7 @@ def execute(config: RunConfig, folder: Path, threads: int, jobs: int = 1, slot: 
         diverged = train(run, advance)
     result = {
         **run.result(diverged),
+        "wall_seconds": time.perf_counter() - begun,  # with loading and evaluation: what planning a suite goes by
         "fingerprint": fingerprint,
         "versions": environment.versions(),
         "optimizer_package": package_version(config.optimizer),

@@ -5,12 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..files import BenchmarkError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from .external import DataOptions
 
 _GROUP = 16  # batches that are sorted by length together: padding falls below a tenth, the order stays random
 
@@ -28,12 +32,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """Training and held-out examples, and the sha256 of both."""
+    """Training and held-out examples, the sha256 of both, and what the share of exactly right answers is called.
+
+    `metric` is None where that share means nothing (free text); `note` says what was left out of the data.
+    """
 
     name: str
     train: tuple[Example, ...]
     heldout: tuple[Example, ...]
     fingerprint: str
+    metric: str | None = "exact match"
+    note: str = ""
 
     def batches(self, seed: int, batch_size: int) -> Iterator[list[Example]]:
         """Endless training batches in an order that depends on `seed` and `batch_size` alone.
@@ -59,13 +68,16 @@ class Task:
                 yield [self.train[index] for index in batch]
 
 
-def _naming(tokenizer: Tokenizer) -> Task:
-    from .naming import load
+def _embedded(name: str, tokenizer: Tokenizer) -> Task:
+    """A task cut from installed text; its module is loaded only now."""
+    from .embedded import load
 
-    return load(tokenizer)
+    return load(import_module(f"{__name__}.{name}").RECIPE, tokenizer)
 
 
-TASKS: dict[str, Callable[[Tokenizer], Task]] = {"naming": _naming}
+TASKS: dict[str, Callable[[Tokenizer], Task]] = {
+    name: partial(_embedded, name) for name in ("naming", "packages", "prose", "signature")
+}
 
 
 def check_task(name: str) -> str:
@@ -75,6 +87,10 @@ def check_task(name: str) -> str:
     return name
 
 
-def load_task(name: str, tokenizer: Tokenizer) -> Task:
-    """The task of that name, its text cut into tokens by `tokenizer`."""
-    return TASKS[check_task(name)](tokenizer)
+def load_task(name: str, tokenizer: Tokenizer, data: DataOptions | None = None) -> Task:
+    """The task of that name, its text cut into tokens by `tokenizer`; one on external data where `data` is given."""
+    if data is None:
+        return TASKS[check_task(name)](tokenizer)
+    from .external import load
+
+    return load(name, tokenizer, data)

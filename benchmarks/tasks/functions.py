@@ -8,14 +8,12 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 from ..base_model import BLANK
 from ..corpus import SourceFile
-from ..files import sha256
 
 MIN_LINES, MAX_LINES, MIN_NAME = 4, 20, 3
-_Definition = ast.FunctionDef | ast.AsyncFunctionDef
+Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
@@ -28,18 +26,13 @@ class Function:
     blanked: str
     body: str  # everything below the signature, blanked, without white space: what "the same body" compares
 
-    @cached_property
-    def rank(self) -> str:
-        """Place in the choice: a hash, so that neither file order nor Python's own hash decides."""
-        return sha256([self.package, self.qualified_name, self.name, self.blanked])
-
 
 def blank_name(source: str, name: str) -> str:
     """Replace `name` wherever it stands as a whole identifier: in code, strings and comments alike."""
     return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", BLANK, source)
 
 
-def _docstring(node: _Definition) -> ast.stmt | None:
+def _docstring(node: Definition) -> ast.stmt | None:
     first = node.body[0]
     is_text = (
         isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
@@ -54,7 +47,7 @@ def _stands_alone(statement: ast.stmt, lines: list[str]) -> bool:
     return not before.strip() and not after.strip()
 
 
-def _cut(node: _Definition, lines: list[str]) -> tuple[str, str] | None:
+def _cut(node: Definition, lines: list[str]) -> tuple[str, str] | None:
     """Source without decorators and docstring, dedented, and its body; None where that cannot be cut by lines."""
     docstring = _docstring(node)
     statements = node.body[1:] if docstring else node.body
@@ -72,7 +65,7 @@ def _cut(node: _Definition, lines: list[str]) -> tuple[str, str] | None:
     return (source, body) if source.startswith(("def ", "async def ")) else None
 
 
-def _definitions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, _Definition]]:
+def definitions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, Definition]]:
     """All functions with their qualified names, in source order, nested ones included."""
     for child in ast.iter_child_nodes(tree):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -80,30 +73,32 @@ def _definitions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, _Defini
         inner = prefix
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             inner = f"{prefix}{child.name}."
-        yield from _definitions(child, inner)
+        yield from definitions(child, inner)
 
 
-def _parse(text: str) -> ast.Module | None:
+def parse(text: str) -> ast.Module | None:
+    """The source's syntax tree; None where it is no Python of this version."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's sources
         try:
             return ast.parse(text)
         except SyntaxError:
-            return None  # templates and sources for other versions of Python
+            return None
 
 
-def _usable(name: str) -> bool:
+def usable(name: str) -> bool:
+    """Whether a name may be asked for: neither dunder nor very short."""
     return len(name) >= MIN_NAME and name.isascii() and not (name.startswith("__") and name.endswith("__"))
 
 
 def functions(file: SourceFile) -> Iterator[Function]:
     """Functions of one file that are neither dunder, nor too short or long, nor impossible to cut by lines."""
-    tree = _parse(file.text)
+    tree = parse(file.text)
     if tree is None:
         return
     lines = file.text.split("\n")
-    for qualified, node in _definitions(tree):
-        cut = _cut(node, lines) if _usable(node.name) else None
+    for qualified, node in definitions(tree):
+        cut = _cut(node, lines) if usable(node.name) else None
         if cut is None or not MIN_LINES <= cut[0].count("\n") + 1 <= MAX_LINES:
             continue
         blanked, body = (blank_name(part, node.name) for part in cut)

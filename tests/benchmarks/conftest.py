@@ -1,5 +1,7 @@
 """The real task and a small model, made once for the folder."""
 
+from functools import cache
+
 import pytest
 
 from benchmarks import base_model
@@ -11,21 +13,33 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def rows(tokenizer):
+def rows_of(tokenizer):
+    """A function that gives the rows of an embedded task, without a warning where versions are not the pinned ones."""
+    from benchmarks.tasks import embedded
+
+    @cache
+    def load(recipe):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(embedded, "warn_if_not_pinned", lambda recipe: None)
+            return embedded.load_rows(recipe, tokenizer)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def rows(rows_of):
     from benchmarks.tasks import naming
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(naming, "_warn_if_not_pinned", lambda: None)
-        return naming.rows(tokenizer)
+    return rows_of(naming.RECIPE)
 
 
 @pytest.fixture(scope="session")
 def naming_task(rows, tokenizer):
-    from benchmarks.tasks import naming
+    from benchmarks.tasks import embedded, naming
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(naming, "_warn_if_not_pinned", lambda: None)
-        return naming.load(tokenizer)
+        patch.setattr(embedded, "load_rows", lambda recipe, tokenizer: rows)
+        return embedded.load(naming.RECIPE, tokenizer)
 
 
 @pytest.fixture

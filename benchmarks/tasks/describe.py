@@ -1,0 +1,53 @@
+"""Sizes and lengths of tasks, and what the base model knows of them before any training."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+
+from ..results import RunConfig
+from . import Task, load_task
+
+_COLUMNS = (
+    "task", "training examples", "held-out examples", "tokens per example", "answer tokens", "padding",
+    "base model's held-out loss", "exactly right",
+)  # fmt: skip
+
+
+def padding_share(task: Task, batches: int = 100) -> float:
+    """Share of positions that are padding, mean over the first training batches of seed 0."""
+    from ..objective import collate
+
+    some = itertools.islice(task.batches(0, RunConfig.batch_size), batches)
+    return statistics.fmean(collate(batch).padding for batch in some)
+
+
+def _fields(task: Task) -> tuple[str, ...]:
+    from ..base_model import load_base_model
+    from ..objective import evaluate
+
+    score = evaluate(load_base_model()[0], task.heldout)
+    return (
+        task.name,
+        f"{len(task.train):,}",
+        f"{len(task.heldout):,}",
+        f"{statistics.fmean(len(example) for example in task.train):.1f}",
+        f"{statistics.fmean(len(example.answer) for example in task.train):.1f}",
+        f"{100 * padding_share(task):.1f} %",
+        f"{score.loss:.3f}",
+        f"{100 * score.exact_match:.1f} % ({task.metric})" if task.metric else "–",
+    )
+
+
+def describe(names: Sequence[str]) -> None:
+    """Print a table of the tasks; lengths are means over the training split."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..base_model import load_tokenizer
+
+    table, tokenizer = Table(*_COLUMNS), load_tokenizer()
+    for name in names:
+        table.add_row(*_fields(load_task(name, tokenizer)))
+    Console().print(table)

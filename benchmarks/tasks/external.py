@@ -1,0 +1,203 @@
+"""Tasks on public data: read from a folder of jsonl files, or from the hub's copy through `datasets`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..base_model import EOS, MAX_POSITIONS
+from ..files import BenchmarkError, sha256
+from . import Example, Task, formats
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MAX_LENGTH = 256  # tokens of prompt and answer together, unless told otherwise
+HELDOUT_PERCENT = 5  # of the prompts, where the data have no split to report on
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where data come from and how a row becomes an example.
+
+    `test` is the split that is reported on: the one with public labels; None where there is none, and a share of the
+    training split, chosen by a hash of the prompt, is kept apart instead.
+    """
+
+    hub: str
+    config: str | None
+    train: str
+    test: str | None
+    fields: tuple[str, ...]
+    texts: Callable[[formats.Row], formats.Texts]
+    metric: str | None
+
+
+DATA = {
+    "alpaca": Source(
+        "tatsu-lab/alpaca", None, "train", None, ("instruction", "input", "output"), formats.alpaca, None
+    ),
+    "boolq": Source("google/boolq", None, "train", "validation", ("question", "answer"), formats.boolq, "accuracy"),
+    "dolly": Source(
+        "databricks/databricks-dolly-15k", None, "train", None, ("instruction", "context", "response"), formats.dolly, None
+    ),
+    "gsm8k": Source("openai/gsm8k", "main", "train", "test", ("question", "answer"), formats.gsm8k, "exact match"),
+    "qnli": Source(
+        "nyu-mll/glue", "qnli", "train", "validation", ("question", "sentence", "label"), formats.qnli, "accuracy"
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What decides external data besides their name; it is no part of a result, whose fingerprint says what was read."""
+
+    folder: Path | None = None  # None: the hub's copy
+    max_length: int = MAX_LENGTH
+
+
+@dataclass(frozen=True)
+class Text:
+    """One row as text."""
+
+    prompt: str
+    answer: str
+
+
+def check_data(name: str) -> str:
+    """The name itself, or an error that lists the known ones."""
+    if name not in DATA:
+        raise BenchmarkError(f"unknown data {name!r}; known: {', '.join(DATA)}")
+    return name
+
+
+def _parse_line(line: str, where: str) -> formats.Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise BenchmarkError(f"{where} is no JSON ({error}); each line must be one JSON object") from error
+    if not isinstance(row, dict):
+        raise BenchmarkError(f"{where} is no JSON object; each line must be one")
+    return row
+
+
+def read_jsonl(path: Path) -> list[formats.Row]:
+    """The rows of a jsonl file; blank lines do not count."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BenchmarkError(
+            f"cannot read {path} ({error}); the folder must hold NAME_train.jsonl and NAME_test.jsonl"
+        ) from error
+    return [_parse_line(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _from_hub(name: str, split: str) -> Iterable[formats.Row]:
+    """One split of the hub's copy, downloaded at the first use."""
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise BenchmarkError(
+            f"data {name!r} from the hub need the package datasets: pip install -e '.[data]'; "
+            f"or name a folder with local files: --data {name}=FOLDER"
+        ) from error
+    source = DATA[name]
+    try:
+        return datasets.load_dataset(source.hub, source.config, split=split)
+    except OSError as error:  # what `datasets` raises for no network, offline mode and missing data alike
+        raise BenchmarkError(
+            f"cannot get {source.hub} from the hub ({error}); name a folder that holds {name}_train.jsonl and "
+            f"{name}_test.jsonl: --data {name}=FOLDER"
+        ) from error
+
+
+def _texts(name: str, split: str, rows: Iterable[formats.Row]) -> list[Text]:
+    """Prompts and answers; an error names the row that lacks a field or has a label without meaning."""
+    source, made = DATA[name], list[Text]()
+    for number, row in enumerate(rows, 1):
+        missing = [field for field in source.fields if row.get(field) is None]
+        if missing:
+            raise BenchmarkError(
+                f"row {number} of {name}'s {split} split lacks {', '.join(missing)}; "
+                f"every row needs: {', '.join(source.fields)}"
+            )
+        try:
+            made.append(Text(*source.texts(row)))
+        except (ValueError, AttributeError) as error:  # AttributeError: a number where text belongs
+            raise BenchmarkError(f"row {number} of {name}'s {split} split cannot be used: {error}") from error
+    if not made:
+        raise BenchmarkError(f"{name}'s {split} split has no rows")
+    return made
+
+
+def _is_held_out(text: Text) -> bool:
+    """A share of the prompts; rows with the same prompt stay together."""
+    return int(sha256([text.prompt])[:8], 16) % 100 < HELDOUT_PERCENT
+
+
+def _read(name: str, folder: Path | None) -> tuple[list[Text], list[Text]]:
+    """Training and held-out rows, from their own splits where the data have two."""
+    source = DATA[name]
+    if folder is None:
+        train = _texts(name, "train", _from_hub(name, source.train))
+        test = _texts(name, "test", _from_hub(name, source.test)) if source.test else None
+    else:
+        train = _texts(name, "train", read_jsonl(folder / f"{name}_train.jsonl"))
+        path = folder / f"{name}_test.jsonl"
+        test = _texts(name, "test", read_jsonl(path)) if source.test or path.exists() else None
+    if test is None:
+        return [text for text in train if not _is_held_out(text)], [text for text in train if _is_held_out(text)]
+    return train, test
+
+
+def _encode(texts: Sequence[Text], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], list[str]]:
+    """Examples, and in words what was left out."""
+    prompts = tokenizer.encode_batch([text.prompt for text in texts])
+    answers = tokenizer.encode_batch([text.answer + EOS for text in texts])
+    made = [Example(tuple(p.ids), tuple(a.ids)) for p, a in zip(prompts, answers, strict=True)]
+    answered = [example for example, text in zip(made, texts, strict=True) if text.answer]
+    kept = [example for example in answered if len(example) <= max_length]
+    counts = {
+        f"of more than {max_length} tokens": len(answered) - len(kept),
+        "without an answer": len(made) - len(answered),
+    }
+    return kept, [f"{count:,} {what}" for what, count in counts.items() if count]
+
+
+def fingerprint(splits: Mapping[str, Sequence[Example]]) -> str:
+    """sha256 of the examples of all splits, in their order."""
+    return sha256(
+        json.dumps([split, example.prompt, example.answer])
+        for split, examples in splits.items()
+        for example in examples
+    )
+
+
+def load(name: str, tokenizer: Tokenizer, options: DataOptions) -> Task:
+    """The task on that data; its note says what was left out.
+
+    Raises:
+        BenchmarkError: Data that cannot be had or read, or of which nothing fits in `max_length` tokens.
+    """
+    if options.max_length > MAX_POSITIONS:
+        raise BenchmarkError(f"--max-length {options.max_length}: the base model reads at most {MAX_POSITIONS} tokens")
+    train, test = _read(check_data(name), options.folder)
+    asked = {text.prompt for text in test}
+    apart = [text for text in train if text.prompt not in asked]
+    training, left_out = _encode(apart, tokenizer, options.max_length)
+    if len(apart) < len(train):
+        left_out.append(f"{len(train) - len(apart):,} that the held-out split asks too")
+    heldout, left_out_of_test = _encode(test, tokenizer, options.max_length)
+    note = f"{name}: {_words('training', training, left_out)}; {_words('held-out', heldout, left_out_of_test)}"
+    if not training or not heldout:
+        raise BenchmarkError(f"{note}: a split is empty; give a larger --max-length, or more data")
+    found = fingerprint({"train": training, "heldout": heldout})
+    return Task(name, tuple(training), tuple(heldout), found, DATA[name].metric, note)
+
+
+def _words(split: str, examples: Sequence[Example], left_out: Sequence[str]) -> str:
+    return f"{len(examples):,} {split} examples (left out: {', '.join(left_out) or 'none'})"
