@@ -1,7 +1,8 @@
 """The task "naming": say a function's name from its source, where the name is blanked.
 
-Train and held-out functions come from different packages, are cut from what is installed (nothing is downloaded) and are
-chosen by a hash of package, qualified name and source. Pinned package versions make them the same everywhere.
+Functions are cut from what is installed (nothing is downloaded) and chosen by a hash of package, qualified name and source.
+Held-out functions come from other files of the same packages than training functions. Pinned package versions make them the
+same everywhere.
 """
 
 from __future__ import annotations
@@ -9,45 +10,45 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..base_model import ANSWER, EOS
+from ..corpus import SourceFile, is_held_out
 from .embedded import HELDOUT_SIZE, Groups, Recipe, Row, Sample, apart, choose, encode, sources, without_repeats
 from .functions import functions
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TRAIN_PACKAGES = (
+PACKAGES = (
     "stdlib", "sympy", "matplotlib", "fontTools", "numpy", "huggingface_hub", "networkx", "pygments", "mpmath", "psutil",
-    "click",
+    "click", "jinja2", "fsspec", "pyparsing", "packaging", "rich",
 )  # fmt: skip
-HELDOUT_PACKAGES = ("jinja2", "fsspec", "pyparsing", "packaging", "rich")
 TRAIN_SIZE = 10_000  # at most
+HELDOUT_PERCENT = 10  # of the files
 MAX_ANSWER = 16  # tokens, <eos> included
 
 
-def _rows(split: str, packages: tuple[str, ...], tokenizer: Tokenizer) -> Groups:
+def _samples(file: SourceFile) -> list[Sample]:
+    return [
+        # The leading space makes the answer the tokens that the model knows from "def name".
+        Sample(file.package, f.qualified_name, f.name, f.body, f"{f.blanked}\n{ANSWER}", f" {f.name}{EOS}")
+        for f in functions(file)
+    ]
+
+
+def _rows(split: str, files: dict[str, list[SourceFile]], tokenizer: Tokenizer) -> Groups:
     """All usable examples by package, without repeated (name, body)."""
-    groups = {
-        package: [
-            # The leading space makes the answer the tokens that the model knows from "def name".
-            Sample(package, f.qualified_name, f.name, f.body, f"{f.blanked}\n{ANSWER}", f" {f.name}{EOS}")
-            for file in sources(package)
-            for f in functions(file)
-        ]
-        for package in packages
-    }
+    groups = {package: [sample for file in found for sample in _samples(file)] for package, found in files.items()}
     return without_repeats({package: encode(split, made, tokenizer, MAX_ANSWER) for package, made in groups.items()})
 
 
 def build(tokenizer: Tokenizer) -> list[Row]:
     """Both splits from the installed sources; takes about a minute."""
-    heldout = _rows("heldout", HELDOUT_PACKAGES, tokenizer)
-    train = apart(_rows("train", TRAIN_PACKAGES, tokenizer), heldout)
-    return choose(train, TRAIN_SIZE) + choose(heldout, HELDOUT_SIZE)
+    train: dict[str, list[SourceFile]] = {package: [] for package in PACKAGES}
+    heldout: dict[str, list[SourceFile]] = {package: [] for package in PACKAGES}
+    for package in PACKAGES:
+        for file in sources(package):
+            (heldout if is_held_out(file, HELDOUT_PERCENT) else train)[package].append(file)
+    kept = _rows("heldout", heldout, tokenizer)
+    return choose(apart(_rows("train", train, tokenizer), kept), TRAIN_SIZE) + choose(kept, HELDOUT_SIZE)
 
 
-RECIPE = Recipe(
-    "naming",
-    (*TRAIN_PACKAGES, *HELDOUT_PACKAGES),
-    build,
-    "2e08cdc91825d53674fb416b42664e5a7f92aecb6b617eb17bd4e8e654b9cdb6",
-)
+RECIPE = Recipe("naming", PACKAGES, build, "6891bcd011f75b2198672ab155aad7742e6a8a61d52bebcc43e17dab3de8c898")

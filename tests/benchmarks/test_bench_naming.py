@@ -36,10 +36,13 @@ def test_answers_are_the_names(rows, tokenizer):
     assert answers == [f" {row.label}<eos>" for row in rows]
 
 
-def test_splits_share_no_package_and_no_body(rows):
+def test_splits_share_packages_but_no_file_and_no_body(rows):
     train, heldout = split(rows, "train"), split(rows, "heldout")
-    assert {row.package for row in train} == set(naming.TRAIN_PACKAGES)
-    assert {row.package for row in heldout} == set(naming.HELDOUT_PACKAGES)
+    assert {row.package for row in train} == set(naming.PACKAGES)
+    assert len({row.package for row in heldout}) > 10
+    files = [{(row.package, row.origin.split(":")[0]) for row in part} for part in (train, heldout)]
+    assert min(map(len, files)) > 50
+    assert not files[0] & files[1]
     assert not {row.body for row in train} & {row.body for row in heldout}
     assert not {tuple(row.prompt) for row in train} & {tuple(row.prompt) for row in heldout}
 
