@@ -26,8 +26,8 @@ _LEGEND = (
     "of {grid:.0%}), and its 95 % bootstrap interval over the seeds ({resamples:,} resamples, the same seeds drawn for "
     "contender and target). {few}",
     "Seconds: steps × the median of the step time. Step time: against plain AdamW in turns, alone on the machine, task {task}, "
-    "{threads} threads, median (quartiles); the training runs' own times are not used. State: bytes of tensors in the "
-    "optimizer's state, mean over the runs.",
+    "{threads} threads, median (quartiles), load of the machine before at most {load}; the training runs' own times "
+    "are not used. State: bytes of tensors in the optimizer's state, mean over the runs.",
 )
 
 
@@ -158,6 +158,8 @@ def _few_seeds(count: int) -> str:
 def _legend(suite: Suite, costs: Mapping[str, Mapping[str, Any]]) -> str:
     sizes = suite.settings
     threads = sorted({str(cost["hardware"]["threads"]) for cost in costs.values()}) or ["no"]
+    loads = [cost["hardware"].get("load_average_before") for cost in costs.values()]
+    known = [load for load in loads if load is not None]
     return "\n\n".join(_LEGEND).format(
         longest=sizes.longest_budget,
         resamples=RESAMPLES,
@@ -165,6 +167,7 @@ def _legend(suite: Suite, costs: Mapping[str, Mapping[str, Any]]) -> str:
         few=_few_seeds(len(sizes.seeds)),
         task=suite.tasks[0],
         threads="/".join(threads),
+        load=f"{max(known):.1f}" if known else "unknown",
     )
 
 

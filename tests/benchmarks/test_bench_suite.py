@@ -13,6 +13,7 @@ from benchmarks.report import report
 from benchmarks.results import write_result
 from benchmarks.suite import FAILED, Suite, open_suite, read_ledger, read_suite, run_suite
 from benchmarks.suite_report import data, read_costs
+from benchmarks.suite_summary import entries
 from benchmarks.suites import PHASES, Contender, SuiteSettings, cost_name
 from benchmarks.summary import surroundings
 from benchmarks.tasks import TASKS, Task
@@ -68,7 +69,15 @@ def pretend(monkeypatch, made_up_result):
 
         def timed(call, config, steps, path, label):
             ratio = {"q1": 1.1, "median": 1.2, "q3": 1.3}
-            write_json(path, {"contender": label, "ratio": ratio, "hardware": {"threads": 2}, "timed_steps": steps})
+            write_json(
+                path,
+                {
+                    "contender": label,
+                    "ratio": ratio,
+                    "hardware": {"threads": 2, "load_average_before": 0.24},
+                    "timed_steps": steps,
+                },
+            )
 
         monkeypatch.setattr(runner, "execute_all", execute_all)
         monkeypatch.setattr(runner, "in_process", timed)
@@ -188,6 +197,7 @@ def test_the_table_says_what_the_results_say(tmp_path, drawn, pretend, capsys):
     labels = [line.split(" | ")[0] for line in text.splitlines()[2:5]]
     assert labels == ["| grit", "| adamw", "| adamw-0.6"], "by mean loss"
     assert "- naming: 2.0100 nats per token, by adamw (β 0.9, 0.99) at learning rate 0.01" in text
+    assert "task naming, 2 threads, median (quartiles), load of the machine before at most 0.2;" in text
     assert "3 seeds give only 10 different resamples" in text
     for name in ("curves", "learning_rates", "budgets", "steps_ratio"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -250,13 +260,14 @@ def test_means_over_tasks_need_every_task(tmp_path, pretend):
     assert "| 1.790 ± 0.010 (n=3) | – | – | – |" in line
 
 
-def test_an_unfinished_suite_says_so_and_has_no_target(tmp_path, drawn, pretend):
+def test_an_unfinished_suite_says_so_and_has_no_target(tmp_path, pretend):
     pretend()
     run_suite(tmp_path, SMALL, ("explore",))
     text = report(tmp_path)
     assert row(text, "grit").endswith("| unfinished: narrow |")
     assert "- naming: no target, because AdamW's runs are not finished here" in text
-    assert not (tmp_path / "steps_ratio.png").exists()
+    found = entries(read_suite(tmp_path).trials(read_ledger(tmp_path)), {})
+    assert suite_figures.draw_ratios(found, tmp_path / "never.png") is None
 
 
 def test_one_seed_gives_no_interval(tmp_path, pretend):
@@ -267,14 +278,16 @@ def test_one_seed_gives_no_interval(tmp_path, pretend):
     assert "With one seed there is no interval." in text
 
 
-def test_results_that_may_not_be_compared_get_tables_of_their_own(tmp_path, drawn, pretend, made_up_result):
+def test_results_that_may_not_be_compared_get_tables_of_their_own(tmp_path, pretend, made_up_result, monkeypatch):
     pretend()
+    figures = []
+    monkeypatch.setattr(suite_figures, "draw", lambda *arguments: figures.append(arguments[-1]) or [])
     run_suite(tmp_path, SMALL, PHASES)
     write_result(tmp_path, made_up_result(config={"seed": 9}, versions={"torch": "1.0"}))
     text = report(tmp_path)
     assert text.startswith("These runs are not all comparable, so they stand in 2 tables.")
     assert "### Table 1: version of torch: 1.0" in text
-    assert len(list(tmp_path.glob("curves-*.png"))) == 2
+    assert figures == ["-1", "-2"]
     write_result(tmp_path, made_up_result(config={"seed": 8}, fingerprint="0" * 64))
     with pytest.raises(BenchmarkError, match="task naming: results on different data"):
         report(tmp_path)
