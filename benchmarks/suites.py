@@ -33,15 +33,16 @@ class Contender:
 class SuiteSettings:
     """Sizes of a suite's runs; lengths in optimizer steps, budgets as shares of `steps`."""
 
-    steps: int = 120  # the full budget
-    explore_steps: int = 60  # the short budget on which the grid is first searched
-    batch_size: int = 16
+    steps: int = 60  # the full budget
+    explore_steps: int = 30  # the short budget on which the grid is first searched
+    batch_size: int = 48
     rank: int = 16
     alpha: int = 16
     weight_decay: float = 0.0
     warmup: int = 5
-    eval_every: int = 40  # at the full budget; shorter and longer runs are measured at their start and end alone
+    eval_every: int = 30  # at the full budget; shorter and longer runs are measured at their start and end alone
     seeds: tuple[int, ...] = (0, 1, 2)  # the first one searches, all of them decide
+    margin: float = 0.03  # nats behind the best with the first seed, from which a rate gets no further seeds
     extensions: int = 4  # rates that may be added beyond the first three before the search gives up
     budget_grid: float = 0.05  # distance between two budgets
     shortest_budget: float = 0.4
@@ -71,12 +72,13 @@ FIXED_SETTINGS = (
     "device",
 )
 # One seed, so exploring at the full budget is cheapest: the runs are then those that the narrowing needs.
-QUICK_SETTINGS = SuiteSettings(steps=60, explore_steps=60, eval_every=30, seeds=(0,), budget_grid=0.1, cost_steps=20)
+QUICK_SETTINGS = SuiteSettings(explore_steps=60, batch_size=16, seeds=(0,), budget_grid=0.1, cost_steps=20)
 
 
 def _contender(label: str, optimizer: str = "", beta1: float = 0.9, beta2: float = 0.99) -> Contender:
     optimizer = optimizer or label
-    return Contender(label, optimizer, beta1, beta2, {}, LR_CENTRES.get(optimizer, DEFAULT_CENTRE))
+    centre = LR_CENTRES.get(optimizer, LR_CENTRES["grit"] if optimizer.startswith("grit") else DEFAULT_CENTRE)
+    return Contender(label, optimizer, beta1, beta2, {}, centre)
 
 
 _PEERS = (
@@ -93,6 +95,7 @@ SUITES: dict[str, tuple[Contender, ...]] = {
         _contender("adamw-0.6", "adamw", 0.6),
         _contender("adamw-0.9-0.95", "adamw", 0.9, 0.95),
         *map(_contender, _PEERS),
+        replace(_contender("muon-0.8", "muon"), options={"momentum": 0.8}),
         _contender("grit"),
         _contender("grit-0.6", "grit", 0.6),
         *map(_contender, _ABLATIONS),

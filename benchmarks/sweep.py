@@ -157,8 +157,20 @@ class Trial:
         return None if start is None else bracket(start, self.mean, self.settings.extensions)
 
     def mean(self, place: int) -> float | None:
-        """Mean final loss over all seeds at the full budget."""
+        """Mean final loss over all seeds at the full budget; a rate far behind with the first seed is judged by that seed.
+
+        Seeds shift all rates alike, so a rate that is `margin` behind with one of them would not come first with more.
+        """
+        first = self._loss_of_first_seed(place)
+        best = self.narrowed.best if self.narrowed else None
+        if first is not None and best is not None and place != best:
+            ahead = self._loss_of_first_seed(best)
+            if ahead is not None and first > ahead + self.settings.margin:
+                return first
         return self.ledger.mean(self.configs(place, self.settings.steps))
+
+    def _loss_of_first_seed(self, place: int) -> float | None:
+        return self.ledger.loss(self.config(place, self.settings.seeds[0], self.settings.steps))
 
     @property
     def best(self) -> int | None:

@@ -35,21 +35,22 @@ PEERS: dict[str, Peer] = {
     "adamw8bit": Peer(preconditioners.adamw8bit, "bitsandbytes"),
 }
 
-# Where a sweep may start to bracket the best rate, for LoRA of rank 16 on a small Llama. Only a start: AdamW's is measured,
-# the others follow from the size of the method's step against AdamW's, and from runs of 20 steps.
+# Where a sweep may start to bracket the best rate, for LoRA of rank 16 on a small Llama with 48 examples a step. Only a start:
+# AdamW's and GRIT's are measured, the others follow from the size of the method's step against AdamW's.
 LR_CENTRES: dict[str, float] = {
-    "adamw": 5e-3,
-    "loraplus": 1.25e-3,  # A's; times 16 for B, so that the geometric mean is AdamW's
-    "lorafa": 1e-2,  # Adam's step, but on B alone
-    "riemannian": 5e-3,  # Adam's step
-    "lorarite": 2.5e-3,  # Adam's step in an orthonormal basis, which A and B then magnify
-    "soap-rank": 5e-3,  # Adam's step, turned
-    "soap-full": 5e-3,
-    "shampoo-rank": 2e-3,  # RMSprop's length, without Adam's correction of the first steps
-    "shampoo-full": 2e-3,
+    "adamw": 1e-2,
+    "grit": 1e-2,
+    "loraplus": 2.5e-3,  # A's; times 16 for B, so that the geometric mean is AdamW's
+    "lorafa": 2e-2,  # Adam's step, but on B alone
+    "riemannian": 1e-2,  # Adam's step
+    "lorarite": 5e-3,  # Adam's step in an orthonormal basis, which A and B then magnify
+    "soap-rank": 1e-2,  # Adam's step, turned
+    "soap-full": 1e-2,
+    "shampoo-rank": 4e-3,  # RMSprop's length, without Adam's correction of the first steps
+    "shampoo-full": 4e-3,
     "kl-shampoo": 3e-2,  # the seed of its factors holds the first steps back
-    "kl-soap": 5e-3,
-    "muon": 1.5e-2,  # 0.2 times the rate in root mean square, somewhat less than Adam's
+    "kl-soap": 1e-2,
+    "muon": 3e-2,  # 0.2 times the rate in root mean square
     "singd": 1e-3,  # the gradient times up to 1/damping = 1,000
-    "adamw8bit": 5e-3,
+    "adamw8bit": 1e-2,
 }
