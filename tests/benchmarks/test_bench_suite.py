@@ -293,6 +293,21 @@ def test_results_that_may_not_be_compared_get_tables_of_their_own(tmp_path, pret
         report(tmp_path)
 
 
+def test_runs_of_different_numbers_of_jobs_share_a_table(tmp_path, pretend, made_up_result):
+    pretend()
+    run_suite(tmp_path, SMALL, PHASES)
+    more = {"cpu": "a cpu", "cores": 2, "threads": 2, "gpu": None, "jobs": 7}
+    write_result(tmp_path, made_up_result(config={"seed": 9}, hardware=more))
+    assert "###" not in report(tmp_path)
+
+
+def test_a_failure_is_forgotten_where_a_result_has_come_since(tmp_path, made_up_result):
+    path = write_result(tmp_path, made_up_result())
+    for name in (path.name, "another.json"):
+        write_json(tmp_path / FAILED / name, {"error": "OSError: gone"})
+    assert read_ledger(tmp_path).failures == {"another.json": "OSError: gone"}
+
+
 def test_runs_of_several_commits_are_told(tmp_path, pretend):
     pretend()
     run_suite(tmp_path, SMALL, PHASES)
