@@ -50,9 +50,12 @@ def _task_panels(tasks: Sequence[str]) -> tuple[Figure, list[Axes]]:
     return figure, axes[: len(tasks)]
 
 
-def _cut_above(axis: Axes, named: Sequence[Points], others: Sequence[Points]) -> None:
-    """Keep lines far above the named ones from pressing these together, and say how many lie outside."""
-    heights = [height for line in named for _, height in line]
+def _cut_above(axis: Axes, named: Sequence[Points], others: Sequence[Points], shown: int | None) -> None:
+    """Keep what is far above the named lines' `shown` lowest points from pressing these together.
+
+    How many lines lie outside as a whole is said in the panel. None: all points of the named lines are shown.
+    """
+    heights = [height for line in named for height in sorted(height for _, height in line)[:shown]]
     if not heights:
         return
     everything = [*heights, *(height for line in others for _, height in line)]
@@ -62,17 +65,19 @@ def _cut_above(axis: Axes, named: Sequence[Points], others: Sequence[Points]) ->
         axis.set_ylim(low - 0.07 * (top - low), top)
     outside = sum(1 for line in others if line and min(height for _, height in line) > top)
     if outside:
-        axis.annotate(f"{outside} above", (0.99, 0.96), xycoords="axes fraction", ha="right", va="top", fontsize=7)
+        axis.annotate(f"{outside} others lie above", (0.02, 0.98), xycoords="axes fraction", va="top", fontsize=7)
 
 
-def _draw_lines(axis: Axes, lines: dict[str, Points], looks: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _draw_lines(
+    axis: Axes, lines: dict[str, Points], looks: dict[str, dict[str, Any]], shown: int | None
+) -> dict[str, Any]:
     """Draw named lines in their looks and the rest in grey; returns one handle for each legend entry."""
     handles = {}
     for label, line in lines.items():
         (handle,) = axis.plot(*zip(*line, strict=True), **looks.get(label, _GREY))
         handles[label if label in looks else "others"] = handle
     named = [line for label, line in lines.items() if label in looks]
-    _cut_above(axis, named, [line for label, line in lines.items() if label not in looks])
+    _cut_above(axis, named, [line for label, line in lines.items() if label not in looks], shown)
     return handles
 
 
@@ -82,21 +87,24 @@ def _draw_tasks(
     path: Path,
     points: Callable[[Standing], Points],
     finish: Callable[[Axes, list[Standing]], None],
+    shown: int | None,
 ) -> Path:
     """A panel per task with a line per contender: the named ones in colour, the rest in grey under one entry."""
     figure, axes = _task_panels(tasks)
     looks, handles = _looks(found), dict[str, Any]()
     for axis, (task, standings) in zip(axes, _by_task(found, tasks), strict=True):
         lines = {one.label: points(one) for one in standings}
-        handles |= _draw_lines(axis, {label: line for label, line in lines.items() if line}, looks)
+        handles |= _draw_lines(axis, {label: line for label, line in lines.items() if line}, looks, shown)
         axis.set_title(task, fontsize=10)
         axis.set_ylabel(LOSS, fontsize=8)
         axis.tick_params(labelsize=8)
         finish(axis, standings)
     order = [name for name in (*looks, "others") if name in handles]
     if order:
-        shown = [handles[name] for name in order]
-        figure.legend(shown, order, loc="outside lower center", ncols=min(4, len(order)), frameon=False, fontsize=8)
+        entries_of = [handles[name] for name in order]
+        figure.legend(
+            entries_of, order, loc="outside lower center", ncols=min(4, len(order)), frameon=False, fontsize=8
+        )
     return save(figure, path)
 
 
@@ -131,7 +139,13 @@ def _rate_points(one: Standing) -> Points:
 
 def _finish_rates(axis: Axes, standings: list[Standing]) -> None:
     """A logarithmic axis, and a cross for every rate at which a run diverged."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.tick_params(axis="x", labelsize=6.5)
     axis.set_xlabel("peak learning rate (log scale; mean of the seeds run at it)", fontsize=8)
     rates = sorted({lr for one in standings for lr in one.diverged})
     if rates:
@@ -206,13 +220,17 @@ def draw(
     """Draw all figures into a folder; returns their paths."""
     found = entries(suite.trials(ledger), costs)
     kinds = {
-        "curves": (_curve, _finish_curves),
-        "learning_rates": (_rate_points, _finish_rates),
-        "budgets": (_budget_points, _finish_budgets),
+        "curves": (_curve, _finish_curves, None),
+        "learning_rates": (
+            _rate_points,
+            _finish_rates,
+            2,
+        ),  # the best rate and the better neighbour; arms may leave the panel
+        "budgets": (_budget_points, _finish_budgets, None),
     }
     paths = [
-        _draw_tasks(found, suite.tasks, folder / f"{name}{suffix}.png", points, finish)
-        for name, (points, finish) in kinds.items()
+        _draw_tasks(found, suite.tasks, folder / f"{name}{suffix}.png", points, finish, shown)
+        for name, (points, finish, shown) in kinds.items()
     ]
     ratios = draw_ratios(found, folder / f"steps_ratio{suffix}.png")
     return paths + ([ratios] if ratios else [])
