@@ -22,15 +22,15 @@ class RunConfig:
     optimizer: str
     lr: float
     seed: int
-    steps: int = 150
-    batch_size: int = 16
+    steps: int = 60
+    batch_size: int = 48
     rank: int = 16
     alpha: int = 16
     beta1: float = 0.9
     beta2: float = 0.99
     weight_decay: float = 0.0
     warmup: int = 5
-    eval_every: int = 25
+    eval_every: int = 15
     device: str = "cpu"
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -206,8 +206,13 @@ class Trial:
         if self.narrowed and self.narrowed.missing:
             return "narrow", [self.config(place, first, sizes.steps) for place in self.narrowed.missing]
         if self.settled and self.settled.missing:
-            return "narrow", [run for place in self.settled.missing for run in self.configs(place, sizes.steps)]
+            return "narrow", [run for place in self.settled.missing for run in self._next_seeds(place)]
         return "", []
+
+    def _next_seeds(self, place: int) -> list[RunConfig]:
+        """The first seed alone while it is missing: its loss decides whether the others are worth running."""
+        runs = self.configs(place, self.settings.steps)
+        return runs[:1] if self._loss_of_first_seed(place) is None else runs
 
     def _needs_budget(self, target: float | None) -> list[RunConfig]:
         search = None if target is None else self.search(target)

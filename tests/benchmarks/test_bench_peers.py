@@ -261,7 +261,7 @@ def test_state_is_counted_in_objects_and_once():
 
 def test_names_centres_and_versions_go_together():
     assert set(PEERS) < set(OPTIMIZERS)
-    assert set(LR_CENTRES) == {"adamw", *PEERS}
+    assert set(LR_CENTRES) == {"adamw", "grit", *PEERS}
     assert all(0 < centre < math.inf for centre in LR_CENTRES.values())
     assert set(RATES) == set(PEERS)
     for name, peer in PEERS.items():

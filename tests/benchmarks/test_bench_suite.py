@@ -311,12 +311,9 @@ def test_a_failure_is_forgotten_where_a_result_has_come_since(tmp_path, made_up_
 def test_runs_of_several_commits_are_told(tmp_path, pretend):
     pretend()
     run_suite(tmp_path, SMALL, PHASES)
-    ledger = read_ledger(tmp_path)
-    next(iter(ledger.results.values()))  # the file is rewritten below, with another commit
-    config = next(
-        r for r in ledger.results.values() if r["config"]["optimizer"] == "grit" and r["config"]["lr"] == 0.01
-    )
-    write_result(tmp_path, {**config, "code": {"commit": "d" * 40, "dirty": False}})
+    for result in read_ledger(tmp_path).results.values():
+        if (result["config"]["optimizer"], result["config"]["seed"]) == ("grit", 0):
+            write_result(tmp_path, {**result, "code": {"commit": "d" * 40, "dirty": False}})
     found = {one["label"]: one["remarks"] for one in suite_data(tmp_path)["contenders"]}
     assert found == {"grit": ["runs of 2 commits"], "adamw": [], "adamw-0.6": []}
 

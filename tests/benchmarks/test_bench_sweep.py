@@ -100,7 +100,7 @@ def test_without_longer_budgets_nothing_more_is_run():
 
 
 def test_budgets_contain_the_full_one_and_lie_on_the_grid():
-    assert SuiteSettings().budgets() == [6 * place for place in range(8, 27)]  # 5 % of 120 steps are 6
+    assert SuiteSettings().budgets() == [3 * place for place in range(8, 27)]  # 5 % of 60 steps are 3
     assert SuiteSettings(steps=2).budgets()[0] == 1
     assert 100 in SuiteSettings(steps=100, budget_grid=0.3).budgets()
 
@@ -138,14 +138,27 @@ def better_by(gain):
 def test_phases_in_order_with_the_right_runs():
     trials, runs = simulated(better_by(0.2), contenders=(ADAMW,))
     rates = [0.005, 0.01, 0.02]
-    assert [(r.lr, r.seed, r.steps) for r in runs[:9]] == [
+    assert [(r.lr, r.seed, r.steps) for r in runs[:7]] == [
         *((lr, 0, 50) for lr in rates),
         *((lr, 0, 100) for lr in rates),
-        *((lr, 1, 100) for lr in rates),
+        (0.01, 1, 100),  # its neighbours are a whole nat behind with the first seed
     ]
-    assert all(r.lr == 0.01 for r in runs[9:])
-    assert {r.seed for r in runs[9:]} == {0, 1}
+    assert all(r.lr == 0.01 for r in runs[6:])
+    assert {r.seed for r in runs[7:]} == {0, 1}
     assert trials[0].loss == pytest.approx(3.0 - 1.0 + 0.005)
+
+
+def test_only_rates_near_the_best_get_further_seeds_and_those_seeds_decide():
+    """0.02 is 0.02 nats behind with seed 0 and ahead with seed 1; 0.005 is out of the race."""
+
+    def losses(run):
+        loss = {0.0025: 9.0, 0.005: 3.5, 0.01: 3.0, 0.02: 3.02, 0.04: 4.0}[run.lr]
+        return loss - (0.5 if (run.lr, run.seed) == (0.02, 1) else 0.0)
+
+    trials, runs = simulated(losses, contenders=(ADAMW,))
+    assert {r.lr for r in runs if r.seed == 1 and r.steps == 100} == {0.01, 0.02}
+    assert trials[0].contender.rate(trials[0].best) == 0.02
+    assert trials[0].loss == pytest.approx((3.02 + 2.52) / 2)
 
 
 def test_a_better_rule_gets_its_shortest_budget():
