@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -102,6 +102,9 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         """The options as plain values, for checkpoints and results files."""
         return asdict(self)
+
+
+OPTION_NAMES = frozenset(option.name for option in fields(Options))
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

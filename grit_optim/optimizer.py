@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from grit_optim import checkpoint, schedule
 from grit_optim import precondition as modes
-from grit_optim._checks import Options, check_base, check_single_process
+from grit_optim._checks import OPTION_NAMES, Options, check_base, check_single_process
 from grit_optim.curvature import Curvature
-from grit_optim.presets import MODE_DEFAULTS, default_step_length
+from grit_optim.presets import with_mode_defaults
 from grit_optim.sites import Site, find_sites, no_sites_message
 from grit_optim.stages import StagedOptimizer
 
@@ -125,35 +125,9 @@ class GritOptimizer(StagedOptimizer):
         min_lora_rank: int = 4,
         rank_adaptation_start_step: int = 0,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name in OPTION_NAMES}
         check_base(base)
-        mode = MODE_DEFAULTS.get(precondition, MODE_DEFAULTS["none"])
-        self.options = Options(
-            precondition=precondition,
-            pairing=pairing,
-            fisher_decay=fisher_decay,
-            kfac_update_freq=mode["kfac_update_freq"] if kfac_update_freq is None else kfac_update_freq,
-            kfac_min_samples=kfac_min_samples,
-            kfac_damping=mode["kfac_damping"] if kfac_damping is None else kfac_damping,
-            damping=damping,
-            kfac_power=mode["kfac_power"] if kfac_power is None else kfac_power,
-            gradient_share=mode["gradient_share"] if gradient_share is None else gradient_share,
-            step_length=default_step_length(precondition, base) if step_length is None else step_length,
-            a_step_ratio=mode["a_step_ratio"] if a_step_ratio is None else a_step_ratio,
-            kfac_inversion_device=kfac_inversion_device,
-            cov_update_freq=cov_update_freq,
-            max_tokens=max_tokens,
-            ng_warmup_steps=ng_warmup_steps,
-            preserve_norm=preserve_norm,
-            max_grad_norm=max_grad_norm,
-            reprojection=reprojection,
-            reprojection_freq=reprojection_freq,
-            reprojection_k=reprojection_k,
-            reprojection_warmup_steps=reprojection_warmup_steps,
-            enable_rank_adaptation=enable_rank_adaptation,
-            rank_adaptation_threshold=rank_adaptation_threshold,
-            min_lora_rank=min_lora_rank,
-            rank_adaptation_start_step=rank_adaptation_start_step,
-        )
+        self.options = Options(**with_mode_defaults(given, base))
         if not isinstance(model, nn.Module):
             raise TypeError(f"the second argument must be the model (a torch.nn.Module), got {type(model).__name__}")
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)

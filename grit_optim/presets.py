@@ -39,6 +39,16 @@ def default_step_length(precondition: str, base: Optimizer) -> float | str:
     return STEP_RMS if precondition == "spectral" and is_adam else "base"
 
 
+def with_mode_defaults(options: dict[str, Any], base: Optimizer) -> dict[str, Any]:
+    """The options, with what is None and belongs to a way of using the curvature set to that way's default."""
+    precondition = options["precondition"]
+    defaults = {
+        **MODE_DEFAULTS.get(precondition, MODE_DEFAULTS["none"]),
+        "step_length": default_step_length(precondition, base),
+    }
+    return {name: defaults[name] if value is None and name in defaults else value for name, value in options.items()}
+
+
 PAPER: MappingProxyType[str, Any] = MappingProxyType(
     {
         "precondition": "inverse",

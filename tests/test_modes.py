@@ -5,33 +5,12 @@ import copy
 import pytest
 import tiny
 import torch
+from stepping import one_step, sites_of
 
-from grit_optim import GritOptimizer, presets, transport
+from grit_optim import GritOptimizer, presets
 from grit_optim.precondition import make_preconditioner
 
 MODES = ("spectral", "steer", "eigenbasis", "balanced", "inverse")
-
-
-def one_step(options, base_class=torch.optim.SGD, warm=3, **settings):
-    """Train a little, then take one step by hand: model before, gradients, factors, model after."""
-    model = tiny.llama(init_lora_weights=False).double()  # B ≠ 0, and small steps are not lost in rounding
-    base = base_class(tiny.trained(model), **{"lr": 1e-2, **settings})
-    optimizer = GritOptimizer(base, model, **{"kfac_min_samples": 8, **options})
-    tiny.train(model, optimizer, warm)
-    before = tiny.weights(model)
-    tiny.loss_of(model, 99).backward()
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-    optimizer.step()
-    return model, optimizer, before, gradients
-
-
-def sites_of(model, optimizer):
-    """(name of A, name of B, Σ_a, Σ_g) per site, factors in float64."""
-    names = {id(p): n for n, p in model.named_parameters()}
-    for curvature in optimizer._curvatures:
-        for i, site in enumerate(curvature.bucket.sites):
-            factors = curvature.factors
-            yield names[id(site.a)], names[id(site.b)], factors.activation[i].double(), factors.gradient[i].double()
 
 
 def inverse_of(factor, damping, relative=True):
@@ -100,92 +79,6 @@ def test_steer_takes_the_gradient_or_momentum_of_sgd(settings, of):
         torch.testing.assert_close(
             (before[a] - after[a]).double(), expected, rtol=1e-2, atol=1e-2 * m.norm().item() * 1e-3
         )
-
-
-def polar(matrix, damping=0.01):
-    """Singular values brought to s / √(s² + λ), λ in units of the mean squared one."""
-    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    return u @ torch.diag(s / (s.square() + damping * s.square().mean()).sqrt()) @ vt
-
-
-def root_of(factor, damping, power):
-    values, vectors = torch.linalg.eigh(
-        factor + damping * factor.trace() / len(factor) * torch.eye(len(factor)).double()
-    )
-    return vectors @ torch.diag(values**-power) @ vectors.mT
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_spectral_orthogonalises_the_momentum_in_fisher_coordinates(weight_decay):
-    settings = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": weight_decay}
-    model, optimizer, before, gradients = one_step({"precondition": "spectral"}, torch.optim.AdamW, **settings)
-    after = tiny.weights(model)
-    parameters, checked = dict(model.named_parameters()), 0
-    for a, b, sigma_a, sigma_g in sites_of(model, optimizer):
-        for name, factor, left, rms in ((a, sigma_g, True, 0.9), (b, sigma_a, False, 0.6)):
-            state = optimizer.state[parameters[name]]
-            mean = state["exp_avg"].double() / (1 - 0.9 ** state["step"].item())
-            mixed = 0.6 * mean + 0.4 * gradients[name].double()
-            scaled = mixed / state["exp_avg_sq"].double().mean(0 if left else 1, keepdim=True).sqrt()
-            root = root_of(factor, 0.3, 0.25)
-            direction = root @ polar(root @ scaled) if left else polar(scaled @ root) @ root
-            moved = before[name].double() * (1 - 1e-2 * weight_decay) - after[name].double()
-            assert moved.square().mean().sqrt().item() == pytest.approx(1e-2 * rms, rel=1e-3)
-            torch.testing.assert_close(moved / moved.norm(), direction / direction.norm(), rtol=0, atol=2e-3)
-            checked += 1
-    assert checked == 28
-
-
-def test_spectral_without_curvature_is_the_orthogonalised_gradient():
-    """Power 0 leaves the tokens' curvature out: Muon's direction, of the gradient of SGD, with SGD's length."""
-    model, _, before, gradients = one_step({"precondition": "spectral", "kfac_power": 0.0, "a_step_ratio": 1.0})
-    after = tiny.weights(model)
-    assert len(gradients) == 28
-    for name, gradient in gradients.items():
-        moved, direction = (before[name] - after[name]).double(), polar(gradient.double())
-        expected = 1e-2 * gradient.norm() * direction / direction.norm()
-        torch.testing.assert_close(moved, expected, rtol=0, atol=2e-3 * expected.abs().max().item())
-
-
-@pytest.mark.parametrize("mode", ["spectral", "steer"])
-def test_step_length_and_ratio_say_how_long_a_step_is(mode):
-    options = {"precondition": mode, "step_length": 0.25, "a_step_ratio": 2.0}
-    model, _, before, gradients = one_step(options, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
-    after = tiny.weights(model)
-    for name in gradients:
-        rms = (before[name] - after[name]).square().mean().sqrt().item()
-        assert rms == pytest.approx(1e-2 * 0.25 * (2.0 if "lora_A" in name else 1.0), rel=1e-3)
-
-
-def test_a_site_whose_gradient_is_zero_stays_where_it_is():
-    """A fixed length must not move what the base leaves alone: A while B is zero."""
-    model = tiny.llama()
-    before = tiny.weights(model)
-    base = torch.optim.AdamW(tiny.trained(model), lr=1e-2, weight_decay=0.0)
-    tiny.train(model, GritOptimizer(base, model, kfac_min_samples=1), 1)
-    after = tiny.weights(model)
-    moved = {name: not torch.equal(before[name], after[name]) for name in before}
-    assert len(moved) == 28
-    assert all(is_moved == ("lora_B" in name) for name, is_moved in moved.items())
-
-
-@pytest.mark.parametrize(
-    ("make", "steps"),
-    [
-        (lambda p: torch.optim.AdamW(p, lr=1e-3, betas=(0.7, 0.99)), 3),
-        (lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.7), 200),
-        (lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.7, dampening=0.7), 200),
-    ],
-)
-def test_the_weight_of_a_moment_makes_it_a_mean_of_gradients(make, steps):
-    parameter = torch.nn.Parameter(torch.zeros(2, 3))
-    base = make([parameter])
-    for _ in range(steps):
-        parameter.grad = torch.full((2, 3), 5.0)
-        base.step()
-    moment = transport.first_moment(base, parameter)
-    weight = transport.moment_weight(base, parameter, base.param_groups[0])
-    torch.testing.assert_close(moment / weight, torch.full((2, 3), 5.0))
 
 
 def test_eigenbasis_is_adam_on_rotated_gradients():
