@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from . import environment
-from .files import write_json
+from .files import BenchmarkError, write_json
 from .optimizers import check_optimizer, package_version, state_bytes
-from .results import RunConfig
+from .results import RunConfig, finite
 from .tasks import check_task
 
 BLOCK = 5  # steps in a row; blocks alternate as ABBA, so that a drift of the machine's speed falls on both alike
+PLAIN_LR = (
+    5e-3  # AdamW is timed where it trains; at another method's rate it may diverge, and then its times say nothing
+)
 WARMUP = 10  # untimed steps of each: first allocations, and the samples that curvature waits for
 
 
@@ -38,7 +41,8 @@ def measure(config: RunConfig, task: Any, steps: int) -> dict[str, Any]:
     """Time `steps` full training steps (forward, backward, optimizer) of AdamW and of the configured optimizer."""
     from .train import Run
 
-    lanes = [Run(replace(config, optimizer="adamw", options={}), task), Run(config, task)]
+    plain = replace(config, optimizer="adamw", lr=PLAIN_LR, beta1=RunConfig.beta1, beta2=RunConfig.beta2, options={})
+    lanes = [Run(plain, task), Run(config, task)]
     for lane in lanes:
         for _ in range(WARMUP):
             lane.train_step()
@@ -47,6 +51,12 @@ def measure(config: RunConfig, task: Any, steps: int) -> dict[str, Any]:
     for place, turn in enumerate(abba(len(blocks))):
         for _ in range(blocks[place // 2]):
             lanes[turn].train_step()
+    for lane in lanes:
+        if any(finite(loss) is None for loss in lane.losses):
+            raise BenchmarkError(
+                f"{lane.config.optimizer} at learning rate {lane.config.lr:g} diverged while it was timed, and the times of a "
+                "diverged run say nothing; choose a lower --lr"
+            )
     stages = {name: seconds - before.get(name, 0.0) for name, seconds in _stages(lanes[1].optimizer).items()}
     adamw, other = (lane.step_seconds[WARMUP:] for lane in lanes)
     return {

@@ -148,6 +148,17 @@ def test_both_lanes_of_the_cost_see_the_same_batches(small_task):
     assert sizes["plain adamw"] == sizes["optimizer"] > 0
 
 
+def test_plain_adamw_is_timed_at_a_rate_of_its_own_and_a_diverged_run_not_at_all(small_task, monkeypatch):
+    made = []
+    monkeypatch.setattr("benchmarks.train.Run", lambda *given: made.append(Run(*given)) or made[-1])
+    with pytest.raises(BenchmarkError, match=r"grit-none at learning rate 1e\+30 diverged while it was timed"):
+        measure(config(optimizer="grit-none", lr=1e30, beta1=0.5, steps=20), small_task, 1)
+    assert [(run.config.optimizer, run.config.lr, run.config.beta1) for run in made] == [
+        ("adamw", 5e-3, 0.9),
+        ("grit-none", 1e30, 0.5),
+    ]
+
+
 def test_order_of_blocks_and_quartiles():
     assert abba(3) == [0, 1, 1, 0, 0, 1]
     assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == {"q1": 2.0, "median": 3.0, "q3": 4.0}
