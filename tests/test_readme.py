@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import suite_tables
 from benchmarks.report import table
 from benchmarks.results import read_results
+from benchmarks.suite import read_ledger, read_suite
+from benchmarks.suite_report import read_costs
 from benchmarks.summary import comparable
 from grit_optim import GritOptimizer
 
@@ -40,14 +43,24 @@ def test_the_two_commands_exist(command):
     assert (ROOT / command).stat().st_mode & 0o111
 
 
-@pytest.mark.parametrize("folder", ["main", "seeds"])
-def test_the_tables_are_the_ones_that_were_printed(folder):
+def test_the_main_jobs_table_is_the_one_that_was_printed():
     """Figures come from the results files; nobody edits them in the README."""
-    results = ROOT / "benchmarks" / "results" / folder
+    results = ROOT / "benchmarks" / "results" / "main"
     found = comparable(read_results(results))
     assert len(found) == 1
     assert (results / "table.md").read_text(encoding="utf8").strip() == table(found[0][1]).strip()
     assert table(found[0][1]).strip() in README
+
+
+def test_the_suites_table_is_the_one_that_was_printed():
+    results = ROOT / "benchmarks" / "results" / "peers"
+    suite = read_suite(results)
+    text = suite_tables.table(suite, read_ledger(results), read_costs(results, suite)).strip()
+    assert (results / "table.md").read_text(encoding="utf8").strip() == text
+    main_table, targets = text.split("\n\n")[0], text.split("\n\n")[2]
+    assert len(main_table.splitlines()) > 4
+    assert main_table in README
+    assert targets in README
 
 
 def test_the_cost_is_the_one_that_was_measured():
