@@ -259,7 +259,20 @@ def test_a_run_on_local_data_from_command_to_result(tmp_path):
         "--out",
         out,
     ]
-    rest = ["--optimizers", "adamw", "--lrs", "5e-3", "--steps", "2", "--eval-every", "1", "--threads", "1"]
+    rest = [
+        "--optimizers",
+        "adamw",
+        "--lrs",
+        "5e-3",
+        "--steps",
+        "2",
+        "--eval-every",
+        "1",
+        "--threads",
+        "1",
+        "--batch-size",
+        "4",
+    ]
     done = subprocess.run([*map(str, command), *rest], capture_output=True, text=True, cwd=REPOSITORY, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "40 training examples (left out: 1 of more than 64 tokens)" in done.stdout
