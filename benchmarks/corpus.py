@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import BenchmarkError, sha256
+from .files import BenchmarkError, in_share, sha256
 
 # Tests are copies of each other; idlelib and lib2to3 come and go between builds of one Python version;
 # encodings and pydoc_data are tables and not code.
@@ -68,7 +68,7 @@ def package_sources(package: str) -> list[SourceFile]:
 
 def is_held_out(file: SourceFile, percent: int = 2) -> bool:
     """Whether the file belongs to the held-out share, decided by a hash of its path alone."""
-    return int(sha256([file.package, file.path])[:8], 16) % 100 < percent
+    return in_share([file.package, file.path], percent)
 
 
 def fingerprint(files: list[SourceFile]) -> str:

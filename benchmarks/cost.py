@@ -15,9 +15,7 @@ from .results import RunConfig, finite
 from .tasks import check_task
 
 BLOCK = 5  # steps in a row; blocks alternate as ABBA, so that a drift of the machine's speed falls on both alike
-PLAIN_LR = (
-    5e-3  # AdamW is timed where it trains; at another method's rate it may diverge, and then its times say nothing
-)
+PLAIN_LR = 5e-3  # AdamW's own: at another method's rate it may diverge, and then its times say nothing
 WARMUP = 10  # untimed steps of each: first allocations, and the samples that curvature waits for
 
 

@@ -51,6 +51,11 @@ def sha256(parts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def in_share(parts: Iterable[str], percent: int) -> bool:
+    """Whether something falls into a share of so many percent, decided by the sha256 of its parts alone."""
+    return int(sha256(parts)[:8], 16) % 100 < percent
+
+
 def sha256_of_file(path: Path) -> str:
     """Hex digest of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -16,13 +16,7 @@ if TYPE_CHECKING:
 def _adamw(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
     import torch
 
-    return torch.optim.AdamW(
-        trainable(model),
-        lr=settings.lr,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        **settings.options,
-    )
+    return torch.optim.AdamW(trainable(model), **settings.adam(), **settings.options)
 
 
 def _grit(**fixed: Any) -> Factory:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .files import write_text
 from .results import read_results
-from .summary import Cell, Method, Result, Row, comparable, heading, methods, reference_cell, rows
+from .summary import Cell, Method, Result, Row, comparable, methods, reference_cell, rows, sections
 
 _HEADER = (
     "optimizer",
@@ -116,14 +116,10 @@ def report(folder: Path) -> str:
     if (folder / RECORD).exists():
         return suite_report(folder)
 
-    groups, parts, figures = comparable(read_results(folder)), list[str](), list[Path]()
-    if len(groups) > 1:
-        parts.append(f"These runs are not all comparable, so they stand in {len(groups)} tables.")
-    for number, (difference, results) in enumerate(groups, start=1):
-        if difference:
-            parts.append(heading(number, difference))
-        parts.append(table(results))
-        figures += draw(methods(results), folder, f"-{number}" if len(groups) > 1 else "")
+    parts, figures = list[str](), list[Path]()
+    for above, results, ending in sections(comparable(read_results(folder))):
+        parts += [*above, table(results)]
+        figures += draw(methods(results), folder, ending)
     text = "\n\n".join(parts) + "\n"
     write_text(folder / "table.md", text)
     print(text)

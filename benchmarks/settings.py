@@ -19,6 +19,10 @@ class Settings:
     weight_decay: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
 
+    def adam(self) -> dict[str, Any]:
+        """Rate, betas and weight decay under the names that Adam and most others give them."""
+        return {"lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay}
+
 
 Factory = Callable[["torch.nn.Module", Settings], "torch.optim.Optimizer"]
 

@@ -16,7 +16,7 @@ from .suite import Suite, read_ledger, read_suite
 from .suite_summary import Standing, entries
 from .suite_tables import table
 from .suites import cost_name
-from .summary import Result, comparable, heading, surroundings
+from .summary import Result, comparable, sections, surroundings
 from .sweep import Ledger, reference
 
 
@@ -122,16 +122,11 @@ def suite_report(folder: Path) -> str:
         raise BenchmarkError(
             f"no results in {folder}; run the suite first: python -m benchmarks run --suite … --out {folder}"
         )
-    costs, parts, found, figures = read_costs(folder, suite), list[str](), list[dict[str, Any]](), list[Path]()
-    groups = _groups(ledger)
-    if len(groups) > 1:
-        parts.append(f"These runs are not all comparable, so they stand in {len(groups)} tables.")
-    for number, (difference, group) in enumerate(groups, start=1):
-        if difference:
-            parts.append(heading(number, difference))
-        parts.append(table(suite, group, costs))
-        found.append({"differs_in": difference, **data(suite, group, costs)})
-        figures += draw(suite, group, costs, folder, f"-{number}" if len(groups) > 1 else "")
+    costs, groups, parts, figures = read_costs(folder, suite), _groups(ledger), list[str](), list[Path]()
+    for above, group, ending in sections(groups):
+        parts += [*above, table(suite, group, costs)]
+        figures += draw(suite, group, costs, folder, ending)
+    found = [{"differs_in": difference, **data(suite, group, costs)} for difference, group in groups]
     text = "\n\n".join(parts) + "\n"
     write_text(folder / "table.md", text)
     write_json(folder / "table.json", {"groups": found, "settings": asdict(suite.settings)})

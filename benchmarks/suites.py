@@ -77,7 +77,7 @@ QUICK_SETTINGS = SuiteSettings(explore_steps=60, batch_size=16, seeds=(0,), budg
 
 def _contender(label: str, optimizer: str = "", beta1: float = 0.9, beta2: float = 0.99) -> Contender:
     optimizer = optimizer or label
-    centre = LR_CENTRES.get(optimizer, LR_CENTRES["grit"] if optimizer.startswith("grit") else DEFAULT_CENTRE)
+    centre = LR_CENTRES.get(optimizer, LR_CENTRES["grit"])  # what has none of its own is a variant of GRIT
     return Contender(label, optimizer, beta1, beta2, {}, centre)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 Result = dict[str, Any]
 REFERENCE = "adamw"
@@ -43,10 +43,19 @@ def comparable(
     return [({name: one.get(name, "none") for name in differing}, groups[key]) for key, one in settings.items()]
 
 
-def heading(number: int, difference: dict[str, str]) -> str:
-    """Heading of one of several tables: what its results differ in from the others."""
-    what = "; ".join(f"{name}: {value}" for name, value in difference.items())
-    return f"### Table {number}: {what}"
+T = TypeVar("T")
+
+
+def sections(groups: Sequence[tuple[dict[str, str], T]]) -> Iterator[tuple[list[str], T, str]]:
+    """Every group with the paragraphs that stand above its table and what the names of its figures end in.
+
+    Several groups are headed by what their results differ in.
+    """
+    for number, (difference, group) in enumerate(groups, start=1):
+        above = [f"These runs are not all comparable, so they stand in {len(groups)} tables."] if number == 1 else []
+        what = "; ".join(f"{name}: {value}" for name, value in difference.items())
+        above = [*above, f"### Table {number}: {what}"] if len(groups) > 1 else []
+        yield above, group, f"-{number}" if len(groups) > 1 else ""
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,7 @@ class Trial:
         return [self.config(place, seed, steps) for seed in self.settings.seeds]
 
     def _first_seed(self, start: int, steps: int) -> Bracket:
-        seed, extensions = self.settings.seeds[0], self.settings.extensions
-        return bracket(start, lambda place: self.ledger.loss(self.config(place, seed, steps)), extensions)
+        return bracket(start, lambda place: self._first_loss(place, steps), self.settings.extensions)
 
     @cached_property
     def explored(self) -> Bracket:
@@ -161,16 +160,16 @@ class Trial:
 
         Seeds shift all rates alike, so a rate that is `margin` behind with one of them would not come first with more.
         """
-        first = self._loss_of_first_seed(place)
+        first = self._first_loss(place, self.settings.steps)
         best = self.narrowed.best if self.narrowed else None
-        if first is not None and best is not None and place != best:
-            ahead = self._loss_of_first_seed(best)
-            if ahead is not None and first > ahead + self.settings.margin:
-                return first
+        ahead = None if best is None else self._first_loss(best, self.settings.steps)
+        if first is not None and ahead is not None and first > ahead + self.settings.margin:
+            return first
         return self.ledger.mean(self.configs(place, self.settings.steps))
 
-    def _loss_of_first_seed(self, place: int) -> float | None:
-        return self.ledger.loss(self.config(place, self.settings.seeds[0], self.settings.steps))
+    def _first_loss(self, place: int, steps: int) -> float | None:
+        """Final loss of the first seed."""
+        return self.ledger.loss(self.config(place, self.settings.seeds[0], steps))
 
     @property
     def best(self) -> int | None:
@@ -212,7 +211,7 @@ class Trial:
     def _next_seeds(self, place: int) -> list[RunConfig]:
         """The first seed alone while it is missing: its loss decides whether the others are worth running."""
         runs = self.configs(place, self.settings.steps)
-        return runs[:1] if self._loss_of_first_seed(place) is None else runs
+        return runs[:1] if self._first_loss(place, self.settings.steps) is None else runs
 
     def _needs_budget(self, target: float | None) -> list[RunConfig]:
         search = None if target is None else self.search(target)

@@ -63,7 +63,7 @@ class Group:
     @property
     def width(self) -> int:
         """Columns of A, rows of B: the size of the dimension that is not the rank."""
-        return self.parameters[0].numel() // self.parameters[0].flatten(1).shape[self.rank_dim - 1]
+        return self.parameters[0].flatten(1).shape[2 - self.rank_dim]
 
     @property
     def rank_dim(self) -> int:

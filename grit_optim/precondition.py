@@ -305,8 +305,7 @@ class Spectral(Steer):
         gram = inner @ inner.mT if group.side == "A" else inner.mT @ inner
         whitening = linalg.damped_power(gram, linalg.damping_strength(gram, _ORTHOGONAL_DAMPING, relative=True), 0.5)[0]
         whitening = linalg.block(whitening, curvature.mask[group.index])  # what was given up stays exactly zero
-        chosen = root[group.index].to(inner.dtype)
-        return chosen @ (whitening @ inner) if group.side == "A" else (inner @ whitening) @ chosen
+        return group.apply(root, whitening @ inner if group.side == "A" else inner @ whitening)
 
 
 _MODES: dict[str, type[Preconditioner]] = {

@@ -62,12 +62,11 @@ def riemannian(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimi
     import torch
     from peft.optimizers import create_riemannian_optimizer
 
-    given = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
     return construct(
         create_riemannian_optimizer,
         model,
         torch.optim.AdamW,
-        given=given,
+        given=settings.adam(),
         options=settings.options,
         also=_adamw_options(),
     )
@@ -77,5 +76,4 @@ def lorarite(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimize
     """LoRA-RITE (pytorch_optimizer), which takes parameters two by two: A with its rank first, B with its rank last."""
     from pytorch_optimizer import LoRARite
 
-    given = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
-    return construct(LoRARite, matrices(model), given=given, options=settings.options)
+    return construct(LoRARite, matrices(model), given=settings.adam(), options=settings.options)

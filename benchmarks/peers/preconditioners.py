@@ -11,23 +11,19 @@ if TYPE_CHECKING:
     import torch
 
 
-def _adam_like(settings: Settings) -> dict[str, Any]:
-    return {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
-
-
 def soap_rank(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """SOAP (pytorch_optimizer) with r×r preconditioners alone; so small that the basis is renewed at every step."""
     from pytorch_optimizer import SOAP
 
     preset = {"max_precondition_dim": rank_side(model), "precondition_frequency": 1}
-    return construct(SOAP, matrices(model), given=_adam_like(settings), preset=preset, options=settings.options)
+    return construct(SOAP, matrices(model), given=settings.adam(), preset=preset, options=settings.options)
 
 
 def soap_full(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """SOAP (pytorch_optimizer) with both sides preconditioned, d_in×d_in and d_out×d_out included."""
     from pytorch_optimizer import SOAP
 
-    return construct(SOAP, matrices(model), given=_adam_like(settings), options=settings.options)
+    return construct(SOAP, matrices(model), given=settings.adam(), options=settings.options)
 
 
 def _shampoo_preset(model: torch.nn.Module) -> dict[str, Any]:
@@ -69,7 +65,7 @@ def shampoo_rank(model: torch.nn.Module, settings: Settings) -> torch.optim.Opti
         {"params": list(ups), "pre_conditioner_type": PreConditionerType.OUTPUT},  # the last
     ]
     preset = {**_shampoo_preset(model), "preconditioning_compute_steps": 1}
-    return construct(OneSidedShampoo, groups, given=_adam_like(settings), preset=preset, options=settings.options)
+    return construct(OneSidedShampoo, groups, given=settings.adam(), preset=preset, options=settings.options)
 
 
 def shampoo_full(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -77,9 +73,7 @@ def shampoo_full(model: torch.nn.Module, settings: Settings) -> torch.optim.Opti
     from pytorch_optimizer import ScalableShampoo
 
     preset = {**_shampoo_preset(model), "preconditioning_compute_steps": 10}
-    return construct(
-        ScalableShampoo, matrices(model), given=_adam_like(settings), preset=preset, options=settings.options
-    )
+    return construct(ScalableShampoo, matrices(model), given=settings.adam(), preset=preset, options=settings.options)
 
 
 def heavyball(class_name: str) -> Factory:
@@ -99,7 +93,7 @@ def heavyball(class_name: str) -> Factory:
         # Without merge_dims a small matrix stays one: merged into a vector it would not be preconditioned at all.
         preset = {"merge_dims": False}
         constructor = getattr(heavyball, class_name)
-        return construct(constructor, parameters, given=_adam_like(settings), preset=preset, options=settings.options)
+        return construct(constructor, parameters, given=settings.adam(), preset=preset, options=settings.options)
 
     return factory
 
@@ -144,4 +138,4 @@ def adamw8bit(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimiz
     """AdamW (bitsandbytes) with 8-bit moments for tensors of `min_8bit_size` (4,096) elements and more."""
     from bitsandbytes.optim import AdamW8bit
 
-    return construct(AdamW8bit, trainable(model), given=_adam_like(settings), options=settings.options)
+    return construct(AdamW8bit, trainable(model), given=settings.adam(), options=settings.options)

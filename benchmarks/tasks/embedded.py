@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import environment
-from ..corpus import SourceFile, package_sources, stdlib_sources
+from ..corpus import SourceFile, is_held_out, package_sources, stdlib_sources
 from ..files import REPOSITORY, sha256, write_text
 from . import Example, Task
 
@@ -77,6 +77,19 @@ class Recipe:
 def sources(package: str) -> list[SourceFile]:
     """Sources of an installed package or, under the name "stdlib", of the standard library."""
     return stdlib_sources() if package == STDLIB else package_sources(package)
+
+
+Files = dict[str, list[SourceFile]]  # by package
+
+
+def split_files(packages: Iterable[str], heldout_percent: int) -> tuple[Files, Files]:
+    """Training and held-out files of packages; which is which a hash of the path decides."""
+    train, heldout = Files(), Files()
+    for package in packages:
+        train[package], heldout[package] = [], []
+        for file in sources(package):
+            (heldout if is_held_out(file, heldout_percent) else train)[package].append(file)
+    return train, heldout
 
 
 def encode(

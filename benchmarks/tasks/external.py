@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base_model import EOS, MAX_POSITIONS
-from ..files import BenchmarkError, sha256
+from ..files import BenchmarkError, in_share, sha256
 from . import Example, Task, formats
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _texts(name: str, split: str, rows: Iterable[formats.Row]) -> list[Text]:
 
 def _is_held_out(text: Text) -> bool:
     """A share of the prompts; rows with the same prompt stay together."""
-    return int(sha256([text.prompt])[:8], 16) % 100 < HELDOUT_PERCENT
+    return in_share([text.prompt], HELDOUT_PERCENT)
 
 
 def _read(name: str, folder: Path | None) -> tuple[list[Text], list[Text]]:

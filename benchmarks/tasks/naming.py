@@ -10,8 +10,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..base_model import ANSWER, EOS
-from ..corpus import SourceFile, is_held_out
-from .embedded import HELDOUT_SIZE, Groups, Recipe, Row, Sample, apart, choose, encode, sources, without_repeats
+from ..corpus import SourceFile
+from .embedded import (
+    HELDOUT_SIZE,
+    Files,
+    Groups,
+    Recipe,
+    Row,
+    Sample,
+    apart,
+    choose,
+    encode,
+    split_files,
+    without_repeats,
+)
 from .functions import functions
 
 if TYPE_CHECKING:
@@ -34,7 +46,7 @@ def _samples(file: SourceFile) -> list[Sample]:
     ]
 
 
-def _rows(split: str, files: dict[str, list[SourceFile]], tokenizer: Tokenizer) -> Groups:
+def _rows(split: str, files: Files, tokenizer: Tokenizer) -> Groups:
     """All usable examples by package, without repeated (name, body)."""
     groups = {package: [sample for file in found for sample in _samples(file)] for package, found in files.items()}
     return without_repeats({package: encode(split, made, tokenizer, MAX_ANSWER) for package, made in groups.items()})
@@ -42,11 +54,7 @@ def _rows(split: str, files: dict[str, list[SourceFile]], tokenizer: Tokenizer) 
 
 def build(tokenizer: Tokenizer) -> list[Row]:
     """Both splits from the installed sources; takes about a minute."""
-    train: dict[str, list[SourceFile]] = {package: [] for package in PACKAGES}
-    heldout: dict[str, list[SourceFile]] = {package: [] for package in PACKAGES}
-    for package in PACKAGES:
-        for file in sources(package):
-            (heldout if is_held_out(file, HELDOUT_PERCENT) else train)[package].append(file)
+    train, heldout = split_files(PACKAGES, HELDOUT_PERCENT)
     kept = _rows("heldout", heldout, tokenizer)
     return choose(apart(_rows("train", train, tokenizer), kept), TRAIN_SIZE) + choose(kept, HELDOUT_SIZE)
 

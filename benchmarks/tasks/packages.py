@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..base_model import ANSWER, EOS
-from ..corpus import SourceFile, is_held_out
-from .embedded import HELDOUT_SIZE, Groups, Recipe, Row, Sample, apart, choose, encode, sources, without_repeats
+from ..corpus import SourceFile
+from .embedded import HELDOUT_SIZE, Groups, Recipe, Row, Sample, apart, choose, encode, split_files, without_repeats
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -76,11 +76,10 @@ def _is_copy(sample: Sample, known: set[str]) -> bool:
 
 def split_samples() -> tuple[dict[str, list[Sample]], dict[str, list[Sample]]]:
     """Training and held-out snippets by package, the copies of held-out ones left out of training."""
-    train: dict[str, list[Sample]] = {package: [] for package in PACKAGES}
-    heldout: dict[str, list[Sample]] = {package: [] for package in PACKAGES}
-    for package in PACKAGES:
-        for file in sources(package):
-            (heldout if is_held_out(file, HELDOUT_PERCENT) else train)[package] += _samples(file)
+    train, heldout = (
+        {package: [sample for file in files for sample in _samples(file)] for package, files in split.items()}
+        for split in split_files(PACKAGES, HELDOUT_PERCENT)
+    )
     known = {key for made in heldout.values() for sample in made for key in line_keys(sample.prompt)}
     clean = {package: [sample for sample in made if not _is_copy(sample, known)] for package, made in train.items()}
     return clean, heldout

@@ -7,6 +7,23 @@ import pytest
 from benchmarks import base_model
 
 
+@pytest.fixture
+def refusal(capsys):
+    """A function that gives what a command line that must be refused prints as its error."""
+
+    def run(arguments):
+        from benchmarks.__main__ import main
+
+        try:
+            status = main(arguments)
+        except SystemExit as stop:
+            status = stop.code
+        assert status == 2
+        return capsys.readouterr().err
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return base_model.load_tokenizer()
