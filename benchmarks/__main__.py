@@ -11,7 +11,7 @@ from . import arguments as read
 from . import suite_arguments
 from .files import REPOSITORY, BenchmarkError
 from .optimizers import OPTIMIZERS, check_optimizer
-from .results import RunConfig
+from .results import PRECISIONS, RunConfig
 from .tasks import TASKS, check_task
 from .tasks.external import DATA, MAX_LENGTH, DataOptions, check_data
 
@@ -31,7 +31,18 @@ def _template(arguments: argparse.Namespace) -> RunConfig:
     """The configuration that all runs of the command share; optimizer, rate and seed are filled in by the plan."""
     from .runner import resolve_device
 
-    names = ("steps", "batch_size", "rank", "alpha", "beta1", "beta2", "weight_decay", "warmup", "eval_every")
+    names = (
+        "steps",
+        "batch_size",
+        "rank",
+        "alpha",
+        "beta1",
+        "beta2",
+        "weight_decay",
+        "warmup",
+        "eval_every",
+        "precision",
+    )
     values = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     values.setdefault("alpha", values.get("rank", RunConfig.rank))
     device, options = resolve_device(arguments.device), dict(arguments.option or [])
@@ -131,6 +142,11 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         parser.add_argument(f"--{name}", type=check, help=f"by default {getattr(RunConfig, name.replace('-', '_'))}")
     parser.add_argument("--warmup", type=read.whole, help=f"steps, by default {RunConfig.warmup}")
     parser.add_argument("--eval-every", type=read.positive_int, help=f"steps, by default {RunConfig.eval_every}")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help=f"bf16: frozen weights in bf16, adapters in fp32, autocast; by default {RunConfig.precision}",
+    )
     parser.add_argument("--option", type=read.option, action="append", metavar="KEY=VALUE")
     parser.add_argument("--jobs", type=read.positive_int, default=1, help="runs at a time (times are then shared)")
     parser.add_argument(

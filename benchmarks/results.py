@@ -11,6 +11,7 @@ from typing import Any
 from .files import BenchmarkError, sha256, write_json
 
 FORMAT = 1
+PRECISIONS = ("fp32", "bf16")  # bf16: frozen weights in it, autocast of the rest, adapters in fp32
 _REQUIRED = ("config", "curve", "diverged", "fingerprint", "hardware", "seconds", "step_seconds_median", "versions")
 
 
@@ -32,6 +33,7 @@ class RunConfig:
     warmup: int = 5
     eval_every: int = 15
     device: str = "cpu"
+    precision: str = "fp32"
     options: dict[str, Any] = field(default_factory=dict)
 
     def file_name(self) -> str:

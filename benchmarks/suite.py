@@ -12,7 +12,7 @@ from . import environment
 from .files import BenchmarkError, write_json
 from .results import RunConfig, read_result
 from .suites import FIXED_SETTINGS, Contender, SuiteSettings, check_settings, cost_name
-from .summary import Result, surroundings
+from .summary import Result, loss_surroundings
 from .sweep import Ledger, Trial, make_trials, plan, targets
 
 RECORD, FAILED = "suite.json", "failed"
@@ -78,22 +78,20 @@ def read_ledger(folder: Path) -> Ledger:
 
 
 def _check_surroundings(results: Sequence[Result], now: Mapping[str, str]) -> None:
-    """Refuse to go on in a folder whose results were made on other hardware or with other versions."""
+    """Refuse to go on in a folder whose results were made with another accelerator or other versions."""
     for result in results:
-        before = surroundings(result)
+        before = loss_surroundings(result)
         differing = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
-        differing = [name for name in differing if name != "hardware jobs"]
         if differing:
             what = "; ".join(f"{name}: {before[name]} there, {now[name]} now" for name in differing)
             raise BenchmarkError(
                 f"the folder's results were made under other conditions ({what}), and their losses would be mixed; "
-                "use the same --jobs and --threads, or choose another --out"
+                "go on where they were made, or choose another --out"
             )
 
 
-def _now(device: str, threads: int) -> dict[str, str]:
-    hardware = {**environment.hardware(device), "threads": threads}
-    return surroundings({"hardware": hardware, "versions": environment.versions()})
+def _now(device: str) -> dict[str, str]:
+    return loss_surroundings({"hardware": environment.hardware(device), "versions": environment.versions()})
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ def _cost(config: RunConfig, steps: int, path: Path, label: str) -> None:
 def run_suite(folder: Path, suite: Suite, phases: Collection[str], jobs: int = 1, threads: int | None = None) -> None:
     """Run what the suite still needs in these phases; an error at the end that names the runs that failed."""
     from .optimizers import check_optimizer
-    from .runner import fingerprint, threads_per_run
+    from .runner import fingerprint
     from .tasks import check_task
 
     suite = replace(suite, settings=check_settings(suite.settings))
@@ -181,8 +179,7 @@ def run_suite(folder: Path, suite: Suite, phases: Collection[str], jobs: int = 1
         check_optimizer(contender.optimizer)
     for task in suite.tasks:
         fingerprint(check_task(task))  # makes the data once, before several processes want them
-    now = _now(suite.settings.device, threads_per_run(jobs, threads))
-    _check_surroundings(list(read_ledger(folder).results.values()), now)
+    _check_surroundings(list(read_ledger(folder).results.values()), _now(suite.settings.device))
     stay = Stay(folder, suite, open_suite(folder, suite), phases, jobs, threads)
     failures = _train(stay)
     if "cost" in phases:

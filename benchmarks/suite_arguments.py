@@ -11,7 +11,16 @@ from .files import BenchmarkError
 from .suites import PHASES, QUICK_CONTENDERS, QUICK_SETTINGS, QUICK_TASKS, SUITES, SuiteSettings, choose
 from .tasks import TASKS
 
-_SETTINGS = ("steps", "batch_size", "rank", "alpha", "weight_decay", "warmup", "eval_every")  # shared with plain runs
+_SETTINGS = (
+    "steps",
+    "batch_size",
+    "rank",
+    "alpha",
+    "weight_decay",
+    "warmup",
+    "eval_every",
+    "precision",
+)  # shared with plain runs
 _SUITE_SETTINGS = {
     "explore_steps": (read.positive_int, "steps of the runs that first search the learning rate"),
     "extensions": (read.whole, "rates that a search may add before it gives up as not bracketed"),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _NAMED = 6  # contenders with a colour of their own: more cannot be told apart in one panel
 _GREY = {"color": "#B0B0B0", "linestyle": "-", "linewidth": 0.8, "zorder": 1}
 _PANEL = (4.4, 3.3)  # inches
+_CURVE_SHOWN = 40  # lowest points of a training curve that its panel must show: the start may leave it
+_SMOOTHED = 6  # steps that a point of a training curve is the mean of
 Points = list[tuple[float, float]]
 
 
@@ -109,11 +111,12 @@ def _draw_tasks(
 
 
 def _curve(one: Standing) -> Points:
-    """Mean held-out loss over steps at the best rate, without step 0, which is the same for all."""
-    if not one.runs:
-        return []
-    curves = zip(*(run["curve"][1:] for run in one.runs), strict=True)
-    return [(point[0]["step"], statistics.fmean(p["loss"] for p in point)) for point in curves]
+    """Mean loss of the newest training batches before they are trained on, over the seeds, at the best rate.
+
+    The batches are the same for all contenders, so their ups and downs are common to all lines.
+    """
+    steps = [statistics.fmean(losses) for losses in zip(*(run["train_losses"] for run in one.runs), strict=True)]
+    return [(end, statistics.fmean(steps[end - _SMOOTHED : end])) for end in range(_SMOOTHED, len(steps) + 1)]
 
 
 def _target_line(axis: Axes, standings: Sequence[Standing]) -> None:
@@ -126,7 +129,7 @@ def _target_line(axis: Axes, standings: Sequence[Standing]) -> None:
 
 def _finish_curves(axis: Axes, standings: list[Standing]) -> None:
     axis.set_xlabel("training steps", fontsize=8)
-    _target_line(axis, standings)
+    axis.set_ylabel(f"loss on unseen batches (nats/token, mean of {_SMOOTHED} steps)", fontsize=8)
 
 
 def _rate_points(one: Standing) -> Points:
@@ -220,7 +223,7 @@ def draw(
     """Draw all figures into a folder; returns their paths."""
     found = entries(suite.trials(ledger), costs)
     kinds = {
-        "curves": (_curve, _finish_curves, None),
+        "curves": (_curve, _finish_curves, _CURVE_SHOWN),
         "learning_rates": (
             _rate_points,
             _finish_rates,

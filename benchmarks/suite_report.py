@@ -16,7 +16,7 @@ from .suite import Suite, read_ledger, read_suite
 from .suite_summary import Standing, entries
 from .suite_tables import table
 from .suites import cost_name
-from .summary import Result, comparable, sections, surroundings
+from .summary import Result, comparable, loss_surroundings, sections
 from .sweep import Ledger, reference
 
 
@@ -74,12 +74,9 @@ def data(suite: Suite, ledger: Ledger, costs: Mapping[str, Mapping[str, Any]]) -
 
 
 def _surroundings(results: Sequence[Result]) -> Callable[[Result], dict[str, str]]:
-    """What must agree within one table: hardware and versions, of those that every result states.
-
-    The number of jobs is left out: it changes times, which are not used, and not losses.
-    """
-    shared = set.intersection(*(set(surroundings(result)) for result in results)) - {"hardware jobs"}
-    return lambda result: {name: value for name, value in surroundings(result).items() if name in shared}
+    """What must agree within one table: accelerator and versions, of those that every result states."""
+    shared = set.intersection(*(set(loss_surroundings(result)) for result in results))
+    return lambda result: {name: value for name, value in loss_surroundings(result).items() if name in shared}
 
 
 def _check_data(results: Sequence[Result]) -> None:
@@ -113,7 +110,7 @@ def read_costs(folder: Path, suite: Suite) -> dict[str, Any]:
 def suite_report(folder: Path) -> str:
     """Write `table.md`, `table.json` and the figures of a suite into its folder and print the table; returns it.
 
-    Results of different hardware or versions never share a table: each such group gets its own.
+    Results of different accelerators or versions never share a table: each such group gets its own.
     """
     from .suite_figures import draw
 

@@ -171,10 +171,13 @@ def _legend(suite: Suite, costs: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
+def _machine(hardware: Mapping[str, Any]) -> str:
+    return hardware["gpu"] or f"{hardware['cpu']} ({hardware['threads']} threads a run)"
+
+
 def _origin(suite: Suite, results: Sequence[Result]) -> str:
     """Where the numbers come from: sizes, hardware, commits, packages of the peers."""
-    hardware, sizes = results[0]["hardware"], suite.settings
-    device = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads a run"
+    sizes, machines = suite.settings, sorted({_machine(result["hardware"]) for result in results})
     commits = Counter((result.get("code") or {}).get("commit") or "unknown" for result in results)
     dirty = " (some with uncommitted changes)" if any((r.get("code") or {}).get("dirty") for r in results) else ""
     packages = {
@@ -185,7 +188,7 @@ def _origin(suite: Suite, results: Sequence[Result]) -> str:
     return (
         f"{len(results)} runs; full budget {sizes.steps} steps of {sizes.batch_size} examples, seeds "
         f"{', '.join(map(str, sizes.seeds))}; data {', '.join(f'{task} {name}' for task, name in sorted(data.items()))}; "
-        f"{device}; commit {', '.join(name[:12] for name in commits)}{dirty}; "
+        f"{sizes.precision} on {' and '.join(machines)}; commit {', '.join(name[:12] for name in commits)}{dirty}; "
         f"torch {results[0]['versions'].get('torch')}{peers}."
     )
 

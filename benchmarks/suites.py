@@ -34,21 +34,22 @@ class SuiteSettings:
     """Sizes of a suite's runs; lengths in optimizer steps, budgets as shares of `steps`."""
 
     steps: int = 60  # the full budget
-    explore_steps: int = 30  # the short budget on which the grid is first searched
+    explore_steps: int = 60  # of the runs that first search the rates; at the full budget these are not run twice
     batch_size: int = 48
     rank: int = 16
     alpha: int = 16
     weight_decay: float = 0.0
     warmup: int = 5
-    eval_every: int = 30  # at the full budget; shorter and longer runs are measured at their start and end alone
+    eval_every: int = 60  # at the full budget; shorter and longer runs are measured at their end alone
     seeds: tuple[int, ...] = (0, 1, 2)  # the first one searches, all of them decide
-    margin: float = 0.03  # nats behind the best with the first seed, from which a rate gets no further seeds
+    margin: float = 0.02  # nats behind the best with the first seed, from which a rate gets no further seeds
     extensions: int = 4  # rates that may be added beyond the first three before the search gives up
     budget_grid: float = 0.05  # distance between two budgets
     shortest_budget: float = 0.4
-    longest_budget: float = 1.3  # where a contender that misses the target at the full budget is tried
+    longest_budget: float = 1.0  # where a contender that misses the target at the full budget is tried
     cost_steps: int = 40  # timed steps of each of the two that take turns
     device: str = "cpu"
+    precision: str = "bf16"
 
     def budgets(self) -> list[int]:
         """The grid of budgets in steps, rising; the full budget is always one of them."""
@@ -70,9 +71,10 @@ FIXED_SETTINGS = (
     "warmup",
     "eval_every",
     "device",
+    "precision",
 )
 # One seed, so exploring at the full budget is cheapest: the runs are then those that the narrowing needs.
-QUICK_SETTINGS = SuiteSettings(explore_steps=60, batch_size=16, seeds=(0,), budget_grid=0.1, cost_steps=20)
+QUICK_SETTINGS = SuiteSettings(batch_size=16, seeds=(0,), budget_grid=0.1, cost_steps=20)
 
 
 def _contender(label: str, optimizer: str = "", beta1: float = 0.9, beta2: float = 0.99) -> Contender:

@@ -12,9 +12,13 @@ from typing import Any, TypeVar
 Result = dict[str, Any]
 REFERENCE = "adamw"
 # What all runs of one table must share, apart from data, hardware and versions.
-_SHARED = ("task", "steps", "batch_size", "rank", "alpha", "warmup", "eval_every", "device")
+_SHARED = ("task", "steps", "batch_size", "rank", "alpha", "warmup", "eval_every", "device", "precision")
 # What makes a method besides the optimizer's name; shown in its label where it varies.
 _VARIANT = ("beta1", "beta2", "weight_decay", "options")
+
+
+# Changes times, which a suite does not take from its training runs, and losses by rounding alone, which the seeds cover.
+_TIMING = frozenset({"hardware jobs", "hardware cpu", "hardware cores", "hardware threads"})
 
 
 def surroundings(result: Result) -> dict[str, str]:
@@ -24,9 +28,15 @@ def surroundings(result: Result) -> dict[str, str]:
     return {**around, **versions}
 
 
+def loss_surroundings(result: Result) -> dict[str, str]:
+    """The part of :func:`surroundings` that losses may depend on by more than rounding."""
+    return {name: value for name, value in surroundings(result).items() if name not in _TIMING}
+
+
 def setting(result: Result) -> dict[str, str]:
     """What must agree for two runs to stand in one table, as text by name."""
-    shared = {name: str(result["config"][name]) for name in _SHARED}
+    config = {"precision": "fp32", **result["config"]}  # what the first results, which do not name it, were made in
+    shared = {name: str(config[name]) for name in _SHARED}
     return {"data and model": result["fingerprint"][:16], **shared, **surroundings(result)}
 
 

@@ -116,7 +116,7 @@ class Trial:
 
     def config(self, place: int, seed: int, steps: int) -> RunConfig:
         """The run at a place of the grid of rates."""
-        shared = ("batch_size", "rank", "alpha", "weight_decay", "warmup", "device")
+        shared = ("batch_size", "rank", "alpha", "weight_decay", "warmup", "device", "precision")
         who, sizes = self.contender, self.settings
         return RunConfig(
             self.task,

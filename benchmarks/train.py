@@ -30,7 +30,10 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def adapted_model(config: RunConfig) -> PeftModel:
-    """The base model with LoRA on every linear layer; the initial adapter depends on rank and seed alone."""
+    """The base model with LoRA on every linear layer; the initial adapter depends on rank and seed alone.
+
+    In "bf16" the frozen weights are kept in that precision; the adapter stays in fp32, as mixed-precision training has it.
+    """
     from peft import LoraConfig, get_peft_model
 
     model, _ = load_base_model()
@@ -39,6 +42,10 @@ def adapted_model(config: RunConfig) -> PeftModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, nothing that is used here
         adapted = get_peft_model(model, lora)
+    if config.precision == "bf16":
+        for parameter in adapted.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
     return adapted.to(config.device).train()
 
 
@@ -70,6 +77,11 @@ class Run:
         self.curve: list[dict[str, float | None]] = []
         self.exact_match: float | None = None
 
+    def _autocast(self) -> torch.autocast:
+        """The precision of the forward pass."""
+        device = self.config.device.partition(":")[0]
+        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bf16")
+
     def _synchronize(self) -> None:
         if self.config.device.startswith("cuda"):
             torch.cuda.synchronize()
@@ -79,7 +91,8 @@ class Run:
         batch = collate(next(self.batches)).to(self.config.device)
         self._synchronize()
         begun = time.perf_counter()
-        loss = answer_loss(self.model, batch)
+        with self._autocast():
+            loss = answer_loss(self.model, batch)
         loss.backward()
         self.optimizer.step()
         self.schedule.step()
@@ -92,7 +105,8 @@ class Run:
 
     def measure(self) -> float | None:
         """Add a point of the held-out curve; None if the loss is no number any more."""
-        score = evaluate(self.model, self.task.heldout, device=self.config.device)
+        with self._autocast():
+            score = evaluate(self.model, self.task.heldout, device=self.config.device)
         loss = finite(score.loss)
         self.curve.append({"step": len(self.losses), "seconds": sum(self.step_seconds), "loss": loss})
         self.exact_match = score.exact_match
@@ -134,8 +148,11 @@ def plain(value: Any) -> Any:
 
 
 def train(run: Run, advance: Callable[[float], None] = lambda loss: None) -> bool:
-    """All steps with the held-out curve; returns whether the run diverged (and then stops at once)."""
-    diverged = run.measure() is None
+    """All steps with the held-out curve; returns whether the run diverged (and then stops at once).
+
+    The curve starts before the first step and ends after the last; where it has no point between, it is the end alone.
+    """
+    diverged = run.config.eval_every < run.config.steps and run.measure() is None
     for step in range(1, run.config.steps + 1):
         if diverged:
             break

@@ -19,9 +19,9 @@ from . import Example, Task
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-FORMAT = 3  # raise it with every change of the code that changes the data
+FORMAT = 4  # raise it with every change of the code that changes the data
 MAX_LENGTH = 80  # tokens of prompt and answer together, in every task cut from installed text
-HELDOUT_SIZE = 256
+HELDOUT_SIZE = 768  # at most; on 256 of naming the difference of two optimizers had a standard error of 0.02 nats
 STDLIB = "stdlib"  # stands among package names for the standard library, whose version is Python's
 EXPECTED_PYTHON = "3.11.7"  # with the pinned packages it gives the expected fingerprints
 

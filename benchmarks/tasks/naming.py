@@ -59,4 +59,4 @@ def build(tokenizer: Tokenizer) -> list[Row]:
     return choose(apart(_rows("train", train, tokenizer), kept), TRAIN_SIZE) + choose(kept, HELDOUT_SIZE)
 
 
-RECIPE = Recipe("naming", PACKAGES, build, "6891bcd011f75b2198672ab155aad7742e6a8a61d52bebcc43e17dab3de8c898")
+RECIPE = Recipe("naming", PACKAGES, build, "368e9f70a70af6dc682ebfe5fff68ef9011a9bf17283255cb1f133abc9e67fb5")

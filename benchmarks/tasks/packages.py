@@ -109,5 +109,5 @@ def build(tokenizer: Tokenizer) -> list[Row]:
 
 
 RECIPE = Recipe(
-    "packages", PACKAGES, build, "24dba054f4b81342213471a482477ab772cccb790707fa229a3cc8df88e8cef3", metric="accuracy"
+    "packages", PACKAGES, build, "f10cdb3de882b732237ff672c1f916b8ed961b1de3ca099c8d99ab0ed863ed19", metric="accuracy"
 )

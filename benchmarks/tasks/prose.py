@@ -155,6 +155,6 @@ RECIPE = Recipe(
     "prose",
     (STDLIB, *DOCSTRING_PACKAGES),
     build,
-    "930e015608f37063f56c31945b5e46f015003958b717664296cff31e0b8f3f6f",
+    "4a6103bb1df1f9cfa34f3d441bfdd173db1304c7f0ef2363a2bb5ce57f5a7041",
     metric=None,
 )
