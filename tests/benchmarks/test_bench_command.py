@@ -125,6 +125,21 @@ def test_runs_repeat_and_start_from_the_same_adapter(small_task):
     assert [p["step"] for p in runs[0].curve] == [0, 2, 3]
 
 
+def test_bf16_keeps_the_adapter_in_fp32_and_the_losses_near(small_task):
+    runs = [Run(config(precision=precision, eval_every=3), small_task) for precision in ("fp32", "bf16")]
+    kinds = {(p.requires_grad, p.dtype) for p in runs[1].model.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    assert [train(run) for run in runs] == [False, False]
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=0.01)
+    assert runs[0].losses != runs[1].losses
+
+
+def test_a_curve_without_points_between_is_its_end_alone(small_task):
+    run = Run(config(eval_every=3), small_task)
+    assert not train(run)
+    assert [p["step"] for p in run.curve] == [3]
+
+
 def test_a_diverged_run_is_recorded_as_such(small_task):
     run = Run(config(lr=1e30), small_task)
     assert train(run)

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,7 @@ from benchmarks.suite import FAILED, Suite, open_suite, read_ledger, read_suite,
 from benchmarks.suite_report import data, read_costs
 from benchmarks.suite_summary import entries
 from benchmarks.suites import PHASES, Contender, SuiteSettings, cost_name
-from benchmarks.summary import surroundings
+from benchmarks.summary import loss_surroundings
 from benchmarks.tasks import TASKS
 
 ADAMW, SLOW, GRIT = (
@@ -81,7 +82,7 @@ def pretend(monkeypatch, made_up_result):
         monkeypatch.setattr(runner, "execute_all", execute_all)
         monkeypatch.setattr(runner, "in_process", timed)
         monkeypatch.setattr(runner, "fingerprint", lambda task, data=None: "f" * 64)
-        monkeypatch.setattr(suite, "_now", lambda device, threads: surroundings(made_up_result()))
+        monkeypatch.setattr(suite, "_now", lambda device: loss_surroundings(made_up_result()))
         return done
 
     return install
@@ -138,8 +139,8 @@ def test_other_hardware_or_versions_are_not_mixed_in(tmp_path, pretend, made_up_
     write_result(tmp_path, made_up_result(versions={"torch": "1.0"}))
     with pytest.raises(BenchmarkError, match=r"version of torch: 1\.0 there, 2\.13\.0 now"):
         run_suite(tmp_path, SMALL, PHASES)
-    write_result(tmp_path, made_up_result(hardware={"cpu": "a cpu", "cores": 2, "threads": 2, "gpu": None, "jobs": 7}))
-    run_suite(tmp_path, SMALL, PHASES)  # the number of jobs may differ
+    write_result(tmp_path, made_up_result(hardware={"cpu": "other", "cores": 8, "threads": 4, "gpu": None, "jobs": 7}))
+    run_suite(tmp_path, SMALL, PHASES)  # another CPU changes losses by rounding alone
 
 
 def failing(run):
@@ -326,3 +327,9 @@ def test_an_empty_suite_has_no_report(tmp_path):
     open_suite(tmp_path, SMALL)
     with pytest.raises(BenchmarkError, match=r"no results in .*run the suite first"):
         report(tmp_path)
+
+
+def test_training_curves_are_means_over_seeds_and_steps(made_up_result):
+    runs = [made_up_result(train_losses=[base + step for step in range(8)]) for base in (0.0, 2.0)]
+    assert suite_figures._curve(SimpleNamespace(runs=runs)) == [(6, 3.5), (7, 4.5), (8, 5.5)]
+    assert suite_figures._curve(SimpleNamespace(runs=[])) == []

@@ -100,7 +100,7 @@ def test_without_longer_budgets_nothing_more_is_run():
 
 
 def test_budgets_contain_the_full_one_and_lie_on_the_grid():
-    assert SuiteSettings().budgets() == [3 * place for place in range(8, 27)]  # 5 % of 60 steps are 3
+    assert SuiteSettings().budgets() == [3 * place for place in range(8, 21)]  # 5 % of 60 steps are 3
     assert SuiteSettings(steps=2).budgets()[0] == 1
     assert 100 in SuiteSettings(steps=100, budget_grid=0.3).budgets()
 
