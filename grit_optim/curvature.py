@@ -79,9 +79,12 @@ class Curvature:
         if power == 1:
             self.refresh_inverses()
             return
-        stacked = torch.cat(self.paired_factors())
-        strength = linalg.damping_strength(stacked, self.options.kfac_damping, self.options.damping == "relative")
-        roots, used = linalg.damped_power(stacked, strength, power)
+        stacked, damping = torch.cat(self.paired_factors()), self.options.kfac_damping
+        if self.options.damping == "relative" and power > 0 and (1 / power).is_integer():
+            roots, used = linalg.damped_root(stacked, damping, int(1 / power))
+        else:
+            strength = linalg.damping_strength(stacked, damping, self.options.damping == "relative")
+            roots, used = linalg.damped_power(stacked, strength, power)
         mask = self.mask.to(stacked.device)
         roots = linalg.block(roots, torch.cat((mask, mask)))
         self._set_operators(roots.to(self.bucket.device), used.to(self.bucket.device).reshape(2, -1))

@@ -14,6 +14,12 @@ ESCALATIONS = 5
 """How often a failed Cholesky factorisation is tried again, each time with ten times the damping."""
 
 
+SMALLEST_NEWTON_DAMPING = 1e-3
+"""Relative damping below which roots are not taken by products of fp32 matrices."""
+
+_NEWTON_TOLERANCE = 1e-7
+
+
 def eye_like(factor: Tensor) -> Tensor:
     """Identity matrices of the shape, dtype and device of ``factor`` ``[S, r, r]``."""
     return torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
@@ -86,6 +92,59 @@ def damped_power(factor: Tensor, strength: Tensor, power: float) -> tuple[Tensor
     scaled = torch.where(usable, torch.maximum(values, floor), 1.0).pow(-power)
     result = (vectors * scaled[:, None, :]) @ vectors.mT
     return torch.where(usable[:, :, None], result, eye_like(result)), torch.where(usable[:, 0], strength, torch.nan)
+
+
+def damped_root(factor: Tensor, damping: float, order: int) -> tuple[Tensor, Tensor]:
+    """``(M + λ I)^(−1/order)`` with λ = ``damping`` · tr(M)/r.
+
+    On the CPU by eigendecomposition; elsewhere by products alone where the damping bounds the condition number, since an
+    eigendecomposition makes the host wait for the device.
+
+    Args:
+        factor: symmetric positive semi-definite matrices ``[S, r, r]``.
+        damping: λ in units of the mean eigenvalue.
+        order: 2 for the inverse root, 4 for its root; others go by eigendecomposition.
+
+    Returns:
+        As :func:`damped_power`.
+    """
+    strength = damping_strength(factor, damping, relative=True)
+    if factor.device.type == "cpu" or order not in (2, 4) or damping < SMALLEST_NEWTON_DAMPING:
+        return damped_power(factor, strength, 1 / order)
+    hopeless = ~((strength > 0) & strength.isfinite())
+    return newton_root(factor, damping, order), strength.masked_fill(hopeless, torch.nan)
+
+
+def newton_root(factor: Tensor, damping: float, order: int) -> Tensor:
+    """``(M + λ I)^(−1/order)``, λ = ``damping`` · tr(M)/r, by the coupled Newton-Schulz iteration (Higham 2008, eq. 6.35).
+
+    Args:
+        factor: symmetric positive semi-definite matrices ``[S, r, r]``.
+        damping: at least :data:`SMALLEST_NEWTON_DAMPING`, or fp32 does not carry the iteration.
+        order: 2 or 4.
+
+    Returns:
+        The roots ``[S, r, r]``; the identity where M is zero or not finite.
+    """
+    matrix = damped(factor, damping_strength(factor, damping, relative=True))
+    size = torch.linalg.matrix_norm(matrix, keepdim=True)
+    usable = (size > 0) & size.isfinite()
+    matrix = torch.where(usable, matrix / size, eye_like(matrix))
+    smallest = damping / (factor.shape[-1] * (1 + damping))  # λ over the trace, which is no less than the norm
+    root, result = _newton_schulz(matrix, smallest)
+    if order == 4:
+        _, result = _newton_schulz(root, smallest**0.5)
+    return torch.where(usable, result * torch.where(usable, size, 1.0).pow(-1 / order), eye_like(result))
+
+
+def _newton_schulz(matrix: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
+    """``M^(1/2)`` and ``M^(−1/2)`` of matrices whose eigenvalues lie in [``smallest``, 1]."""
+    root, inverse, identity = matrix, eye_like(matrix), eye_like(matrix)
+    while 1 - smallest > _NEWTON_TOLERANCE:
+        correction = 1.5 * identity - 0.5 * (inverse @ root)
+        root, inverse = root @ correction, correction @ inverse
+        smallest *= (3 - smallest) ** 2 / 4  # what a step makes of it, so that the host can count the steps
+    return root, inverse
 
 
 def descending_eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
