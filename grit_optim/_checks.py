@@ -31,6 +31,7 @@ class Options:
     damping: str
     kfac_power: float
     gradient_share: float
+    caution: float
     step_length: float | str
     a_step_ratio: float
     kfac_inversion_device: str | None
@@ -63,6 +64,7 @@ class Options:
             _real(name, getattr(self, name), "above 0", lambda x: x > 0)
         _real("kfac_power", self.kfac_power, "from 0 up", lambda x: x >= 0)
         _real("gradient_share", self.gradient_share, "in [0, 1]", lambda x: 0 <= x <= 1)
+        _real("caution", self.caution, "in [0, 1]", lambda x: 0 <= x <= 1)
         if self.step_length != "base":
             _real("step_length", self.step_length, "above 0, or 'base' for the base's own length", lambda x: x > 0)
         _real("rank_adaptation_threshold", self.rank_adaptation_threshold, "in (0, 1]", lambda x: 0 < x <= 1)

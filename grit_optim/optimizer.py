@@ -61,6 +61,8 @@ class GritOptimizer(StagedOptimizer):
             None: 0.5 for "spectral", 1 for "steer".
         gradient_share: share of the newest gradient in the direction of "spectral" and "steer", beside the base's average; it
             keeps the direction fresh where β₁ is 0.9. None: 0.4 for "spectral", 0 for "steer".
+        caution: share in [0, 1] that entries of the direction lose where they go up the newest gradient, in "spectral" and
+            "steer"; 0 leaves them as they are, 1 drops them. None: 0.7 for "spectral", 0 for "steer".
         step_length: how long a step of "spectral" or "steer" is: root mean square of its entries, in units of the learning
             rate, or ``"base"`` for the length of the step that the base took. None: 0.6 in "spectral" around any kind of
             Adam, else "base".
@@ -108,6 +110,7 @@ class GritOptimizer(StagedOptimizer):
         damping: str = "relative",
         kfac_power: float | None = None,
         gradient_share: float | None = None,
+        caution: float | None = None,
         step_length: float | str | None = None,
         a_step_ratio: float | None = None,
         kfac_inversion_device: str | None = None,

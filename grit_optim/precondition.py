@@ -224,8 +224,8 @@ class Steer(Preconditioner):
 
     For A the direction is ``−Σ^(−p) (m / c)``, with m the base's average of the gradient, into which ``gradient_share`` of the
     newest one is mixed, c the root of its average of the squared gradient, averaged over the rank (one value per column of
-    A, per row of B), and p ``kfac_power``; a base that keeps neither gets the gradient and 1. ``step_length`` says how long
-    the step is. Decoupled weight decay stays outside.
+    A, per row of B), and p ``kfac_power``; a base that keeps neither gets the gradient and 1. Entries that would go up the
+    newest gradient lose the share ``caution``. ``step_length`` says how long the step is. Decoupled weight decay stays outside.
     """
 
     def refresh(self, curvature: Curvature) -> None:
@@ -244,7 +244,7 @@ class Steer(Preconditioner):
         decay = transport.decoupled_decay(self.base, self.base.param_groups[group.param_group])
         decayed = held.weights * (1 - decay)
         step = taken - decayed
-        direction = self.direction(held, self._scaled_moment(held))
+        direction = self._cautious(held, self.direction(held, self._scaled_moment(held)))
         step_size, size = _norm(step), _norm(direction)
         held.cosine = -_inner(step, direction) / (step_size * size)
         length = self._length(held, step_size) / size
@@ -253,6 +253,11 @@ class Steer(Preconditioner):
     def direction(self, held: Held, moment: Tensor) -> Tensor:
         """What the step is turned to, from ``m / c``: ``[m, rows, columns]`` twice."""
         return held.group.apply(held.curvature.operator(held.group.side), moment)
+
+    def _cautious(self, held: Held, direction: Tensor) -> Tensor:
+        """The direction with its entries that go up the newest gradient made smaller (Liang et al. 2024 drop them)."""
+        caution = held.curvature.options.caution
+        return direction if caution == 0 else torch.where(direction * held.gradient < 0, 1 - caution, 1.0) * direction
 
     def _length(self, held: Held, base_length: Tensor) -> Tensor:
         """Frobenius norm that each step is to have, ``[m, 1, 1]``; zero where the base did not move."""

@@ -12,10 +12,24 @@ BALANCING_DAMPING = 1e-4
 
 # Defaults that belong to a way of using the curvature rather than to all of them, as measured (benchmarks/FINDINGS.md).
 # Balanced coordinates move the weights themselves, so they are changed seldom.
-_COMMON = {"kfac_update_freq": 1, "kfac_damping": 0.03, "kfac_power": 1.0, "gradient_share": 0.0, "a_step_ratio": 1.0}
+_COMMON = {
+    "kfac_update_freq": 1,
+    "kfac_damping": 0.03,
+    "kfac_power": 1.0,
+    "gradient_share": 0.0,
+    "caution": 0.0,
+    "a_step_ratio": 1.0,
+}
 MODE_DEFAULTS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
     {
-        "spectral": {**_COMMON, "kfac_damping": 0.3, "kfac_power": 0.5, "gradient_share": 0.4, "a_step_ratio": 1.5},
+        "spectral": {
+            **_COMMON,
+            "kfac_damping": 0.3,
+            "kfac_power": 0.5,
+            "gradient_share": 0.4,
+            "caution": 0.7,
+            "a_step_ratio": 1.5,
+        },
         "steer": {**_COMMON, "kfac_damping": 0.3},
         "inverse": _COMMON,
         "eigenbasis": {**_COMMON, "kfac_update_freq": 2},

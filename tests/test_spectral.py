@@ -35,6 +35,7 @@ def test_spectral_orthogonalises_the_momentum_in_fisher_coordinates(weight_decay
             scaled = mixed / state["exp_avg_sq"].double().mean(0 if left else 1, keepdim=True).sqrt()
             root = root_of(factor, 0.3, 0.25)
             direction = root @ polar(root @ scaled) if left else polar(scaled @ root) @ root
+            direction[direction * gradients[name].double() < 0] *= 0.3
             moved = before[name].double() * (1 - 1e-2 * weight_decay) - after[name].double()
             assert moved.square().mean().sqrt().item() == pytest.approx(1e-2 * rms, rel=1e-3)
             torch.testing.assert_close(moved / moved.norm(), direction / direction.norm(), rtol=0, atol=2e-3)
@@ -44,7 +45,9 @@ def test_spectral_orthogonalises_the_momentum_in_fisher_coordinates(weight_decay
 
 def test_spectral_without_curvature_is_the_orthogonalised_gradient():
     """Power 0 leaves the tokens' curvature out: Muon's direction, of the gradient of SGD, with SGD's length."""
-    model, _, before, gradients = one_step({"precondition": "spectral", "kfac_power": 0.0, "a_step_ratio": 1.0})
+    model, _, before, gradients = one_step(
+        {"precondition": "spectral", "kfac_power": 0.0, "a_step_ratio": 1.0, "caution": 0.0}
+    )
     after = tiny.weights(model)
     assert len(gradients) == 28
     for name, gradient in gradients.items():
@@ -61,6 +64,22 @@ def test_step_length_and_ratio_say_how_long_a_step_is(mode):
     for name in gradients:
         rms = (before[name] - after[name]).square().mean().sqrt().item()
         assert rms == pytest.approx(1e-2 * 0.25 * (2.0 if "lora_A" in name else 1.0), rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["spectral", "steer"])
+def test_full_caution_never_goes_up_the_newest_gradient(mode):
+    moved = {}
+    for caution in (0.0, 1.0):
+        options = {"precondition": mode, "caution": caution, "a_step_ratio": 1.0}
+        model, _, before, gradients = one_step(options, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+        after = tiny.weights(model)
+        moved[caution] = {name: before[name] - after[name] for name in gradients}
+    uphill = {
+        caution: [(step * gradients[name] < 0).any() for name, step in moved[caution].items()] for caution in moved
+    }
+    assert len(uphill[1.0]) == 28
+    assert not any(uphill[1.0])
+    assert all(uphill[0.0]), "without caution every matrix has such an entry, or the test shows nothing"
 
 
 def test_a_site_whose_gradient_is_zero_stays_where_it_is():
