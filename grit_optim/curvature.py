@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grit_optim import linalg
-from grit_optim._checks import Options
+from grit_optim._checks import PAPER_PROJECTIONS, Options
 from grit_optim.buckets import Bucket
 from grit_optim.fisher import Factors
 
@@ -18,6 +18,7 @@ class Curvature:
         bucket: the sites, in the order of every ``[S, …]`` tensor.
         factors: Σ_a and Σ_g.
         rank: rank kept per site ``[S]``, int64.
+        dropped: predicted rise of the loss by all that was given up so far ``[S]``, in the loss's unit.
         a_operator: what multiplies the rank side of A's gradient ``[S, r, r]``: an inverse or an eigenbasis.
         b_operator: the same for B.
         a_ready: sites whose ``a_operator`` comes from enough samples ``[S]``; it is the identity elsewhere.
@@ -31,6 +32,7 @@ class Curvature:
         self.options = options
         self.factors = Factors.zeros(size, bucket.rank, device)
         self.rank = torch.full((size,), bucket.rank, device=device)
+        self.dropped = torch.zeros(size, device=device)
         self.reset_operators()
         self.damping_used = torch.full((2, size), torch.nan, device=device)
 
@@ -44,8 +46,9 @@ class Curvature:
 
     @property
     def mask(self) -> Tensor:
-        """Coordinates in use ``[S, r]``. Only balanced reprojection gives up coordinates, always the trailing ones."""
-        rank = self.rank if self.options.reprojection == "balanced" else torch.full_like(self.rank, self.bucket.rank)
+        """Coordinates in use ``[S, r]``. The paper's projections give up none; what else does, the trailing ones."""
+        in_paper = self.options.reprojection in PAPER_PROJECTIONS
+        rank = torch.full_like(self.rank, self.bucket.rank) if in_paper else self.rank
         return linalg.leading_mask(rank, self.bucket.rank)
 
     def paired_factors(self) -> tuple[Tensor, Tensor]:
