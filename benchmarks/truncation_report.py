@@ -16,6 +16,7 @@ SMALL = 0.01
 """Predicted rise, in nats, up to which a cut counts as small."""
 
 Point = dict[str, Any]
+_ALONE = "one site, balanced"
 
 
 def is_folder(folder: Path) -> bool:
@@ -97,27 +98,34 @@ def _cell(point: Point) -> str:
 
 
 def scatter(results: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Predicted against measured rise of the loss, every cut a point."""
-    figure, (axis,) = panels(1, 1, 6.4, 5.2)
-    for look, name in zip(styles(), ["one site, balanced", *METHODS, COMMON_BUDGET], strict=False):
-        alone = name == "one site, balanced"
-        points = [
-            p
-            for result in results
-            for p in result["points"]
-            if (p["site"] != "all" if alone else p["site"] == "all" and p["method"] == name)
-        ]
-        look |= {"linestyle": "", "markersize": 3 if alone else 6, "alpha": 0.45 if alone else 0.9}
-        axis.plot([p["predicted"] for p in points], [p["measured"] for p in points], label=name, **look)
-    axis.set_xscale("log")
-    axis.set_yscale("symlog", linthresh=1e-4)
-    low, high = axis.get_xlim()
-    axis.plot([low, high], [low, high], color="0.4", linewidth=1, label="measured = predicted")
-    axis.set_xlim(low, high)
-    axis.set_xlabel("predicted rise of the loss, ½·N·T·tr((I−M)ᵀ Σ_g (I−M) Σ_a) (nats per token)")
-    axis.set_ylabel("measured rise (nats per token; linear below 1e-4)")
-    axis.legend(fontsize=8)
+    """Predicted against measured rise of the loss, every cut a point; on the right without the first-order part."""
+    figure, axes = panels(1, 2, 11.5, 5.2)
+    for axis, subtracted in zip(axes, (False, True), strict=True):
+        for look, name in zip(styles(), [_ALONE, *METHODS, COMMON_BUDGET], strict=False):
+            points = [p for result in results for p in result["points"] if _series(p) == name]
+            look |= {
+                "linestyle": "",
+                "markersize": 3 if name == _ALONE else 6,
+                "alpha": 0.45 if name == _ALONE else 0.9,
+            }
+            rises = [p["measured"] - (p["first_order"] if subtracted else 0.0) for p in points]
+            axis.plot([p["predicted"] for p in points], rises, label=name, **look)
+        axis.set_xscale("log")
+        axis.set_yscale("symlog", linthresh=1e-4)
+        low, high = axis.get_xlim()
+        line = [low * (high / low) ** (i / 100) for i in range(101)]
+        axis.plot(line, line, color="0.4", linewidth=1, label="measured = predicted")
+        axis.set_xlim(low, high)
+        axis.set_xlabel("predicted rise of the loss, ½·N·T·tr((I−M)ᵀ Σ_g (I−M) Σ_a) (nats per token)")
+    axes[0].set_ylabel("measured rise (nats per token; linear below 1e-4)")
+    axes[0].set_title("as measured", fontsize=10)
+    axes[1].set_title("without the first-order part ⟨∂L/∂B, B M − B⟩", fontsize=10)
+    axes[0].legend(fontsize=8)
     return save(figure, path)
+
+
+def _series(point: Point) -> str:
+    return point["method"] if point["site"] == "all" else _ALONE
 
 
 def report(folder: Path) -> None:
