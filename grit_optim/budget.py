@@ -92,7 +92,7 @@ class BudgetSchedule:
         lowest = self._lowest.to(mean.device)
         suffers = mean > lowest + self.tolerance * lowest.abs()
         self._lowest = torch.where(known, torch.minimum(lowest, mean), lowest)
-        gone = torch.where(known & ~suffers, (step - self._last) / self.steps, 0.0)
+        gone = (known & ~suffers).double() * ((step - self._last) / self.steps)
         self.progress = (self.progress.to(mean.device) + gone).clamp_max(1.0)
         self._sum, self._count = torch.zeros_like(self._sum), torch.zeros_like(self._count)
         self._last = step
