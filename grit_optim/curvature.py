@@ -71,10 +71,7 @@ class Curvature:
     def refresh_inverses(self) -> None:
         """Set the operators to the damped inverses of the paired factors."""
         stacked = torch.cat(self.paired_factors())
-        relative = self.options.damping == "relative"
-        inverse, used = linalg.damped_inverse(
-            stacked, linalg.damping_strength(stacked, self.options.kfac_damping, relative)
-        )
+        inverse, used = linalg.damped_inverse(stacked, self._strength(stacked))
         self._set_operators(inverse.to(self.bucket.device), used.to(self.bucket.device).reshape(2, -1))
 
     def refresh_powers(self, power: float) -> None:
@@ -83,11 +80,16 @@ class Curvature:
             self.refresh_inverses()
             return
         stacked = torch.cat(self.paired_factors())
-        strength = linalg.damping_strength(stacked, self.options.kfac_damping, self.options.damping == "relative")
-        roots, used = linalg.damped_power(stacked, strength, power)
+        roots, used = linalg.damped_power(stacked, self._strength(stacked), power)
         mask = self.mask.to(stacked.device)
         roots = linalg.block(roots, torch.cat((mask, mask)))
         self._set_operators(roots.to(self.bucket.device), used.to(self.bucket.device).reshape(2, -1))
+
+    def _strength(self, stacked: Tensor) -> Tensor:
+        """λ of the paired factors ``[2S]``, by the coordinates in use."""
+        in_use = self.mask.sum(-1).to(stacked.device)
+        relative = self.options.damping == "relative"
+        return linalg.damping_strength(stacked, self.options.kfac_damping, relative, torch.cat((in_use, in_use)))
 
     def _set_operators(self, operators: Tensor, damping_used: Tensor) -> None:
         self.damping_used = damping_used

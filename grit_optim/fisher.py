@@ -147,14 +147,20 @@ def loss_tokens(steps: Sequence[Sums]) -> Tensor:
     return torch.where(least.isfinite(), least, torch.zeros_like(least))
 
 
-def gradient_unit(steps: Sequence[Sums]) -> Tensor:
+def gradient_unit(steps: Sequence[Sums], ranks: Sequence[Tensor] | None = None) -> Tensor:
     """Mean over all sites that saw tokens of ``tr(Σ_g)/r`` in this step, a positive scalar on the first bucket's device.
 
     The loss's δ carry 1/N, N the number of target tokens of the batch, and the loss scale of fp16; both are common to
     all sites, so one common unit takes them out and leaves the sites' relative sizes alone.
+
+    Args:
+        steps: the step's sums, one entry per bucket.
+        ranks: coordinates in use of each bucket's sites ``[S]``, in the place of r; by default all.
     """
     device = steps[0].rows.device
-    totals = [(linalg.mean_eigenvalue(s.gradient) / s.rows.clamp_min(1)).sum().to(device) for s in steps]
+    in_use = ranks if ranks is not None else [None] * len(steps)
+    means = [linalg.mean_eigenvalue(s.gradient, rank) for s, rank in zip(steps, in_use, strict=True)]
+    totals = [(mean / s.rows.clamp_min(1)).sum().to(device) for mean, s in zip(means, steps, strict=True)]
     seen = [(s.rows > 0).sum().to(device) for s in steps]
     unit = reduce(torch.add, totals) / reduce(torch.add, seen).clamp_min(1)
     return torch.where(torch.isfinite(unit) & (unit > 0), unit, torch.ones_like(unit))

@@ -24,14 +24,23 @@ def symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
-def mean_eigenvalue(factor: Tensor) -> Tensor:
-    """``tr(M) / r`` for each matrix: ``[S, r, r] -> [S]``."""
-    return factor.diagonal(dim1=-2, dim2=-1).mean(-1)
+def mean_eigenvalue(factor: Tensor, rank: Tensor | None = None) -> Tensor:
+    """``tr(M) / r`` for each matrix: ``[S, r, r] -> [S]``.
+
+    Args:
+        factor: the matrices.
+        rank: how many coordinates are in use ``[S]``, the others being zero; by default all.
+    """
+    mean = factor.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return mean if rank is None else mean * (factor.shape[-1] / rank.clamp_min(1))
 
 
-def damping_strength(factor: Tensor, damping: float, relative: bool) -> Tensor:
-    """λ for each matrix, ``[S]``: ``damping`` times the mean eigenvalue if ``relative``, else ``damping`` itself."""
-    scale = mean_eigenvalue(factor)
+def damping_strength(factor: Tensor, damping: float, relative: bool, rank: Tensor | None = None) -> Tensor:
+    """λ for each matrix, ``[S]``: ``damping`` times the mean eigenvalue if ``relative``, else ``damping`` itself.
+
+    The mean is over the ``rank`` ``[S]`` coordinates in use, by default all.
+    """
+    scale = mean_eigenvalue(factor, rank)
     return damping * scale if relative else torch.full_like(scale, damping)
 
 

@@ -303,8 +303,10 @@ class Spectral(Steer):
         root = curvature.operator(group.side)
         inner = group.apply(root, moment)
         gram = inner @ inner.mT if group.side == "A" else inner.mT @ inner
-        whitening = linalg.damped_power(gram, linalg.damping_strength(gram, _ORTHOGONAL_DAMPING, relative=True), 0.5)[0]
-        whitening = linalg.block(whitening, curvature.mask[group.index])  # what was given up stays exactly zero
+        mask = curvature.mask[group.index]
+        strength = linalg.damping_strength(gram, _ORTHOGONAL_DAMPING, relative=True, rank=mask.sum(-1))
+        whitening = linalg.damped_power(gram, strength, 0.5)[0]
+        whitening = linalg.block(whitening, mask)  # what was given up stays exactly zero
         chosen = root[group.index].to(inner.dtype)
         return chosen @ (whitening @ inner) if group.side == "A" else (inner @ whitening) @ chosen
 

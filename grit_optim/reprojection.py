@@ -79,7 +79,7 @@ def balanced_coordinates(factors: Factors, rank: Tensor, min_samples: int, dampi
     """
     mask = linalg.leading_mask(rank, factors.activation.shape[-1])
     activation, gradient = (
-        linalg.damped(m.double(), linalg.damping_strength(m.double(), damping, relative=True))
+        linalg.damped(m.double(), linalg.damping_strength(m.double(), damping, relative=True, rank=rank))
         for m in (factors.activation, factors.gradient)
     )
     transform, inverse, spectrum = linalg.balance(activation, gradient, mask)

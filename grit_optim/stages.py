@@ -164,7 +164,8 @@ class StagedOptimizer(OptimizerWrapper):
             device = self._curvatures[0].bucket.device
             accept = torch.stack([s.is_finite().to(device) for s in sums]).all()
             relative = self.options.damping == "relative"
-            unit = gradient_unit(sums) if relative else torch.ones((), device=device)
+            in_use = [curvature.mask.sum(-1) for curvature in self._curvatures]
+            unit = gradient_unit(sums, in_use) if relative else torch.ones((), device=device)
             scored = loss_tokens(sums)
             for curvature, total in zip(self._curvatures, sums, strict=True):
                 there = curvature.bucket.device
