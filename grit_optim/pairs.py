@@ -57,11 +57,11 @@ def regrow(base: Optimizer, curvature: Curvature, rank: Tensor, seed: int) -> No
     """
     size = curvature.bucket.rank
     fresh = linalg.leading_mask(rank, size) & ~linalg.leading_mask(curvature.rank, size)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(curvature.bucket.device).manual_seed(seed)
     for group in curvature.bucket.groups:
         if group.side == "A":
             old = group.stack(group.parameters)
-            rows = torch.randn(old.shape, generator=generator).to(old.device)
+            rows = torch.randn(old.shape, generator=generator, device=old.device)
             norm = _typical_row_norm(old, curvature.rank[group.index])
             rows = rows * (norm / torch.linalg.vector_norm(rows, dim=-1, keepdim=True))
             transport.set_weights(base, group, torch.where(fresh[group.index][..., None], rows, old), fresh)

@@ -135,7 +135,8 @@ def ranks_within(bids: Sequence[Bids], budget: Tensor, floor: int, regrowth: boo
         torch.cat([part.flatten().to(device) for part in parts]) for parts in zip(*entries, strict=True)
     )
     order = priority.sort(descending=True, stable=True).indices
-    fits = size[order].cumsum(0) <= budget.to(device)
+    # A scalar on the CPU is compared as a number; copying it to a GPU would wait for the GPU.
+    fits = size[order].cumsum(0) <= (budget if budget.device.type == "cpu" else budget.to(device))
     keep = torch.zeros_like(must).index_put((order,), fits) & (priority >= 0) | must
     parts = keep.split([bid.loss.numel() for bid in bids])
     return [part.view_as(bid.loss).sum(-1).to(bid.loss.device) for part, bid in zip(parts, bids, strict=True)]
