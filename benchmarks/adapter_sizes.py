@@ -86,7 +86,7 @@ def whole_and_cut(job: Job) -> Saved:
     from peft.tuners.lora.conversion import save_as_lora
 
     model = adapted_model(job.config)
-    optimizer = _grit(job.config, model)
+    optimizer = _grit(job.config, model, min_lora_rank=0)  # which matters only for the cuts below
     fit(job, model, optimizer)
     optimizer.save_adapter(job.folder / WHOLE)
     yield WHOLE, 1.0, job.folder / WHOLE
@@ -94,7 +94,6 @@ def whole_and_cut(job: Job) -> Saved:
         place = job.folder / f"svd-{budget}"
         save_as_lora(place, model, rank=job.rank(budget))
         yield "SVD after training (peft)", budget, place
-    optimizer.options = replace(optimizer.options, min_lora_rank=0)
     for budget in sorted(job.budgets, reverse=True):
         optimizer.reduce_ranks_(budget)
         place = job.folder / f"cut-{budget}"

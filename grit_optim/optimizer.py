@@ -316,6 +316,6 @@ class GritOptimizer(RankedOptimizer):
         self.options = state["options"]
         self._given_sites = state["given_sites"]
         self._model = None  # the copy knows its sites; the model they came from is not copied along
-        origin = {name: Origin(*values) for name, values in state["grit"]["origin"].items()}
+        origin = {name: Origin(*values) for name, values in state["grit"].get("origin", {}).items()}
         self._start(state["base"], state["sites"], origin)
         self._load_own_state(state["grit"])

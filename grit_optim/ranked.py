@@ -197,6 +197,8 @@ class RankedOptimizer(StagedOptimizer):
         for curvature in self._curvatures:
             self._mode.to_plain_coordinates(curvature)
         kept, dropped = self._kept(), self._dropped()
+        if not any(kept.values()):
+            raise ValueError("no site keeps a direction, so nothing would be left to train; reduce the ranks less")
         known = checkpoint.pack_sites(self._curvatures, with_operators=True)
         gone = [site for site in self._sites if kept[site.name] == 0]
         shrink.narrow(self.base, self._sites, kept)
@@ -267,6 +269,7 @@ class RankedOptimizer(StagedOptimizer):
     def _load_ranks(self, own: dict[str, Any]) -> None:
         """Restore what a saved state says of ranks beside the sites' own; ``own`` may be without."""
         self._removed = dict(own.get("removed", {}))
+        self._budget = None
         if own.get("origin"):
             self._remember([], {name: Origin(*values) for name, values in own["origin"].items()})
         else:

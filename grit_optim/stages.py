@@ -52,9 +52,8 @@ class StagedOptimizer(OptimizerWrapper):
         self._unverified = CHECKED_STEPS
         self._suspects: set[str] = set()
         self._closed = False
-        self._reduced = (
-            False  # whether coordinates may have been given up; not whether they have, which the device knows
-        )
+        # Whether coordinates may have been given up; whether they have, the device alone knows.
+        self._reduced = False
         self._curvatures: list[Curvature] = []
         self._capture = Capture([], [], None, self._times)
         self._removed: dict[str, float] = {}

@@ -225,6 +225,15 @@ def test_hand_written_lora_shrinks():
     assert model.up.weight.shape == (5, 1)
 
 
+def test_nothing_left_is_refused():
+    model = tiny.llama()
+    optimizer = tiny.grit(model)
+    tiny.train(model, optimizer, 3)
+    optimizer.reduce_ranks_(dict.fromkeys(optimizer.ranks(), 0))
+    with pytest.raises(ValueError, match="no site keeps a direction"):
+        optimizer.shrink_()
+
+
 def test_state_that_cannot_be_cut_is_reset_and_named():
     model, optimizer = reduced(mode="none", base=torch.optim.Adafactor)
     tiny.train(model, optimizer, 1)  # Adafactor has state again
