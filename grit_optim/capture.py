@@ -26,9 +26,8 @@ STASH_LIMIT = 8
 COPIED_STRIDE = 4
 """From one row in so many on, the rows are copied, so that the whole activation can be freed before the step."""
 
-_Rows = tuple[
-    int, Tensor, Tensor, int
-]  # a site's place in its bucket, its rows of h and δ, and of how many one was taken
+# A site's place in its bucket, its rows of h and δ, and out of how many each row was taken.
+_Rows = tuple[int, Tensor, Tensor, int]
 
 
 class Tap:

@@ -139,7 +139,8 @@ def loss_tokens(steps: Sequence[Sums]) -> Tensor:
     """How many tokens a step's loss is a mean over, as far as the taps can tell: a scalar on the first bucket's device.
 
     It is the least number of tokens with δ ≠ 0 over all sites that saw any. In a transformer whose last block is adapted that
-    is exact: behind its attention only the tokens that are scored have a gradient. Elsewhere it is too large.
+    is exact: behind its attention only the tokens that are scored have a gradient. Elsewhere it is too large, and too small
+    where experts share the tokens out. That is a common factor of all predicted losses; their order does not depend on it.
     """
     device = steps[0].rows.device
     fewest = [torch.where(s.tokens > 0, s.tokens, torch.inf).amin().to(device) for s in steps]

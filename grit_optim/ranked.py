@@ -19,7 +19,7 @@ from grit_optim.export import History, export_adapter
 from grit_optim.presets import BALANCING_DAMPING
 from grit_optim.ranks import RankReport, SiteRank, effective_ranks
 from grit_optim.reprojection import Coordinates
-from grit_optim.sites import peft_model_in
+from grit_optim.sites import layers_of_pairs, peft_model_in
 from grit_optim.stages import Origin, StagedOptimizer
 
 
@@ -178,22 +178,24 @@ class RankedOptimizer(StagedOptimizer):
     # ---------------------------------------------------------------- smaller tensors
 
     @torch.no_grad()
-    def shrink_(self) -> RankReport:
+    def shrink_(self, *, model: nn.Module | None = None) -> RankReport:
         """Cut A, B, their gradients and the base's state to the ranks that are kept, in place, between training phases.
 
         What the model computes stays the same. The Parameter objects stay the same too, but for sites of rank 0, which
         leave the model and the base's parameter groups. PEFT's configuration is updated, so that ``model.save_pretrained`` and
         :meth:`save_adapter` write what is there. A checkpoint of the optimizer from now on belongs to the smaller adapter.
 
+        Args:
+            model: the model, where the optimizer does not know it any more (after copying or unpickling).
+
         Raises:
-            ValueError: the paper's projections are in use, which give no rank up, or DoRA.
+            ValueError: the paper's projections are in use, which give no rank up, no rank is left, or DoRA.
         """
         if self.options.reprojection in PAPER_PROJECTIONS:
             raise ValueError(
                 f"reprojection={self.options.reprojection!r} gives no rank up for good, so there is nothing to shrink"
             )
-        model = self._model() if self._model is not None else None
-        peft_models = shrink.check(model, self._sites)
+        peft_model = shrink.check(self._known(model), self._sites)
         for curvature in self._curvatures:
             self._mode.to_plain_coordinates(curvature)
         kept, dropped = self._kept(), self._dropped()
@@ -201,8 +203,9 @@ class RankedOptimizer(StagedOptimizer):
             raise ValueError("no site keeps a direction, so nothing would be left to train; reduce the ranks less")
         known = checkpoint.pack_sites(self._curvatures, with_operators=True)
         gone = [site for site in self._sites if kept[site.name] == 0]
-        shrink.narrow(self.base, self._sites, kept)
-        shrink.update_configs(peft_models, gone)
+        shrink.narrow(self.base, self._sites, kept, peft_model)
+        if peft_model is not None:
+            shrink.update_configs(peft_model, gone)
         self._removed.update({site.name: dropped[site.name] for site in gone})
         left = [site for site in self._sites if kept[site.name] > 0]
         self._attach(left, {site.name: checkpoint.narrowed(known[site.name], kept[site.name]) for site in left})
@@ -230,7 +233,7 @@ class RankedOptimizer(StagedOptimizer):
         Raises:
             ValueError: no such adapter, one that this optimizer does not train, or one that cannot be exported (DoRA).
         """
-        model = model if model is not None else (self._model() if self._model is not None else None)
+        model = self._known(model)
         if model is None:
             raise ValueError(
                 "this optimizer no longer knows its model (it was unpickled, or the model is gone); pass model="
@@ -249,16 +252,15 @@ class RankedOptimizer(StagedOptimizer):
         threshold = self.options.rank_adaptation_threshold
         return export_adapter(model, path, adapter=adapter, fold_scale=fold_scale, history=history, threshold=threshold)
 
+    def _known(self, model: nn.Module | None) -> nn.Module | None:
+        """The model given, else the one the optimizer was built with, if it is still there."""
+        return model if model is not None or self._model is None else self._model()
+
     def _history(self, peft_model: Any, adapter: str) -> dict[str, History]:
         """What is known of each site of ``adapter``, by the layer's name in the base model."""
-        base = peft_model.get_base_model()
-        names = {id(module): name for name, module in base.named_modules()}
-        dropped = self._dropped()
-        known = {
-            names[id(site.layer)]: site.name
-            for site in self._sites
-            if site.adapter == adapter and id(site.layer) in names
-        }
+        names, dropped = layers_of_pairs(peft_model.get_base_model()), self._dropped()
+        sites = [site for site in self._sites if site.adapter == adapter and id(site.a_modules) in names]
+        known = {names[id(site.a_modules)][0]: site.name for site in sites}
         prefix = shrink.common_prefix(known)
         known |= {shrink.layer_name(n, prefix, adapter): n for n in self._removed if n.endswith(f".{adapter}")}
         return {

@@ -10,30 +10,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grit_optim import adapter_config
-from grit_optim.sites import Site, adapter_layers, peft_model_in
+from grit_optim.sites import Site, adapter_layers, layers_of_pairs, peft_model_in
 
 
-def check(model: nn.Module | None, sites: Sequence[Site]) -> list[Any]:
-    """The PEFT model that holds the sites, in a list that is empty for hand-written LoRA.
+def check(model: nn.Module | None, sites: Sequence[Site]) -> Any | None:
+    """The PEFT model that holds the sites, or None for hand-written LoRA.
 
     Raises:
         ValueError: PEFT's layers without the model that holds their configuration, or DoRA.
     """
-    adapters = sorted({site.adapter for site in sites if site.layer is not None})
+    adapters = sorted({site.adapter for site in sites if site.in_peft})
     if not adapters:
-        return []
+        return None
     if model is None:
         raise ValueError(
-            "this optimizer no longer knows its model (it was unpickled, or the model is gone), so it cannot shrink it"
+            "this optimizer no longer knows its model (it was copied or unpickled, or the model is gone); pass model="
         )
     peft_model = peft_model_in(model)
     for adapter in adapters:
         adapter_config.check_exportable(peft_model.peft_config[adapter], adapter)
-    return [peft_model]
+    return peft_model
 
 
-def narrow(base: Optimizer, sites: Iterable[Site], kept: Mapping[str, int]) -> None:
+def narrow(base: Optimizer, sites: Iterable[Site], kept: Mapping[str, int], peft_model: Any | None) -> None:
     """Cut each site to its leading ``kept`` directions, with the base's state; at 0 its parameters leave the base's groups."""
+    layers = layers_of_pairs(peft_model) if peft_model is not None else {}
     strange: set[str] = set()
     removed: set[int] = set()
     for site in sites:
@@ -46,7 +47,7 @@ def narrow(base: Optimizer, sites: Iterable[Site], kept: Mapping[str, int]) -> N
                 base.state.pop(parameter, None)
         else:
             strange |= _narrow_state(base, a, 0, rank) | _narrow_state(base, b, 1, rank)
-        site.narrow_(rank)
+        site.narrow_(rank, layers[id(site.a_modules)][1] if site.in_peft else None)
     for group in base.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in removed]
     if strange:
@@ -70,23 +71,20 @@ def _narrow_state(base: Optimizer, parameter: Tensor, dim: int, rank: int) -> se
     return set()
 
 
-def update_configs(peft_models: Iterable[Any], gone: Sequence[Site]) -> None:
-    """Let PEFT's configuration say what the layers are now."""
-    for peft_model in peft_models:
-        configs: dict[str, Any] = peft_model.peft_config
-        base = peft_model.get_base_model()
-        names = {id(module): name for name, module in base.named_modules()}
-        for adapter in list(configs):
-            layers = adapter_layers(peft_model, adapter)
-            if not layers.pairs:
-                continue
-            ranks = {name: site.rank for name, site in layers.pairs.items()}
-            config = adapter_config.with_ranks(configs[adapter], layers, ranks, fold_scale=False)
-            left_out = [names[id(s.layer)] for s in gone if s.adapter == adapter and id(s.layer) in names]
-            if left_out:
-                config.exclude_modules = adapter_config.excluding(config.exclude_modules, left_out)
-            for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "exclude_modules"):
-                setattr(configs[adapter], field, getattr(config, field))
+def update_configs(peft_model: Any, gone: Sequence[Site]) -> None:
+    """Let PEFT's configuration say what the layers are now; ``gone`` are the sites that were taken out."""
+    names = layers_of_pairs(peft_model.get_base_model())
+    for adapter, config in peft_model.peft_config.items():
+        layers = adapter_layers(peft_model, adapter)
+        if not layers.pairs:
+            continue
+        ranks = {name: site.rank for name, site in layers.pairs.items()}
+        new = adapter_config.with_ranks(config, layers, ranks, fold_scale=False)
+        left_out = [names[id(site.a_modules)][0] for site in gone if site.adapter == adapter and site.in_peft]
+        if left_out:
+            new.exclude_modules = adapter_config.excluding(new.exclude_modules, left_out)
+        for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "exclude_modules"):
+            setattr(config, field, getattr(new, field))
 
 
 def common_prefix(known: Mapping[str, str]) -> str:

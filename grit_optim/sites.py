@@ -40,7 +40,6 @@ class Site:
         a_modules: adapter name to the module whose weight is A; its output is h = A x.
         b_modules: adapter name to the module whose weight is B.
         scalings: adapter name to s.
-        layer: PEFT's layer that holds them; None for hand-written LoRA.
     """
 
     name: str
@@ -48,7 +47,6 @@ class Site:
     a_modules: Mapping[str, nn.Module] | nn.ModuleDict
     b_modules: Mapping[str, nn.Module] | nn.ModuleDict
     scalings: Mapping[str, float]
-    layer: Any = None
 
     @property
     def tap(self) -> nn.Module:
@@ -90,13 +88,23 @@ class Site:
         """Whether B adds a bias of its own (PEFT's ``lora_bias``), which is there whatever the rank."""
         return getattr(self.b_modules[self.adapter], "bias", None) is not None
 
-    def narrow_(self, rank: int) -> None:
+    @property
+    def in_peft(self) -> bool:
+        """Whether a PEFT layer holds the pair, rather than hand-written code."""
+        return isinstance(self.a_modules, nn.ModuleDict)
+
+    def narrow_(self, rank: int, layer: Any) -> None:
         """Keep the leading ``rank`` directions of A and B alone, with their gradients; ΔW's scaling s stays.
 
         The Parameter objects stay the same, so that whoever holds them need not be told. At rank 0 a PEFT layer loses the
         adapter, as if it had never been a target.
+
+        Args:
+            rank: how many directions stay.
+            layer: PEFT's layer that holds the pair; None for hand-written LoRA. A site does not hold it itself: a copy of the
+                optimizer would then copy the frozen weights too.
         """
-        scaling, layer = self.scaling, self.layer
+        scaling = self.scaling
         if rank == 0 and layer is not None:
             for name in (*layer.adapter_layer_names, *layer.other_param_names):
                 entries = getattr(layer, name)
@@ -214,7 +222,7 @@ def find_sites(model: nn.Module, parameters: Iterable[Tensor]) -> tuple[list[Sit
         for adapter in a_modules:
             if not (_is_trained(a_modules[adapter], trained) or _is_trained(b_modules[adapter], trained)):
                 continue
-            site = Site(f"{name}.{adapter}", adapter, a_modules, b_modules, layer.scaling, layer)
+            site = Site(f"{name}.{adapter}", adapter, a_modules, b_modules, layer.scaling)
             reason = _reason_untapped(layer, site, trained)
             if reason is None:
                 sites.append(site)
@@ -237,6 +245,16 @@ def peft_model_in(model: nn.Module) -> Any:
         "peft.get_peft_model(model, config). Hand-written LoRA is saved with the model's own state_dict(), physically smaller "
         "after shrink_()"
     )
+
+
+def layers_of_pairs(model: nn.Module) -> dict[int, tuple[str, Any]]:
+    """``id(site.a_modules)`` of every PEFT layer with pairs, to the layer's name in ``model`` and the layer."""
+    found = ((_WRAPPER_NAMES.sub("", name), layer) for name, layer in model.named_modules())
+    return {
+        id(layer.lora_A): (name, layer)
+        for name, layer in found
+        if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict)
+    }
 
 
 @dataclass(frozen=True)
@@ -262,7 +280,7 @@ def adapter_layers(peft_model: Any, adapter: str) -> AdapterLayers:
             continue
         a_modules, b_modules = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
         if isinstance(a_modules, nn.ModuleDict) and isinstance(b_modules, nn.ModuleDict) and adapter in a_modules:
-            site = Site(f"{name}.{adapter}", adapter, a_modules, b_modules, layer.scaling, layer)
+            site = Site(f"{name}.{adapter}", adapter, a_modules, b_modules, layer.scaling)
             if _reason_untapped(layer, site, {id(site.a), id(site.b)}) is None:
                 pairs[name] = site
                 continue

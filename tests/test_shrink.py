@@ -1,6 +1,7 @@
 """Shrinking in place: the same function, less of everything, and training goes on as if nothing had happened."""
 
 import copy
+import dataclasses
 
 import bases
 import pytest
@@ -223,6 +224,21 @@ def test_hand_written_lora_shrinks():
     torch.testing.assert_close(model(x), before)
     assert model.down.weight.shape == (1, 6)
     assert model.up.weight.shape == (5, 1)
+
+
+def test_a_copy_is_told_its_model_and_holds_no_frozen_weights():
+    model, optimizer = reduced()
+    twin_model, twin = copy.deepcopy([model, optimizer])
+    held = [m for site in copy.deepcopy(optimizer)._sites for m in (site.a_modules, site.b_modules)]
+    assert len(held) == 28
+    assert all(p.requires_grad for m in held for p in m.parameters())
+    assert {f.name for f in dataclasses.fields(Site)} == {"name", "adapter", "a_modules", "b_modules", "scalings"}
+    with pytest.raises(ValueError, match="pass model="):
+        twin.shrink_()
+    before = logits(twin_model)
+    twin.shrink_(model=twin_model)
+    assert (logits(twin_model) - before).abs().max() < 1e-6
+    assert sum(p.numel() for p in tiny.trained(model)) > sum(p.numel() for p in tiny.trained(twin_model))
 
 
 def test_nothing_left_is_refused():
