@@ -19,9 +19,8 @@ _START_NORM = 3**-0.5
 
 def coordinates(curvature: Curvature, damping: float) -> reprojection.Coordinates:
     """The pairs' balanced coordinates, in the order of the bucket; nothing is changed."""
-    return reprojection.balanced_coordinates(
-        curvature.factors, curvature.rank, curvature.options.kfac_min_samples, damping
-    )
+    in_use = curvature.mask.sum(-1)
+    return reprojection.balanced_coordinates(curvature.factors, in_use, curvature.options.kfac_min_samples, damping)
 
 
 def balance(base: Optimizer, curvature: Curvature, policy: RankPolicy, damping: float) -> None:

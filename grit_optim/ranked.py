@@ -42,7 +42,7 @@ class RankedOptimizer(StagedOptimizer):
         """Directions kept per site, a dict by name, with effective ranks, parameters and predicted losses in ``.sites``.
 
         ``print(optimizer.ranks().table())`` shows it, ``.as_dict()`` is for JSON. Reads values from the device. The paper's
-        projections let a rank grow back until they are next due.
+        projections let a rank grow back until they are next due; with them, ranks and parameters are what the latest one left.
         """
         return self._report(self._kept(), self._coordinates(), {})
 
@@ -144,7 +144,7 @@ class RankedOptimizer(StagedOptimizer):
         unready = [
             name
             for c, f in zip(self._curvatures, found, strict=True)
-            for name, ready in zip(c.bucket.names(), f.usable.tolist(), strict=True)
+            for name, ready in zip(c.bucket.names(), (f.usable | (c.rank == 0)).tolist(), strict=True)
             if not ready
         ]
         if unready:
@@ -202,13 +202,15 @@ class RankedOptimizer(StagedOptimizer):
         if not any(kept.values()):
             raise ValueError("no site keeps a direction, so nothing would be left to train; reduce the ranks less")
         known = checkpoint.pack_sites(self._curvatures, with_operators=True)
-        gone = [site for site in self._sites if kept[site.name] == 0]
-        shrink.narrow(self.base, self._sites, kept, peft_model)
+        # B's own bias works at any rank, and needs a pair to hang on.
+        sizes = {site.name: max(kept[site.name], int(site.has_bias)) for site in self._sites}
+        gone = [site for site in self._sites if sizes[site.name] == 0]
+        shrink.narrow(self.base, self._sites, sizes, peft_model)
         if peft_model is not None:
             shrink.update_configs(peft_model, gone)
         self._removed.update({site.name: dropped[site.name] for site in gone})
-        left = [site for site in self._sites if kept[site.name] > 0]
-        self._attach(left, {site.name: checkpoint.narrowed(known[site.name], kept[site.name]) for site in left})
+        left = [site for site in self._sites if sizes[site.name] > 0]
+        self._attach(left, {site.name: checkpoint.narrowed(known[site.name], sizes[site.name]) for site in left})
         return self.ranks()
 
     def save_adapter(

@@ -32,13 +32,13 @@ def check(model: nn.Module | None, sites: Sequence[Site]) -> Any | None:
     return peft_model
 
 
-def narrow(base: Optimizer, sites: Iterable[Site], kept: Mapping[str, int], peft_model: Any | None) -> None:
-    """Cut each site to its leading ``kept`` directions, with the base's state; at 0 its parameters leave the base's groups."""
+def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], peft_model: Any | None) -> None:
+    """Cut each site to its leading directions, with the base's state; at 0 its parameters leave the base's groups."""
     layers = layers_of_pairs(peft_model) if peft_model is not None else {}
     strange: set[str] = set()
     removed: set[int] = set()
     for site in sites:
-        rank, a, b = kept[site.name], site.a, site.b
+        rank, a, b = sizes[site.name], site.a, site.b
         if rank == site.rank:
             continue
         if rank == 0:

@@ -241,6 +241,20 @@ def test_a_copy_is_told_its_model_and_holds_no_frozen_weights():
     assert sum(p.numel() for p in tiny.trained(model)) > sum(p.numel() for p in tiny.trained(twin_model))
 
 
+def test_a_bias_of_b_stays_when_all_directions_go():
+    model = tiny.llama(lora_bias=True)
+    optimizer = tiny.grit(model, min_lora_rank=0)
+    tiny.train(model, optimizer, 4)
+    optimizer.reduce_ranks_({name: 0 for name in optimizer.ranks() if "q_proj" in name})
+    before = logits(model)
+    report = optimizer.shrink_()
+    assert (logits(model) - before).abs().max() < 1e-6
+    assert sorted(report.values())[:3] == [0, 0, 4]
+    losses = tiny.train(model, optimizer, 2, first=4)
+    assert all(loss < 10 for loss in losses)
+    assert dict(optimizer.ranks()) == dict(report)
+
+
 def test_nothing_left_is_refused():
     model = tiny.llama()
     optimizer = tiny.grit(model)
