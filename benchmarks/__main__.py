@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks {pretrain,run,report,tasks,cost,main}`."""
+"""Command line: `python -m benchmarks {pretrain,run,report,tasks,cost,truncation,sizes,main}`."""
 
 from __future__ import annotations
 
@@ -73,9 +73,28 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from . import adapter_sizes_report, truncation_report
     from .report import report
 
+    for kind in (truncation_report, adapter_sizes_report):
+        if kind.is_folder(arguments.folder):
+            kind.report(arguments.folder)
+            return
     report(arguments.folder)
+
+
+def _truncation(arguments: argparse.Namespace) -> None:
+    from .runner import resolve_device
+    from .truncation import truncation
+
+    device, options = resolve_device(arguments.device), dict(arguments.option or [])
+    task, optimizer = check_task(arguments.task), check_optimizer(arguments.optimizer)
+    config = RunConfig(
+        task, optimizer, arguments.lr, arguments.seed, arguments.steps, device=device, options=options,
+        eval_every=arguments.steps,
+    )  # fmt: skip
+    path = truncation(config, arguments.batches, arguments.drops, arguments.budgets, arguments.out, arguments.threads)
+    print(f"written: {path}; table and figure: python -m benchmarks report {arguments.out}")
 
 
 def _tasks(arguments: argparse.Namespace) -> None:
@@ -182,6 +201,60 @@ def _add_cost(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(call=_cost)
 
 
+def _add_truncation(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "truncation", help="what dropping directions of a trained adapter costs: predicted, and measured"
+    )
+    parser.add_argument("--task", default="naming", help=f"known: {', '.join(TASKS)}")
+    parser.add_argument("--optimizer", default="grit", help=_OPTIMIZER_HELP)
+    parser.add_argument("--lr", type=read.positive, default=1e-2)
+    parser.add_argument("--seed", type=read.whole, default=0)
+    parser.add_argument("--steps", type=read.positive_int, default=RunConfig.steps)
+    parser.add_argument("--batches", type=read.positive_int, default=12, help="fresh training batches for the factors")
+    parser.add_argument(
+        "--drops", type=read.several(read.positive_int), default=[1, 2, 4, 8, 12], help="directions dropped per site"
+    )
+    parser.add_argument(
+        "--budgets", type=read.several(read.positive), default=[0.75, 0.5, 0.35, 0.25], help="shares of the parameters"
+    )
+    parser.add_argument("--option", type=read.option, action="append", metavar="KEY=VALUE")
+    parser.add_argument("--threads", type=read.positive_int)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.set_defaults(call=_truncation)
+
+
+def _sizes(arguments: argparse.Namespace) -> None:
+    from .adapter_sizes import adapter_sizes
+    from .runner import resolve_device
+
+    task, device = check_task(arguments.task), resolve_device(arguments.device)
+    config = RunConfig(task, "", arguments.lr, 0, arguments.steps, device=device)
+    adapter_sizes(config, arguments.ways, arguments.budgets, arguments.seeds, arguments.out, arguments.threads)
+    print(f"results in {arguments.out}; table and figure: python -m benchmarks report {arguments.out}")
+
+
+def _add_sizes(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("sizes", help="held-out loss against bytes of the saved adapter, several ways")
+    parser.add_argument("--task", default="naming", help=f"known: {', '.join(TASKS)}")
+    parser.add_argument(
+        "--ways",
+        type=read.several(str),
+        default=["whole", "budget", "rank", "eva", "adalora", "paper"],
+        help="by default all: whole (GRIT, and the same cut by SVD and by predicted loss), budget, rank, eva, adalora, paper",
+    )
+    parser.add_argument(
+        "--budgets", type=read.several(read.positive), default=[0.75, 0.5, 0.25], help="shares of the whole adapter"
+    )
+    parser.add_argument("--seeds", type=read.several(read.whole), default=[0, 1, 2])
+    parser.add_argument("--lr", type=read.positive, default=1e-2)
+    parser.add_argument("--steps", type=read.positive_int, default=RunConfig.steps)
+    parser.add_argument("--threads", type=read.positive_int)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.set_defaults(call=_sizes)
+
+
 def _add_main(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("main", help="the comparison in the README: AdamW against GRIT, a few minutes")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "main")
@@ -194,7 +267,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_pretrain, _add_run, _add_report, _add_tasks, _add_cost, _add_main):
+    for add in (_add_pretrain, _add_run, _add_report, _add_tasks, _add_cost, _add_truncation, _add_sizes, _add_main):
         add(commands)
     return parser
 

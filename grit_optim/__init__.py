@@ -1,8 +1,9 @@
 """A drop-in torch.optim wrapper that gives any base optimizer the curvature of the LoRA adapters it trains."""
 
 from grit_optim import presets
+from grit_optim.export import export_adapter
 from grit_optim.optimizer import GritOptimizer
 from grit_optim.sites import Site
 
 __version__ = "0.1.0"
-__all__ = ["GritOptimizer", "Site", "presets"]
+__all__ = ["GritOptimizer", "Site", "export_adapter", "presets"]

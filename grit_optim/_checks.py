@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 PRECONDITIONS = ("spectral", "steer", "eigenbasis", "balanced", "inverse", "none")
 PAIRINGS = ("kfac", "paper")
 DAMPINGS = ("relative", "absolute")
-REPROJECTIONS = ("none", "balanced", "two_sided", "one_sided")
+PAPER_PROJECTIONS = ("two_sided", "one_sided")
+REPROJECTIONS = ("none", "balanced", *PAPER_PROJECTIONS)
+BUDGET_SCHEDULES = ("linear", "cosine", "adaptive")
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,29 @@ class Options:
     rank_adaptation_threshold: float
     min_lora_rank: int
     rank_adaptation_start_step: int
+    rank_budget: float | None
+    rank_budget_start: float | None
+    rank_budget_schedule: str
+    rank_budget_steps: int
+    rank_budget_tolerance: float
+    rank_regrowth: bool
 
     def __post_init__(self) -> None:
         _one_of("precondition", self.precondition, PRECONDITIONS)
         _one_of("pairing", self.pairing, PAIRINGS)
         _one_of("damping", self.damping, DAMPINGS)
         _one_of("reprojection", self.reprojection, REPROJECTIONS)
-        for name in ("kfac_update_freq", "cov_update_freq", "reprojection_freq", "min_lora_rank"):
+        _one_of("rank_budget_schedule", self.rank_budget_schedule, BUDGET_SCHEDULES)
+        for name in ("kfac_update_freq", "cov_update_freq", "reprojection_freq"):
             _whole(name, getattr(self, name), least=1)
         for name in ("kfac_min_samples", "ng_warmup_steps", "reprojection_warmup_steps", "rank_adaptation_start_step"):
             _whole(name, getattr(self, name), least=0)
+        for name in ("min_lora_rank", "rank_budget_steps"):
+            _whole(name, getattr(self, name), least=0)
+        for name in ("rank_budget", "rank_budget_start"):
+            if getattr(self, name) is not None:
+                check_budget_value(name, getattr(self, name))
+        _real("rank_budget_tolerance", self.rank_budget_tolerance, "from 0 up", lambda x: x >= 0)
         for name in ("max_tokens", "reprojection_k"):
             _whole(name, getattr(self, name), least=1, optional=True)
         for name in ("kfac_damping", "a_step_ratio"):
@@ -72,7 +87,7 @@ class Options:
             _real("fisher_decay", self.fisher_decay, "in [0, 1), or None for the running mean", lambda x: 0 <= x < 1)
         if self.max_grad_norm is not None:
             _real("max_grad_norm", self.max_grad_norm, "above 0, or None for no limit", lambda x: x > 0)
-        for name in ("preserve_norm", "enable_rank_adaptation"):
+        for name in ("preserve_norm", "enable_rank_adaptation", "rank_regrowth"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_device()
@@ -95,10 +110,46 @@ class Options:
                 "enable_rank_adaptation=True has no effect with reprojection='none'; choose how the rank is to be reduced, "
                 "reprojection='balanced' (the rank is really given up) or the paper's 'two_sided' or 'one_sided'"
             )
+        self._check_budget()
         if self.precondition == "balanced" and self.pairing == "paper":
             raise ValueError(
                 "precondition='balanced' has no pairing='paper': balanced coordinates are those in which both factors are "
                 "diagonal; leave pairing at 'kfac'"
+            )
+
+    def _check_budget(self) -> None:
+        if self.rank_regrowth and not (self.enable_rank_adaptation or self.rank_budget is not None):
+            raise ValueError(
+                "rank_regrowth=True has no effect while nothing adapts the rank; pass rank_budget=… or "
+                "enable_rank_adaptation=True"
+            )
+        if self.rank_regrowth and self.reprojection != "balanced":
+            raise ValueError(
+                f"rank_regrowth=True needs reprojection='balanced', not {self.reprojection!r}: only there a rank is given up, "
+                "so that it can be taken back"
+            )
+        if self.rank_budget is None:
+            if self.rank_budget_start is not None or self.rank_budget_steps:
+                raise ValueError(
+                    "rank_budget_start and rank_budget_steps lead to rank_budget, which is None; set it too"
+                )
+            return
+        if self.reprojection != "balanced":
+            raise ValueError(
+                f"rank_budget={self.rank_budget!r} needs reprojection='balanced', not {self.reprojection!r}: sites are "
+                "compared by the loss that balanced coordinates predict"
+            )
+        if self.enable_rank_adaptation:
+            raise ValueError(
+                "rank_budget and enable_rank_adaptation are two ways to decide the ranks; choose the common budget or the "
+                "threshold of each site"
+            )
+        if self.rank_budget_steps == 0 and (
+            self.rank_budget_start is not None or self.rank_budget_schedule != "linear"
+        ):
+            raise ValueError(
+                "rank_budget_start and rank_budget_schedule have no effect with rank_budget_steps=0, which goes to rank_budget "
+                "at once; set over how many steps the budget changes"
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -107,6 +158,18 @@ class Options:
 
 
 OPTION_NAMES = frozenset(option.name for option in fields(Options))
+
+
+def check_budget_value(name: str, value: object) -> None:
+    """Refuse what is neither a share of the parameters nor a number of them."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{name} must be a float in (0, 1], a share of the adapter's parameters, or a whole number of them, got {value!r}"
+        )
+    if isinstance(value, float):
+        _real(name, value, "in (0, 1] where it is a float, a share of the parameters", lambda x: 0 < x <= 1)
+    else:
+        _whole(name, value, least=1)
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -51,6 +52,11 @@ class Group:
         chosen = operators[self.index].to(stacked.dtype)
         return chosen @ stacked if self.side == "A" else stacked @ chosen
 
+    def masked(self, stacked: Tensor, mask: Tensor) -> Tensor:
+        """``[m, rows, columns]`` with the rank coordinates outside each site's mask ``[S, r]`` exactly zero."""
+        chosen = mask[self.index]
+        return torch.where(chosen[:, :, None] if self.side == "A" else chosen[:, None, :], stacked, 0.0)
+
     def subset(self, positions: Sequence[int]) -> Group:
         """The group of only some of its members, given by their positions in ``parameters``."""
         chosen = torch.tensor(positions, device=self.index.device)
@@ -79,6 +85,12 @@ class Bucket:
     rank: int
     device: torch.device
     groups: list[Group] = field(default_factory=list)
+
+    @cached_property
+    def direction_size(self) -> Tensor:
+        """Parameters of one direction of each site, a row of A and a column of B: ``[S]``, int64."""
+        sizes = [(site.a.numel() + site.b.numel()) // site.rank for site in self.sites]
+        return torch.tensor(sizes, device=self.device)
 
     def names(self) -> list[str]:
         """The sites' names, in the order of every ``[S, …]`` tensor."""

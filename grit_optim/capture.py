@@ -26,6 +26,9 @@ STASH_LIMIT = 8
 COPIED_STRIDE = 4
 """From one row in so many on, the rows are copied, so that the whole activation can be freed before the step."""
 
+# A site's place in its bucket, its rows of h and δ, and out of how many each row was taken.
+_Rows = tuple[int, Tensor, Tensor, int]
+
 
 class Tap:
     """Forward hook on ``lora_A``. Holds its capture weakly, so that no model keeps an optimizer alive.
@@ -81,7 +84,7 @@ class Capture:
         self.fired = [0] * len(self.sites)
         self.inner: list[Tensor | None] = [None] * len(self.sites)
         self.rounding = torch.finfo(torch.float32).eps
-        self._stash: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in self.buckets]
+        self._stash: list[list[_Rows]] = [[] for _ in self.buckets]
         self._sums = [Sums.zeros(len(b.sites), b.rank, b.device) for b in self.buckets]
 
     def watch(self, position: int, output: Tensor) -> None:
@@ -113,7 +116,7 @@ class Capture:
             h, delta = (t[self.offset % stride :: stride] for t in (h, delta))
         if stride >= COPIED_STRIDE:
             h, delta = h.clone(), delta.clone()
-        self._stash[bucket].append((slot, h, delta))
+        self._stash[bucket].append((slot, h, delta, stride))
         if len(self._stash[bucket]) >= STASH_LIMIT * len(self.buckets[bucket].sites):
             self._reduce(bucket)
 
@@ -127,20 +130,22 @@ class Capture:
     def _reduce(self, bucket: int) -> None:
         """Add the stashed rows of a bucket to its sums, one batched product for all sites with equally many rows."""
         entries, self._stash[bucket] = self._stash[bucket], []
-        by_shape: dict[tuple[Any, ...], list[tuple[int, Tensor, Tensor]]] = {}
+        by_shape: dict[tuple[Any, ...], list[_Rows]] = {}
         for entry in entries:
-            by_shape.setdefault((entry[1].shape, entry[1].dtype, entry[2].dtype), []).append(entry)
+            by_shape.setdefault((entry[1].shape, entry[1].dtype, entry[2].dtype, entry[3]), []).append(entry)
         sums, device = self._sums[bucket], self.buckets[bucket].device
-        for members in by_shape.values():
-            index = self._index(bucket, tuple(slot for slot, _, _ in members))
-            h = torch.stack([h.to(device) for _, h, _ in members]).float()
-            delta = torch.stack([delta.to(device) for _, _, delta in members]).float()
+        for (*_, stride), members in by_shape.items():
+            index = self._index(bucket, tuple(slot for slot, *_ in members))
+            h = torch.stack([h.to(device) for _, h, _, _ in members]).float()
+            delta = torch.stack([delta.to(device) for _, _, delta, _ in members]).float()
             # Padding, and tokens after which nothing is predicted, have δ = 0 but h ≠ 0: they say nothing of the loss.
             matters = torch.linalg.vecdot(delta, delta)[..., None] != 0
             h = torch.where(matters, h, 0.0)
             sums.activation.index_add_(0, index, h.mT @ h)
             sums.gradient.index_add_(0, index, delta.mT @ delta)
-            sums.rows.index_add_(0, index, matters.sum((1, 2), dtype=torch.float32))
+            rows = matters.sum((1, 2), dtype=torch.float32)
+            sums.rows.index_add_(0, index, rows)
+            sums.tokens.index_add_(0, index, rows, alpha=stride)
 
     def _index(self, bucket: int, slots: tuple[int, ...]) -> Tensor:
         """``slots`` as a tensor; the same few patterns recur in every step, and copying one to a GPU would wait for it."""

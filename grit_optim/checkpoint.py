@@ -30,11 +30,16 @@ def pack_sites(curvatures: Iterable[Curvature], with_operators: bool) -> dict[st
     for curvature in curvatures:
         for position, name in enumerate(curvature.bucket.names()):
             state = {key: getattr(curvature.factors, key)[position].clone() for key in _FACTORS}
-            state["rank"] = curvature.rank[position].clone()
+            state["rank"], state["dropped"] = curvature.rank[position].clone(), curvature.dropped[position].clone()
             if with_operators:
                 state.update({key: getattr(curvature, key)[position].clone() for key in _OPERATORS})
             packed[name] = state
     return packed
+
+
+def narrowed(state: SiteState, rank: int) -> SiteState:
+    """A site's state for its leading ``rank`` coordinates alone: ``[r, r]`` to ``[rank, rank]``."""
+    return {key: value[:rank, :rank].clone() if value.dim() == 2 else value for key, value in state.items()}
 
 
 def unpack_sites(curvatures: Iterable[Curvature], packed: Mapping[str, SiteState]) -> None:
@@ -45,8 +50,11 @@ def unpack_sites(curvatures: Iterable[Curvature], packed: Mapping[str, SiteState
             if state is None or state["activation"].shape[-1] != curvature.bucket.rank:
                 continue
             for key in _FACTORS:
-                getattr(curvature.factors, key)[position].copy_(state[key])
+                if key in state:  # checkpoints from before there was a price have none
+                    getattr(curvature.factors, key)[position].copy_(state[key])
             curvature.rank[position].copy_(state["rank"])
+            if "dropped" in state:
+                curvature.dropped[position].copy_(state["dropped"])
             for key in _OPERATORS:
                 if key in state:
                     getattr(curvature, key)[position].copy_(state[key])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grit_optim import linalg
-from grit_optim._checks import Options
+from grit_optim._checks import PAPER_PROJECTIONS, Options
 from grit_optim.buckets import Bucket
 from grit_optim.fisher import Factors
 
@@ -18,6 +18,7 @@ class Curvature:
         bucket: the sites, in the order of every ``[S, …]`` tensor.
         factors: Σ_a and Σ_g.
         rank: rank kept per site ``[S]``, int64.
+        dropped: predicted rise of the loss by all that was given up so far ``[S]``, in the loss's unit.
         a_operator: what multiplies the rank side of A's gradient ``[S, r, r]``: an inverse or an eigenbasis.
         b_operator: the same for B.
         a_ready: sites whose ``a_operator`` comes from enough samples ``[S]``; it is the identity elsewhere.
@@ -31,6 +32,7 @@ class Curvature:
         self.options = options
         self.factors = Factors.zeros(size, bucket.rank, device)
         self.rank = torch.full((size,), bucket.rank, device=device)
+        self.dropped = torch.zeros(size, device=device)
         self.reset_operators()
         self.damping_used = torch.full((2, size), torch.nan, device=device)
 
@@ -44,8 +46,9 @@ class Curvature:
 
     @property
     def mask(self) -> Tensor:
-        """Coordinates in use ``[S, r]``. Only balanced reprojection gives up coordinates, always the trailing ones."""
-        rank = self.rank if self.options.reprojection == "balanced" else torch.full_like(self.rank, self.bucket.rank)
+        """Coordinates in use ``[S, r]``. The paper's projections give up none; what else does, the trailing ones."""
+        in_paper = self.options.reprojection in PAPER_PROJECTIONS
+        rank = torch.full_like(self.rank, self.bucket.rank) if in_paper else self.rank
         return linalg.leading_mask(rank, self.bucket.rank)
 
     def paired_factors(self) -> tuple[Tensor, Tensor]:
@@ -68,10 +71,7 @@ class Curvature:
     def refresh_inverses(self) -> None:
         """Set the operators to the damped inverses of the paired factors."""
         stacked = torch.cat(self.paired_factors())
-        relative = self.options.damping == "relative"
-        inverse, used = linalg.damped_inverse(
-            stacked, linalg.damping_strength(stacked, self.options.kfac_damping, relative)
-        )
+        inverse, used = linalg.damped_inverse(stacked, self._strength(stacked))
         self._set_operators(inverse.to(self.bucket.device), used.to(self.bucket.device).reshape(2, -1))
 
     def refresh_powers(self, power: float) -> None:
@@ -79,15 +79,20 @@ class Curvature:
         if power == 1:
             self.refresh_inverses()
             return
-        stacked, damping = torch.cat(self.paired_factors()), self.options.kfac_damping
-        if self.options.damping == "relative" and power > 0 and (1 / power).is_integer():
-            roots, used = linalg.damped_root(stacked, damping, int(1 / power))
+        stacked, options = torch.cat(self.paired_factors()), self.options
+        if options.damping == "relative" and power > 0 and (1 / power).is_integer():
+            roots, used = linalg.damped_root(stacked, self._strength(stacked), int(1 / power), options.kfac_damping)
         else:
-            strength = linalg.damping_strength(stacked, damping, self.options.damping == "relative")
-            roots, used = linalg.damped_power(stacked, strength, power)
+            roots, used = linalg.damped_power(stacked, self._strength(stacked), power)
         mask = self.mask.to(stacked.device)
         roots = linalg.block(roots, torch.cat((mask, mask)))
         self._set_operators(roots.to(self.bucket.device), used.to(self.bucket.device).reshape(2, -1))
+
+    def _strength(self, stacked: Tensor) -> Tensor:
+        """λ of the paired factors ``[2S]``, by the coordinates in use."""
+        in_use = self.mask.sum(-1).to(stacked.device)
+        relative = self.options.damping == "relative"
+        return linalg.damping_strength(stacked, self.options.kfac_damping, relative, torch.cat((in_use, in_use)))
 
     def _set_operators(self, operators: Tensor, damping_used: Tensor) -> None:
         self.damping_used = damping_used

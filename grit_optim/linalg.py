@@ -30,14 +30,23 @@ def symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
-def mean_eigenvalue(factor: Tensor) -> Tensor:
-    """``tr(M) / r`` for each matrix: ``[S, r, r] -> [S]``."""
-    return factor.diagonal(dim1=-2, dim2=-1).mean(-1)
+def mean_eigenvalue(factor: Tensor, rank: Tensor | None = None) -> Tensor:
+    """``tr(M) / r`` for each matrix: ``[S, r, r] -> [S]``.
+
+    Args:
+        factor: the matrices.
+        rank: how many coordinates are in use ``[S]``, the others being zero; by default all.
+    """
+    mean = factor.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return mean if rank is None else mean * (factor.shape[-1] / rank.clamp_min(1))
 
 
-def damping_strength(factor: Tensor, damping: float, relative: bool) -> Tensor:
-    """λ for each matrix, ``[S]``: ``damping`` times the mean eigenvalue if ``relative``, else ``damping`` itself."""
-    scale = mean_eigenvalue(factor)
+def damping_strength(factor: Tensor, damping: float, relative: bool, rank: Tensor | None = None) -> Tensor:
+    """λ for each matrix, ``[S]``: ``damping`` times the mean eigenvalue if ``relative``, else ``damping`` itself.
+
+    The mean is over the ``rank`` ``[S]`` coordinates in use, by default all.
+    """
+    scale = mean_eigenvalue(factor, rank)
     return damping * scale if relative else torch.full_like(scale, damping)
 
 
@@ -94,39 +103,41 @@ def damped_power(factor: Tensor, strength: Tensor, power: float) -> tuple[Tensor
     return torch.where(usable[:, :, None], result, eye_like(result)), torch.where(usable[:, 0], strength, torch.nan)
 
 
-def damped_root(factor: Tensor, damping: float, order: int) -> tuple[Tensor, Tensor]:
-    """``(M + λ I)^(−1/order)`` with λ = ``damping`` · tr(M)/r.
+def damped_root(factor: Tensor, strength: Tensor, order: int, damping: float) -> tuple[Tensor, Tensor]:
+    """``(M + λ I)^(−1/order)``.
 
     On the CPU by eigendecomposition; elsewhere by products alone where the damping bounds the condition number, since an
     eigendecomposition makes the host wait for the device.
 
     Args:
         factor: symmetric positive semi-definite matrices ``[S, r, r]``.
-        damping: λ in units of the mean eigenvalue.
+        strength: λ per matrix ``[S]``.
         order: 2 for the inverse root, 4 for its root; others go by eigendecomposition.
+        damping: what λ is in units of tr(M)/r, or less.
 
     Returns:
         As :func:`damped_power`.
     """
-    strength = damping_strength(factor, damping, relative=True)
     if factor.device.type == "cpu" or order not in (2, 4) or damping < SMALLEST_NEWTON_DAMPING:
         return damped_power(factor, strength, 1 / order)
     hopeless = ~((strength > 0) & strength.isfinite())
-    return newton_root(factor, damping, order), strength.masked_fill(hopeless, torch.nan)
+    return newton_root(factor, strength, order, damping), strength.masked_fill(hopeless, torch.nan)
 
 
-def newton_root(factor: Tensor, damping: float, order: int) -> Tensor:
-    """``(M + λ I)^(−1/order)``, λ = ``damping`` · tr(M)/r, by the coupled Newton-Schulz iteration (Higham 2008, eq. 6.35).
+def newton_root(factor: Tensor, strength: Tensor, order: int, damping: float) -> Tensor:
+    """``(M + λ I)^(−1/order)`` by the coupled Newton-Schulz iteration (Higham 2008, eq. 6.35).
 
     Args:
         factor: symmetric positive semi-definite matrices ``[S, r, r]``.
-        damping: at least :data:`SMALLEST_NEWTON_DAMPING`, or fp32 does not carry the iteration.
+        strength: λ per matrix ``[S]``.
         order: 2 or 4.
+        damping: what λ is in units of tr(M)/r, or less; under :data:`SMALLEST_NEWTON_DAMPING` fp32 does not carry the
+            iteration.
 
     Returns:
         The roots ``[S, r, r]``; the identity where M is zero or not finite.
     """
-    matrix = damped(factor, damping_strength(factor, damping, relative=True))
+    matrix = damped(factor, strength)
     size = torch.linalg.matrix_norm(matrix, keepdim=True)
     usable = (size > 0) & size.isfinite()
     matrix = torch.where(usable, matrix / size, eye_like(matrix))

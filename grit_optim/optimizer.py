@@ -16,11 +16,12 @@ from grit_optim import precondition as modes
 from grit_optim._checks import OPTION_NAMES, Options, check_base, check_single_process
 from grit_optim.curvature import Curvature
 from grit_optim.presets import with_mode_defaults
+from grit_optim.ranked import RankedOptimizer
 from grit_optim.sites import Site, find_sites, no_sites_message
-from grit_optim.stages import StagedOptimizer
+from grit_optim.stages import Origin
 
 
-class GritOptimizer(StagedOptimizer):
+class GritOptimizer(RankedOptimizer):
     """A base optimizer that sees the rank-space Fisher information of the LoRA pairs it trains.
 
     Each :meth:`step`
@@ -84,8 +85,22 @@ class GritOptimizer(StagedOptimizer):
         enable_rank_adaptation: keep as many directions as hold the share ``rank_adaptation_threshold`` of the energy:
             eigenvalues of Σ_a in the paper's projections, Λ² in balanced coordinates.
         rank_adaptation_threshold: τ in (0, 1].
-        min_lora_rank: directions that rank adaptation always leaves.
+        min_lora_rank: directions that rank adaptation always leaves. With a ``rank_budget`` it may be 0: sites that are not
+            worth a direction are then left out of the exported adapter.
         rank_adaptation_start_step: steps before the first adaptation.
+        rank_budget: parameters that all pairs together may keep: a float is a share of what the adapter has, an int a number
+            of them. All directions of all sites compete by the rise of the loss that dropping them is predicted to cost, per
+            parameter. Needs ``reprojection="balanced"``; takes the place of ``enable_rank_adaptation``.
+        rank_budget_start: budget from which ``rank_budget`` is approached; None for the whole adapter. A start below the end,
+            as in GRIT-VLM's ``projection_budget_start=32, projection_budget_end=96``, needs ``rank_regrowth``.
+        rank_budget_schedule: ``"linear"``, ``"cosine"``, or ``"adaptive"``: linear, but standing still while the loss suffers,
+            which :meth:`observe_loss` or a closure tells.
+        rank_budget_steps: steps from the start to the end of the budget, counted from ``rank_adaptation_start_step``; 0 goes
+            to the end at once. The budget takes effect at reprojections.
+        rank_budget_tolerance: how much the mean loss since the last cut may exceed the lowest mean so far, as a share, before
+            "adaptive" stands still.
+        rank_regrowth: give directions that were given up back to sites whose spectrum is still flat at its end. They start as
+            LoRA does, A random and B zero.
 
     Raises:
         TypeError: ``base`` is no optimizer, or cannot be wrapped, or an option has the wrong type.
@@ -127,13 +142,19 @@ class GritOptimizer(StagedOptimizer):
         rank_adaptation_threshold: float = 0.99,
         min_lora_rank: int = 4,
         rank_adaptation_start_step: int = 0,
+        rank_budget: float | None = None,
+        rank_budget_start: float | None = None,
+        rank_budget_schedule: str = "linear",
+        rank_budget_steps: int = 0,
+        rank_budget_tolerance: float = 0.01,
+        rank_regrowth: bool = False,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in OPTION_NAMES}
         check_base(base)
         self.options = Options(**with_mode_defaults(given, base))
         if not isinstance(model, nn.Module):
             raise TypeError(f"the second argument must be the model (a torch.nn.Module), got {type(model).__name__}")
-        self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
+        self._model = weakref.ref(model)
         self._given_sites = sites is not None
         self._start(base, list(sites) if sites is not None else self._find_sites(base, model))
 
@@ -175,6 +196,8 @@ class GritOptimizer(StagedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            if loss is not None:
+                self.observe_loss(loss)
         self._follow_model()
         advancing = self._fold_statistics()
         if advancing:
@@ -187,17 +210,10 @@ class GritOptimizer(StagedOptimizer):
 
     # ---------------------------------------------------------------- what it tells
 
-    def ranks(self) -> dict[str, int]:
-        """Directions kept per site, by name. The paper's projections let a rank grow back until they are next due."""
-        return {
-            name: rank
-            for curvature in self._curvatures
-            for name, rank in zip(curvature.bucket.names(), curvature.rank.tolist(), strict=True)
-        }
-
     def telemetry(self) -> dict[str, Any]:
         """What has been done so far, as plain values (reading them waits for the device).
 
+        ``predicted_cost`` is the rise of the loss that all given-up ranks were predicted to cost, in the loss's unit.
         ``mean_cosine`` is that of the angle between the latest update with and without curvature, over all matrices: 1
         means that the curvature changed nothing. None where only the one with curvature is known ("eigenbasis", "balanced").
         """
@@ -217,8 +233,8 @@ class GritOptimizer(StagedOptimizer):
                 for name, n in zip(c.bucket.names(), c.factors.activation_samples.tolist(), strict=True)
             },
             "mean_cosine": counters.mean_cosine(),
-            "predicted_cost": float(counters.predicted_cost),
-            "ranks": self.ranks(),
+            "predicted_cost": sum(self._dropped().values()),
+            "ranks": self._kept(),
             "stage_seconds": self.stage_seconds(),
         }
 
@@ -252,7 +268,9 @@ class GritOptimizer(StagedOptimizer):
         super().add_param_group(param_group)
         model = self._model() if self._model is not None else None
         if model is not None and not self._given_sites:
-            self._attach(self._find_sites(self.base, model))
+            sites = self._find_sites(self.base, model)
+            self._remember(sites, self._origin)
+            self._attach(sites)
 
     def _own_state(self) -> dict[str, Any]:
         with_operators = self.options.kfac_update_freq > 1 or self.options.precondition == "eigenbasis"
@@ -265,6 +283,9 @@ class GritOptimizer(StagedOptimizer):
             "refreshes": self._counters.refreshes,
             "reprojections": self._counters.reprojections,
             "sites": checkpoint.pack_sites(self._curvatures, with_operators),
+            "origin": {name: list(origin) for name, origin in self._origin.items()},
+            "removed": dict(self._removed),
+            "budget": {} if self._budget is None else self._budget.state(),
         }
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
@@ -280,6 +301,7 @@ class GritOptimizer(StagedOptimizer):
         self._counters.refreshes = own.get("refreshes", 0)
         self._counters.reprojections = own.get("reprojections", 0)
         checkpoint.unpack_sites(self._curvatures, own["sites"])
+        self._load_ranks(own)
         if own.get("precondition") == "eigenbasis" and self.options.precondition != "eigenbasis":
             for curvature in self._curvatures:  # the moments were saved as seen from the eigenbasis
                 modes.Eigenbasis(self.base).to_plain_coordinates(curvature)
@@ -297,5 +319,6 @@ class GritOptimizer(StagedOptimizer):
         self.options = state["options"]
         self._given_sites = state["given_sites"]
         self._model = None  # the copy knows its sites; the model they came from is not copied along
-        self._start(state["base"], state["sites"])
+        origin = {name: Origin(*values) for name, values in state["grit"].get("origin", {}).items()}
+        self._start(state["base"], state["sites"], origin)
         self._load_own_state(state["grit"])

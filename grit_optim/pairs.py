@@ -2,25 +2,85 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from grit_optim import reprojection, transport
+from grit_optim import linalg, reprojection, transport
 from grit_optim.curvature import Curvature
 from grit_optim.rank import RankPolicy
 
 KEEP_RANK = RankPolicy(fixed=None, threshold=None, floor=1)
 """The policy of a mere change of coordinates."""
 
+_START_NORM = 3**-0.5
+"""Norm of a row of A as PEFT draws it: entries uniform in ±1/√d_in."""
 
-def balance(base: Optimizer, curvature: Curvature, policy: RankPolicy, damping: float) -> reprojection.Balanced:
+
+def coordinates(curvature: Curvature, damping: float) -> reprojection.Coordinates:
+    """The pairs' balanced coordinates, in the order of the bucket; nothing is changed."""
+    in_use = curvature.mask.sum(-1)
+    return reprojection.balanced_coordinates(curvature.factors, in_use, curvature.options.kfac_min_samples, damping)
+
+
+def balance(base: Optimizer, curvature: Curvature, policy: RankPolicy, damping: float) -> None:
     """Bring the pairs to balanced coordinates and drop the trailing ones as ``policy`` says, for good."""
-    change = reprojection.balanced(
-        curvature.factors, curvature.rank, policy, curvature.options.kfac_min_samples, damping
-    )
-    _apply(base, curvature, change.move)
-    curvature.factors.change_coordinates(change.move.a_weight, change.move.b_weight)
-    curvature.rank = change.rank
-    return change
+    found = coordinates(curvature, damping)
+    truncate(base, curvature, found, policy.next_rank(found.energy, curvature.rank, found.usable))
+
+
+def truncate(base: Optimizer, curvature: Curvature, found: reprojection.Coordinates, rank: Tensor) -> None:
+    """Take the balanced coordinates, drop those beyond ``rank`` ``[S]``, and add what that costs to ``curvature.dropped``."""
+    size = curvature.bucket.rank
+    kept = torch.minimum(rank, curvature.rank)
+    gone = linalg.leading_mask(curvature.rank, size) & ~linalg.leading_mask(kept, size)
+    cost = curvature.factors.price * (found.energy * gone).sum(-1).float()
+    curvature.dropped = curvature.dropped + torch.where(found.usable, cost, 0.0)
+    move = found.move(kept)
+    _apply(base, curvature, move)
+    curvature.factors.change_coordinates(move.a_weight, move.b_weight)
+    curvature.rank = kept
+
+
+def regrow(base: Optimizer, curvature: Curvature, rank: Tensor, seed: int) -> None:
+    """Take coordinates that are not in use back into use, up to ``rank`` ``[S]``, without changing what the pairs compute.
+
+    As in LoRA's own start the new columns of B are zero and the new rows of A are random; their norm is the root mean square of
+    that of the rows that the site has.
+
+    Args:
+        base: the base optimizer, for copies of the weights among its state.
+        curvature: of the bucket.
+        rank: rank from now on ``[S]``, nowhere below the current one.
+        seed: decides the rows; the same after a resume.
+    """
+    size = curvature.bucket.rank
+    fresh = linalg.leading_mask(rank, size) & ~linalg.leading_mask(curvature.rank, size)
+    generator = torch.Generator(curvature.bucket.device).manual_seed(seed)
+    for group in curvature.bucket.groups:
+        if group.side == "A":
+            old = group.stack(group.parameters)
+            rows = torch.randn(old.shape, generator=generator, device=old.device)
+            norm = _typical_row_norm(old, curvature.rank[group.index])
+            rows = rows * (norm / torch.linalg.vector_norm(rows, dim=-1, keepdim=True))
+            transport.set_weights(base, group, torch.where(fresh[group.index][..., None], rows, old), fresh)
+    curvature.rank = torch.maximum(rank, curvature.rank)
+
+
+def _typical_row_norm(stacked: Tensor, rank: Tensor) -> Tensor:
+    """Root mean square norm of the leading ``rank`` ``[m]`` rows of ``[m, r, d]``, or that of a new A where there is none."""
+    total = stacked.square().sum((1, 2)) / rank.clamp_min(1)
+    return torch.where(total > 0, total.sqrt(), _START_NORM)[:, None, None]
+
+
+def clear_given_up(curvature: Curvature) -> None:
+    """Set what was given up to zero once more, whatever the base made of it.
+
+    Gradients and moments of a dropped coordinate are zero, and no elementwise optimizer moves it. One that adds noise, or
+    keeps state that could not be moved along, might.
+    """
+    for group in curvature.bucket.groups:
+        group.write(group.masked(group.stack(group.parameters), curvature.mask))
 
 
 def project(base: Optimizer, curvature: Curvature, policy: RankPolicy) -> None:

@@ -308,8 +308,10 @@ class Spectral(Steer):
         root = curvature.operator(group.side)
         inner = group.apply(root, moment)
         gram = inner @ inner.mT if group.side == "A" else inner.mT @ inner
-        whitening = linalg.damped_root(gram, _ORTHOGONAL_DAMPING, 2)[0]
-        whitening = linalg.block(whitening, curvature.mask[group.index])  # what was given up stays exactly zero
+        mask = curvature.mask[group.index]
+        strength = linalg.damping_strength(gram, _ORTHOGONAL_DAMPING, relative=True, rank=mask.sum(-1))
+        whitening = linalg.damped_root(gram, strength, 2, _ORTHOGONAL_DAMPING)[0]
+        whitening = linalg.block(whitening, mask)  # what was given up stays exactly zero
         return group.apply(root, whitening @ inner if group.side == "A" else inner @ whitening)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from grit_optim import linalg
 
 
 def rank_for_energy(spectrum: Tensor, threshold: float) -> Tensor:
@@ -27,22 +30,53 @@ def rank_for_energy(spectrum: Tensor, threshold: float) -> Tensor:
     return torch.where(total[:, 0] > 0, k, torch.full_like(k, size))
 
 
+def entropy_rank(spectrum: Tensor) -> Tensor:
+    """Effective rank ``exp(−Σ p log p)`` with ``p = σ/Σσ`` (Roy and Vetterli 2007): ``[S, r] -> [S]``; 0 for a zero spectrum.
+
+    Args:
+        spectrum: singular values σ, non-negative.
+    """
+    total = spectrum.sum(-1)
+    share = spectrum / total.clamp_min(torch.finfo(spectrum.dtype).tiny)[:, None]
+    return torch.where(total > 0, torch.special.entr(share).sum(-1).exp(), 0.0)
+
+
+def continued(spectrum: Tensor, rank: Tensor) -> Tensor:
+    """The spectrum with what lies beyond the kept rank filled in by the geometric series that its end suggests.
+
+    A coordinate that is not in use has no curvature to measure. What another direction would be worth is guessed from the
+    last two that are: a spectrum that falls off steeply needs no more, one that is still flat at its end does.
+
+    Args:
+        spectrum: Λ², descending and zero beyond the rank ``[S, r]``.
+        rank: coordinates in use ``[S]``.
+    """
+    size = spectrum.shape[-1]
+    last, before = (spectrum.gather(1, (rank - i).clamp(0, size - 1)[:, None]) for i in (1, 2))
+    ratio = torch.where(rank[:, None] >= 2, last / before.clamp_min(torch.finfo(spectrum.dtype).tiny), 0.5)
+    beyond = torch.arange(size, device=rank.device) - rank[:, None] + 1
+    guess = torch.where(rank[:, None] > 0, last * ratio.clamp_max(1.0) ** beyond.clamp_min(0), 0.0)
+    return torch.where(beyond > 0, guess, spectrum)
+
+
 @dataclass(frozen=True)
 class RankPolicy:
-    """Which rank a site keeps after a reprojection.
+    """Which rank each site keeps after a reprojection, decided by the site's own spectrum.
 
     Attributes:
         fixed: ``reprojection_k``, used while there is no threshold; None keeps the current rank.
         threshold: τ, or None while rank adaptation is off or has not started.
         floor: ``min_lora_rank``; a site that is below it already stays where it is.
+        regrowth: whether τ may raise a rank.
     """
 
     fixed: int | None
     threshold: float | None
     floor: int
+    regrowth: bool = False
 
     def next_rank(self, spectrum: Tensor, current: Tensor, allowed: Tensor) -> Tensor:
-        """The rank each site keeps from now on; it never rises.
+        """The rank each site keeps from now on; it rises only with ``regrowth``.
 
         Args:
             spectrum: what τ is measured on, descending ``[S, r]``.
@@ -50,9 +84,72 @@ class RankPolicy:
             allowed: sites whose factors have enough samples ``[S]``; the others keep their rank.
         """
         if self.threshold is not None:
-            wanted = rank_for_energy(spectrum, self.threshold).clamp_min(self.floor)
+            seen = continued(spectrum, current) if self.regrowth else spectrum
+            wanted = rank_for_energy(seen, self.threshold).clamp_min(self.floor)
+            if self.regrowth:
+                wanted = wanted.clamp_max(spectrum.shape[-1])
+                return torch.where(allowed, wanted, current)
         elif self.fixed is not None:
             wanted = torch.full_like(current, self.fixed)
         else:
             wanted = current
         return torch.where(allowed, torch.minimum(wanted, current), current)
+
+
+@dataclass(frozen=True)
+class Bids:
+    """What the sites of one bucket bring to the competition for a common budget.
+
+    Attributes:
+        loss: predicted rise of the loss if a direction is dropped ``[S, r]``, descending.
+        size: parameters of one direction, d_in + d_out ``[S]``.
+        current: rank kept so far ``[S]``.
+        allowed: sites whose factors have enough samples ``[S]``; the others keep their rank, and its size counts.
+    """
+
+    loss: Tensor
+    size: Tensor
+    current: Tensor
+    allowed: Tensor
+
+
+def ranks_within(bids: Sequence[Bids], budget: Tensor, floor: int, regrowth: bool = False) -> list[Tensor]:
+    """The ranks whose directions together have at most ``budget`` parameters, and hold as much predicted loss as they can.
+
+    All directions of all sites are sorted once by predicted loss per parameter, and taken from the top until the budget is
+    spent (the greedy solution of the knapsack problem, off by less than one direction). Only if what must stay, the floor and
+    the sites without samples, has more parameters than that, the budget is exceeded.
+
+    Args:
+        bids: one per bucket.
+        budget: parameters of all sites together, a scalar tensor.
+        floor: ``min_lora_rank``: leading directions that every site keeps.
+        regrowth: whether a site may be given more than it has now.
+
+    Returns:
+        The rank of each site ``[S]``, int64, one tensor per bucket.
+    """
+    device = bids[0].loss.device
+    entries = [_entries(bid, floor, regrowth) for bid in bids]
+    priority, size, must = (
+        torch.cat([part.flatten().to(device) for part in parts]) for parts in zip(*entries, strict=True)
+    )
+    order = priority.sort(descending=True, stable=True).indices
+    # A scalar on the CPU is compared as a number; copying it to a GPU would wait for the GPU.
+    fits = size[order].cumsum(0) <= (budget if budget.device.type == "cpu" else budget.to(device))
+    keep = torch.zeros_like(must).index_put((order,), fits) & (priority >= 0) | must
+    parts = keep.split([bid.loss.numel() for bid in bids])
+    return [part.view_as(bid.loss).sum(-1).to(bid.loss.device) for part, bid in zip(parts, bids, strict=True)]
+
+
+def _entries(bid: Bids, floor: int, regrowth: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each direction ``[S, r]``: predicted loss per parameter (−1: not to be had), parameters, whether it must stay."""
+    width = bid.loss.shape[-1]
+    held = linalg.leading_mask(bid.current, width)
+    loss = continued(bid.loss, bid.current) if regrowth else bid.loss
+    lowest = torch.where(bid.allowed, bid.current.clamp_max(floor), bid.current)
+    must = linalg.leading_mask(lowest, width)
+    offered = (held | bid.allowed[:, None]) if regrowth else held
+    size = bid.size[:, None].expand_as(loss).double()
+    priority = torch.where(must, torch.inf, torch.where(offered, loss.double() / size, -1.0))
+    return priority, size, must

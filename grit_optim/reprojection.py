@@ -39,39 +39,47 @@ def change_of_coordinates(transform: Tensor, inverse: Tensor, keep: Tensor) -> M
 
 
 @dataclass(frozen=True)
-class Balanced:
-    """What :func:`balanced` decided.
+class Coordinates:
+    """Balanced coordinates of the sites of a bucket, not yet taken.
 
     Attributes:
-        move: the operators.
-        rank: rank kept ``[S]``.
-        spectrum: Λ before the truncation ``[S, r]``.
-        cost: Σ of the dropped Λ² ``[S]``.
+        transform: T ``[S, r, r]``, the identity where nothing could be derived.
+        inverse: T⁻¹ ``[S, r, r]``.
+        spectrum: Λ ``[S, r]``, descending and zero on coordinates that are not in use.
+        usable: sites whose factors have enough samples ``[S]``.
     """
 
-    move: Move
-    rank: Tensor
+    transform: Tensor
+    inverse: Tensor
     spectrum: Tensor
-    cost: Tensor
+    usable: Tensor
+
+    @property
+    def energy(self) -> Tensor:
+        """Λ² ``[S, r]``: what dropping each coordinate adds to ``tr((I−P)ᵀ Σ_g (I−P) Σ_a)``."""
+        return self.spectrum.square()
+
+    def move(self, rank: Tensor) -> Move:
+        """The change to these coordinates, of which the leading ``rank`` ``[S]`` stay."""
+        keep = linalg.leading_mask(rank, self.spectrum.shape[-1])
+        return change_of_coordinates(self.transform, self.inverse, keep)
 
 
-def balanced(factors: Factors, rank: Tensor, policy: RankPolicy, min_samples: int, damping: float) -> Balanced:
-    """Balanced coordinates, the trailing ones dropped as ``policy`` says: the optimal reprojection in the K-FAC metric.
+def balanced_coordinates(factors: Factors, rank: Tensor, min_samples: int, damping: float) -> Coordinates:
+    """The coordinates in which both factors are Λ, and in which dropping the trailing ones is the optimal reprojection.
 
-    The second-order loss change of keeping the leading k coordinates is the sum of the dropped Λ², the least that any
-    rank-k projection of h can cost (Eckart and Young 1936 on Σ_g^{1/2} Σ_a^{1/2}).
+    The second-order loss change of keeping the leading k coordinates is proportional to the sum of the dropped Λ², the
+    least that any rank-k projection of h can cost (Eckart and Young 1936 on Σ_g^{1/2} Σ_a^{1/2}).
 
     Args:
         factors: Σ_a and Σ_g.
         rank: rank kept so far ``[S]``; those are the leading coordinates.
-        policy: how many to keep.
         min_samples: tokens below which a site is left as it is.
         damping: added to both factors, relative to their mean eigenvalue, so that T exists.
     """
-    size = factors.activation.shape[-1]
-    mask = linalg.leading_mask(rank, size)
+    mask = linalg.leading_mask(rank, factors.activation.shape[-1])
     activation, gradient = (
-        linalg.damped(m.double(), linalg.damping_strength(m.double(), damping, relative=True))
+        linalg.damped(m.double(), linalg.damping_strength(m.double(), damping, relative=True, rank=rank))
         for m in (factors.activation, factors.gradient)
     )
     transform, inverse, spectrum = linalg.balance(activation, gradient, mask)
@@ -80,10 +88,7 @@ def balanced(factors: Factors, rank: Tensor, policy: RankPolicy, min_samples: in
     transform, inverse = (
         torch.where(usable[:, None, None], matrix, linalg.eye_like(matrix)) for matrix in (transform, inverse)
     )
-    new_rank = policy.next_rank(spectrum.square(), rank, usable)
-    keep = linalg.leading_mask(new_rank, size)
-    cost = (spectrum.square() * (mask & ~keep)).sum(-1).float()
-    return Balanced(change_of_coordinates(transform, inverse, keep), new_rank, spectrum.float(), cost)
+    return Coordinates(transform, inverse, spectrum, usable)
 
 
 def paper_projection(

@@ -6,10 +6,13 @@ A *site* is one pair: ``A`` ``[r, d_in]`` (``lora_A.weight``) and ``B`` ``[d_out
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # Layers that hold ``lora_A`` but never call it as a module on activations, so that a hook on it would not fire.
@@ -66,6 +69,11 @@ class Site:
         return self.a.shape[0]
 
     @property
+    def parameters(self) -> int:
+        """Entries of A and B together."""
+        return self.a.numel() + self.b.numel()
+
+    @property
     def scaling(self) -> float:
         """S in ΔW = s·B·A."""
         return float(self.scalings[self.adapter])
@@ -74,6 +82,46 @@ class Site:
     def channel_dim(self) -> int:
         """The dimension of h that has length r, counted from the end: a convolution's input may come without a batch."""
         return 1 - self.a.dim() if isinstance(self.tap, _CONVOLUTIONS) else -1
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether B adds a bias of its own (PEFT's ``lora_bias``), which is there whatever the rank."""
+        return getattr(self.b_modules[self.adapter], "bias", None) is not None
+
+    @property
+    def in_peft(self) -> bool:
+        """Whether a PEFT layer holds the pair, rather than hand-written code."""
+        return isinstance(self.a_modules, nn.ModuleDict)
+
+    def narrow_(self, rank: int, layer: Any) -> None:
+        """Keep the leading ``rank`` directions of A and B alone, with their gradients; ΔW's scaling s stays.
+
+        The Parameter objects stay the same, so that whoever holds them need not be told. At rank 0 a PEFT layer loses the
+        adapter, as if it had never been a target.
+
+        Args:
+            rank: how many directions stay.
+            layer: PEFT's layer that holds the pair; None for hand-written LoRA. A site does not hold it itself: a copy of the
+                optimizer would then copy the frozen weights too.
+        """
+        scaling = self.scaling
+        if rank == 0 and layer is not None:
+            for name in (*layer.adapter_layer_names, *layer.other_param_names):
+                entries = getattr(layer, name)
+                if self.adapter in entries:
+                    del entries[self.adapter]
+            return
+        a_module, b_module = self.a_modules[self.adapter], self.b_modules[self.adapter]
+        _narrow(self.a, 0, rank)
+        _narrow(self.b, 1, rank)
+        for module, names in ((a_module, ("out_features", "out_channels")), (b_module, ("in_features", "in_channels"))):
+            for name in names:
+                if hasattr(module, name):
+                    setattr(module, name, rank)
+        if layer is not None:
+            rs = layer.use_rslora.get(self.adapter, False)
+            layer.r[self.adapter] = rank
+            layer.lora_alpha[self.adapter] = alpha_for(scaling, rank, rs)
 
     def holds(self, a: Tensor, b: Tensor) -> bool:
         """Whether these are still the pair's weights; the adapter may have been replaced or deleted."""
@@ -98,6 +146,24 @@ class Site:
         if problem:
             raise ValueError(f"site {name!r}: {problem}; A must be [r, d_in] and B [d_out, r]")
         return site
+
+
+def _narrow(parameter: Tensor, dim: int, size: int) -> None:
+    """Cut ``parameter`` and its gradient to the first ``size`` entries of ``dim``, keeping the object."""
+    gradient, kept = parameter.grad, parameter.detach().narrow(dim, 0, size).clone()
+    parameter.grad = None
+    # Autograd keeps the shape that it saw first for as long as an old graph is alive; a change of dtype makes it look again.
+    other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
+    parameter.data = parameter.data.to(other)
+    parameter.data = kept
+    if gradient is not None:
+        parameter.grad = gradient.narrow(dim, 0, size).clone()
+
+
+def alpha_for(scaling: float, rank: int, rank_stabilized: bool) -> float:
+    """The ``lora_alpha`` that gives ``scaling`` at ``rank``: s·r, or s·√r with rsLoRA; an int where it is a whole number."""
+    alpha = scaling * (math.sqrt(rank) if rank_stabilized else rank)
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
 def _mismatch(site: Site) -> str | None:
@@ -163,6 +229,63 @@ def find_sites(model: nn.Module, parameters: Iterable[Tensor]) -> tuple[list[Sit
             else:
                 untapped[site.name] = reason
     return sites, untapped
+
+
+def peft_model_in(model: nn.Module) -> Any:
+    """The ``PeftModel`` that ``model`` is, or that a wrapper (DDP, ``torch.compile``) holds.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if hasattr(module, "peft_config") and hasattr(module, "base_model") and hasattr(module, "get_base_model"):
+            return module
+    raise ValueError(
+        f"{type(model).__name__} holds no PeftModel, so there is no PEFT adapter to save; make one with "
+        "peft.get_peft_model(model, config). Hand-written LoRA is saved with the model's own state_dict(), physically smaller "
+        "after shrink_()"
+    )
+
+
+def layers_of_pairs(model: nn.Module) -> dict[int, tuple[str, Any]]:
+    """``id(site.a_modules)`` of every PEFT layer with pairs, to the layer's name in ``model`` and the layer."""
+    found = ((_WRAPPER_NAMES.sub("", name), layer) for name, layer in model.named_modules())
+    return {
+        id(layer.lora_A): (name, layer)
+        for name, layer in found
+        if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict)
+    }
+
+
+@dataclass(frozen=True)
+class AdapterLayers:
+    """The layers that one adapter of a PEFT model has.
+
+    Attributes:
+        pairs: name in the base model to the pair, for plain pairs of A and B.
+        others: name in the base model to the layer, for all other LoRA layers (embeddings, MoE experts, variants).
+    """
+
+    pairs: dict[str, Site]
+    others: dict[str, Any]
+
+
+def adapter_layers(peft_model: Any, adapter: str) -> AdapterLayers:
+    """All layers of one adapter, whether they are trained or not."""
+    pairs: dict[str, Site] = {}
+    others: dict[str, Any] = {}
+    for full_name, layer in peft_model.get_base_model().named_modules():
+        name = _WRAPPER_NAMES.sub("", full_name)
+        if adapter not in getattr(layer, "r", ()) or not isinstance(getattr(layer, "lora_alpha", None), dict):
+            continue
+        a_modules, b_modules = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
+        if isinstance(a_modules, nn.ModuleDict) and isinstance(b_modules, nn.ModuleDict) and adapter in a_modules:
+            site = Site(f"{name}.{adapter}", adapter, a_modules, b_modules, layer.scaling)
+            if _reason_untapped(layer, site, {id(site.a), id(site.b)}) is None:
+                pairs[name] = site
+                continue
+        others[name] = layer
+    return AdapterLayers(pairs, others)
 
 
 def _is_trained_parameter(parameter: Tensor, trained: set[int]) -> bool:

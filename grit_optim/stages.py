@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from grit_optim import checkpoint, diagnosis, pairs, schedule
+from grit_optim import budget, checkpoint, diagnosis, pairs, schedule
 from grit_optim import precondition as modes
 from grit_optim._checks import Options, check_parameters, listed, several_processes
 from grit_optim.buckets import build_buckets
+from grit_optim.budget import BudgetSchedule
 from grit_optim.capture import Capture
 from grit_optim.curvature import Curvature
-from grit_optim.fisher import gradient_unit
+from grit_optim.fisher import gradient_unit, loss_tokens
 from grit_optim.presets import BALANCING_DAMPING
-from grit_optim.rank import RankPolicy
+from grit_optim.rank import Bids, RankPolicy, ranks_within
+from grit_optim.reprojection import Coordinates
 from grit_optim.sites import Site
 from grit_optim.telemetry import Counters, StageTimes
 from grit_optim.wrapper import OptimizerWrapper
@@ -24,13 +29,20 @@ CHECKED_STEPS = 5
 """In how many of the first steps the taps are compared with the gradients."""
 
 
+class Origin(NamedTuple):
+    """What a site was when the optimizer was first built: its rank, and the parameters of A and B."""
+
+    rank: int
+    parameters: int
+
+
 class StagedOptimizer(OptimizerWrapper):
     """An optimizer's sites, taps and curvature, and the stages that one step is made of."""
 
     options: Options
     state_key = checkpoint.KEY
 
-    def _start(self, base: Optimizer, sites: list[Site]) -> None:
+    def _start(self, base: Optimizer, sites: list[Site], origin: dict[str, Origin] | None = None) -> None:
         """Everything that construction, unpickling and copying have in common."""
         self._wrap(base)
         self._mode = modes.make_preconditioner(self.options.precondition, base)
@@ -40,13 +52,62 @@ class StagedOptimizer(OptimizerWrapper):
         self._unverified = CHECKED_STEPS
         self._suspects: set[str] = set()
         self._closed = False
+        # Whether coordinates may have been given up; whether they have, the device alone knows.
+        self._reduced = False
         self._curvatures: list[Curvature] = []
         self._capture = Capture([], [], None, self._times)
+        self._removed: dict[str, float] = {}
+        self._origin: dict[str, Origin] = {}
+        self._budget: BudgetSchedule | None = None
+        self._remember(sites, origin or {})
         self._attach(sites)
 
-    def _attach(self, sites: list[Site]) -> None:
-        """Stack and tap the sites; what is already known of a site of the same name and rank is kept."""
-        known = checkpoint.pack_sites(self._curvatures, with_operators=True)
+    def _remember(self, sites: list[Site], origin: Mapping[str, Origin]) -> None:
+        """Note what the sites were at first, and size the budget by it."""
+        self._origin = {**{site.name: Origin(site.rank, site.parameters) for site in sites}, **origin}
+        before = self._budget.state() if self._budget is not None else {}
+        self._budget = self._make_budget()
+        if self._budget is not None:
+            self._budget.load(before)
+
+    def _make_budget(self) -> BudgetSchedule | None:
+        """The way of the rank budget, or None where there is none; refuses a budget that cannot be met."""
+        options = self.options
+        if options.rank_budget is None:
+            return None
+        total, end = self._full_parameters(), options.rank_budget
+        self._check_budget("rank_budget", end)
+        start = 1.0 if options.rank_budget_start is None else options.rank_budget_start
+        self._check_budget("rank_budget_start", start)
+        first, last = budget.parameters(start, total), budget.parameters(end, total)
+        if options.rank_budget_steps and first < last and not options.rank_regrowth:
+            raise ValueError(
+                f"the rank budget rises from {start!r} to {end!r}, and a rank that was given up comes back only with "
+                "rank_regrowth=True; pass that too, or a start above the end"
+            )
+        return BudgetSchedule(
+            first,
+            last,
+            options.rank_budget_schedule,
+            options.rank_adaptation_start_step,
+            options.rank_budget_steps,
+            options.rank_budget_tolerance,
+        )
+
+    def _full_parameters(self) -> int:
+        """Parameters of all sites as they were when the optimizer was first built: what a share is a share of."""
+        return sum(origin.parameters for origin in self._origin.values())
+
+    def _check_budget(self, name: str, wanted: float) -> None:
+        floor = self.options.min_lora_rank
+        directions = [(min(floor, origin.rank), origin.parameters // origin.rank) for origin in self._origin.values()]
+        least = sum(count * size for count, size in directions) or min(size for _, size in directions)
+        budget.check(name, wanted, self._full_parameters(), least, floor)
+
+    def _attach(self, sites: list[Site], known: dict[str, checkpoint.SiteState] | None = None) -> None:
+        """Stack and tap the sites; what is ``known`` of a site of the same name and rank, by default what is now, is kept."""
+        if known is None:
+            known = checkpoint.pack_sites(self._curvatures, with_operators=True)
         group_of = {id(p): i for i, group in enumerate(self.base.param_groups) for p in group["params"]}
         check_parameters({site.name: site.a for site in sites})
         strangers = [site.name for site in sites if id(site.a) not in group_of or id(site.b) not in group_of]
@@ -102,10 +163,13 @@ class StagedOptimizer(OptimizerWrapper):
             device = self._curvatures[0].bucket.device
             accept = torch.stack([s.is_finite().to(device) for s in sums]).all()
             relative = self.options.damping == "relative"
-            unit = gradient_unit(sums) if relative else torch.ones((), device=device)
+            in_use = [curvature.mask.sum(-1) for curvature in self._curvatures]
+            unit = gradient_unit(sums, in_use) if relative else torch.ones((), device=device)
+            scored = loss_tokens(sums)
             for curvature, total in zip(self._curvatures, sums, strict=True):
                 there = curvature.bucket.device
-                curvature.factors.fold(total, accept.to(there), self.options.fisher_decay, unit.to(there))
+                decay = self.options.fisher_decay
+                curvature.factors.fold(total, accept.to(there), decay, unit.to(there), scored.to(there))
             self._counters.folds += 1
             self._counters.dropped = self._counters.dropped + (~accept).long()
         return True
@@ -165,6 +229,10 @@ class StagedOptimizer(OptimizerWrapper):
             raise
         finally:
             modes.give_back(held)
+        if self._reduced:
+            with self._times("reproject"):
+                for curvature in self._curvatures:
+                    pairs.clear_given_up(curvature)
         self._counters.cosines = [h.cosine for h in held if h.cosine is not None]
 
     def _reproject(self) -> None:
@@ -173,23 +241,50 @@ class StagedOptimizer(OptimizerWrapper):
         due = schedule.every(self._steps, options.reprojection_freq, options.reprojection_warmup_steps)
         if options.reprojection == "none" or not due:
             return
-        adapting = options.enable_rank_adaptation and self._steps >= options.rank_adaptation_start_step
-        policy = RankPolicy(
-            options.reprojection_k, options.rank_adaptation_threshold if adapting else None, options.min_lora_rank
-        )
         with self._times("reproject"):
             for curvature in self._curvatures:
                 self._mode.to_plain_coordinates(curvature)
-                if options.reprojection != "balanced":
-                    pairs.project(self.base, curvature, policy)
-                    continue
-                change = pairs.balance(self.base, curvature, policy, BALANCING_DAMPING)
-                self._counters.predicted_cost = self._counters.predicted_cost + change.cost.sum().to(
-                    self._curvatures[0].bucket.device
-                )
-                if self._in_use():
-                    self._mode.refresh(curvature)  # what was derived belongs to the old coordinates
+            if options.reprojection == "balanced":
+                self._balance()
+            else:
+                for curvature in self._curvatures:
+                    pairs.project(self.base, curvature, self._rank_policy())
         self._counters.reprojections += 1
+
+    def _rank_policy(self) -> RankPolicy:
+        options = self.options
+        adapting = options.enable_rank_adaptation and self._steps >= options.rank_adaptation_start_step
+        threshold = options.rank_adaptation_threshold if adapting else None
+        return RankPolicy(options.reprojection_k, threshold, options.min_lora_rank, options.rank_regrowth)
+
+    def _balance(self) -> None:
+        """Take balanced coordinates everywhere, with the ranks that the budget or each site's own spectrum leaves."""
+        found = [pairs.coordinates(curvature, BALANCING_DAMPING) for curvature in self._curvatures]
+        if self._budget is not None and self._steps >= self._budget.first:
+            ranks = self._ranks_within(found, self._budget.advance(self._steps), self.options.rank_regrowth)
+        else:
+            policy = self._rank_policy()
+            ranks = [policy.next_rank(f.energy, c.rank, f.usable) for f, c in zip(found, self._curvatures, strict=True)]
+        self._truncate(found, ranks)
+
+    def _ranks_within(self, found: Sequence[Coordinates], parameters: Tensor, regrowth: bool) -> list[Tensor]:
+        """The ranks of all sites within a common budget, one ``[S]`` per bucket."""
+        bids = [
+            Bids(c.factors.price[:, None] * f.energy, c.bucket.direction_size, c.rank, f.usable)
+            for f, c in zip(found, self._curvatures, strict=True)
+        ]
+        return ranks_within(bids, parameters, self.options.min_lora_rank, regrowth)
+
+    def _truncate(self, found: Sequence[Coordinates], ranks: Sequence[Tensor]) -> None:
+        """Take the coordinates found, with the ranks given, and derive anew what belonged to the old ones."""
+        for i, (curvature, coordinates, rank) in enumerate(zip(self._curvatures, found, ranks, strict=True)):
+            pairs.truncate(self.base, curvature, coordinates, rank)
+            if self.options.rank_regrowth:
+                pairs.regrow(self.base, curvature, rank, seed=self._steps * len(self._curvatures) + i)
+            if self._in_use():
+                self._mode.refresh(curvature)
+        policy = self._rank_policy()
+        self._reduced = self._reduced or self._budget is not None or (policy.fixed or policy.threshold) is not None
 
     def _count(self) -> None:
         """Stage 6."""

@@ -42,7 +42,6 @@ class Counters:
         folds: steps whose statistics were offered to the factors.
         dropped: steps of those whose statistics were not finite and were left out, a tensor per device.
         cosines: cosine, per matrix, of the angle between the update with and without curvature, of the latest step.
-        predicted_cost: Σ of the Λ² that balanced reprojection dropped, in the units of the factors.
     """
 
     def __init__(self) -> None:
@@ -51,7 +50,6 @@ class Counters:
         self.folds = 0
         self.dropped: Tensor | int = 0
         self.cosines: list[Tensor] = []
-        self.predicted_cost: Tensor | float = 0.0
 
     def mean_cosine(self) -> float | None:
         """Mean over all matrices whose update was turned, or None if there was none."""

@@ -99,6 +99,25 @@ def move_weights(groups: Iterable[Group], move: Move) -> None:
         group.write(group.apply(operator, group.stack(group.parameters).to(operator.dtype)))
 
 
+def set_weights(base: Optimizer, group: Group, stacked: Tensor, changed: Tensor) -> None:
+    """Set the matrices of ``group`` to ``[m, rows, columns]``, and copies of the weights in the base's state likewise.
+
+    Args:
+        base: the base optimizer.
+        group: the matrices.
+        stacked: what they are from now on.
+        changed: rank coordinates ``[S, r]`` whose copies are set too; elsewhere a copy may differ from its weight.
+    """
+    group.write(stacked)
+    for name in WEIGHT_LIKE:
+        states = [base.state.get(p, {}) for p in group.parameters]
+        if all(isinstance(state.get(name), Tensor) for state in states):
+            copies = [state[name] for state in states]
+            mixed = group.masked(stacked, changed) + group.masked(group.stack(copies), ~changed)
+            for copy, value in zip(copies, mixed, strict=True):
+                copy.copy_(value.view_as(copy))
+
+
 def move_state(base: Optimizer, groups: Iterable[Group], move: Move) -> None:
     """Move the base's state for the parameters of ``groups`` as ``move`` says.
 

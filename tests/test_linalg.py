@@ -166,9 +166,10 @@ def test_damped_power_of_nothing_is_the_identity():
 @given(SIZES, st.integers(0, 1000), st.sampled_from([2, 4]), st.sampled_from([1e-3, 0.01, 0.3]))
 def test_roots_by_products_are_those_by_eigendecomposition(size, seed, order, damping):
     factor = factors(*size, seed=seed, condition=1e6, dtype=torch.float32) * 1e-9
-    truth, strength = linalg.damped_root(factor.double(), damping, order)
-    torch.testing.assert_close(strength, linalg.damping_strength(factor.double(), damping, relative=True))
-    found = linalg.newton_root(factor, damping, order).double()
+    strength = linalg.damping_strength(factor, damping, relative=True)
+    truth, used = linalg.damped_root(factor.double(), strength.double(), order, damping)
+    assert torch.equal(used, strength.double())
+    found = linalg.newton_root(factor, strength, order, damping).double()
     condition = size[1] * (1 + damping) / damping
     assert (found - truth).norm() <= 2 * condition * torch.finfo(torch.float32).eps * truth.norm()
 
@@ -176,23 +177,24 @@ def test_roots_by_products_are_those_by_eigendecomposition(size, seed, order, da
 @pytest.mark.parametrize("bad", [0.0, torch.inf, torch.nan])
 def test_roots_of_a_hopeless_matrix_are_the_identity_and_its_neighbours_are_spared(bad):
     factor = factors(3, 4, dtype=torch.float32)
-    alone = linalg.newton_root(factor, 0.1, 2)
+    roots = lambda: linalg.newton_root(factor, linalg.damping_strength(factor, 0.1, relative=True), 2, 0.1)  # noqa: E731
+    alone = roots()
     factor[1] = bad
-    found = linalg.newton_root(factor, 0.1, 2)
+    found = roots()
     assert torch.equal(found[1], torch.eye(4))
     assert torch.equal(found[[0, 2]], alone[[0, 2]])
 
 
 def test_a_hopeless_matrix_is_told_on_a_device_as_on_the_cpu():
-    _, used = linalg.damped_root(torch.empty(2, 3, 3, device="meta"), 0.1, 2)
+    _, used = linalg.damped_root(torch.empty(2, 3, 3, device="meta"), torch.empty(2, device="meta"), 2, 0.1)
     assert (used.shape, used.device.type) == ((2,), "meta")
 
 
 def test_small_damping_and_other_roots_go_by_eigendecomposition_on_any_device(monkeypatch):
     calls = []
-    monkeypatch.setattr(linalg, "newton_root", lambda *arguments: calls.append(arguments[1:]))
-    factor = torch.empty(2, 3, 3, device="meta")
-    for damping, order in ((0.1, 2), (0.1, 4), (0.1, 3), (1e-4, 2)):
-        linalg.damped_root(factor, damping, order)
-    linalg.damped_root(torch.eye(3)[None], 0.1, 2)
-    assert calls == [(0.1, 2), (0.1, 4)]
+    monkeypatch.setattr(linalg, "newton_root", lambda *arguments: calls.append(arguments[2:]))
+    factor, strength = torch.empty(2, 3, 3, device="meta"), torch.empty(2, device="meta")
+    for order, damping in ((2, 0.1), (4, 0.1), (3, 0.1), (2, 1e-4)):
+        linalg.damped_root(factor, strength, order, damping)
+    linalg.damped_root(torch.eye(3)[None], torch.tensor([0.1]), 2, 0.1)
+    assert calls == [(2, 0.1), (4, 0.1)]

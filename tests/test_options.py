@@ -45,8 +45,18 @@ INVALID = [
     ("enable_rank_adaptation", True, ValueError, "no effect with reprojection='none'"),
     ("rank_adaptation_threshold", 1.01, ValueError, r"in \(0, 1\]"),
     ("rank_adaptation_threshold", 0, ValueError, r"in \(0, 1\]"),
-    ("min_lora_rank", 0, ValueError, "at least 1"),
+    ("min_lora_rank", -1, ValueError, "at least 0"),
     ("rank_adaptation_start_step", -5, ValueError, "at least 0"),
+    ("rank_budget", 0.0, ValueError, r"in \(0, 1\] where it is a float"),
+    ("rank_budget", 0, ValueError, "at least 1"),
+    ("rank_budget", "half", TypeError, "a whole number of them"),
+    ("rank_budget", True, TypeError, "a whole number of them"),
+    ("rank_budget_start", 1.5, ValueError, r"in \(0, 1\] where it is a float"),
+    ("rank_budget_schedule", "cosinus", ValueError, "did you mean 'cosine'"),
+    ("rank_budget_steps", -1, ValueError, "at least 0"),
+    ("rank_budget_tolerance", -0.1, ValueError, "from 0 up"),
+    ("rank_regrowth", 1, TypeError, "True or False"),
+    ("rank_regrowth", True, ValueError, "nothing adapts the rank"),
 ]
 
 

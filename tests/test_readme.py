@@ -3,11 +3,12 @@
 import inspect
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
 
-from benchmarks import suite_tables
+from benchmarks import adapter_sizes_report, suite_tables, truncation_report
 from benchmarks.report import table
 from benchmarks.results import read_results
 from benchmarks.suite import read_ledger, read_suite
@@ -67,6 +68,42 @@ def test_the_cost_is_the_one_that_was_measured():
     ratio = json.loads((ROOT / "benchmarks" / "results" / "cost" / "cost-naming-grit.json").read_text())["ratio"]
     measured = f"**{ratio['median']:.3f}×** step by step (quartiles {ratio['q1']:.3f} to {ratio['q3']:.3f})"
     assert measured in README
+
+
+def test_what_cuts_cost_is_what_was_measured():
+    folder = ROOT / "benchmarks" / "results" / "truncation"
+    results = truncation_report.read(folder)
+    assert len(results) == 1
+    result = results[0]
+    assert (folder / "table.md").read_text(encoding="utf8").strip() == truncation_report.table(result).strip()
+    for rank in (12, 8, 4):
+        cells = [
+            next(p for p in truncation_report.whole(result, method) if p["rank"] == rank)
+            for method in truncation_report.METHODS
+        ]
+        row = " | ".join(f"{cell['measured']:.3f} ({cell['heldout']:.3f})" for cell in cells).replace("-", "−")
+        assert f"| {rank} | {row} |" in README
+    alone = [p for p in result["points"] if p["site"] != "all" and 1e-5 < p["predicted"] <= truncation_report.SMALL]
+    ratios = [[(p["measured"] - first * p["first_order"]) / p["predicted"] for p in alone] for first in (0, 1)]
+    said = "predicted is {:.2f} in the median ({:.2f} without the first-order part".format(
+        *map(statistics.median, ratios)
+    )
+    assert said in README
+    assert f"over {len(alone)} cuts" in README
+
+
+def test_what_is_said_of_sizes_is_what_was_measured():
+    folder = ROOT / "benchmarks" / "results" / "sizes"
+    series, result = adapter_sizes_report.read(folder)
+    assert (folder / "table.md").read_text(encoding="utf8").strip() == adapter_sizes_report.table(
+        series, result
+    ).strip()
+    rows = {"grit, rank_budget": "rank_budget=0.49", "grit, cut after training": "reduce_ranks_(0.49)"}
+    for way, words in {**rows, "SVD after training (peft)": "save_as_lora"}.items():
+        size, loss = adapter_sizes_report.against_whole(series, series[way][0.49])
+        row = next(line for line in README.splitlines() if line.startswith("|") and words in line)
+        assert f"{size:.1%}".replace("-", "−").replace("%", " %") in row
+        assert f"{loss:+.2%}".replace("%", " %") in row
 
 
 def test_linked_files_exist():

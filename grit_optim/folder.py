@@ -1,0 +1,111 @@
+"""Folders that are replaced as a whole: what stands at a path is the old content or the new one, never a mixture."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
+
+
+@contextmanager
+def replaced(path: Path, drop: Collection[str] = ()) -> Iterator[Path]:
+    """A new, empty folder to write to, which takes the place of ``path`` when the body ends without an error.
+
+    Whatever else the old folder held is there afterwards too. A body that fails, or a process that is killed, leaves the old
+    folder as it was.
+
+    Args:
+        path: the folder; it need not exist.
+        drop: names in the old folder that are not carried over.
+
+    Raises:
+        NotADirectoryError: ``path`` is a file.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; an adapter is saved as a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    new.mkdir()
+    try:
+        yield new
+        if path.exists():
+            _carry_over(path, new, drop)
+            new.chmod(path.stat().st_mode & 0o7777)
+        _flush(new)
+        _take_the_place(new, path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _carry_over(old: Path, new: Path, drop: Collection[str]) -> None:
+    """What ``new`` does not have of its own: files as hard links where the file system has them, else as copies."""
+    for entry in old.iterdir():
+        target = new / entry.name
+        if entry.name in drop or target.exists():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, target, symlinks=True, copy_function=_link)
+        else:
+            _link(str(entry), str(target))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _flush(folder: Path) -> None:
+    """Wait until the new files are on the disk, so that a crash of the machine cannot leave names without content."""
+    for entry in [*folder.iterdir(), folder]:
+        if entry.is_symlink() or (entry.is_dir() and entry != folder):
+            continue
+        handle = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _take_the_place(new: Path, path: Path) -> None:
+    """Put ``new`` where ``path`` is; the old folder, if there was one, then stands where ``new`` was."""
+    if not path.exists():
+        new.rename(path)
+    elif not _exchange(new, path):
+        _swap_in_two_steps(new, path)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step (Linux); False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOTSUP):
+        return False
+    raise OSError(code, f"could not put the new folder in the place of {other}: {os.strerror(code)}")
+
+
+def _swap_in_two_steps(new: Path, path: Path) -> None:
+    """Where there is no exchange: between the two steps there is nothing at ``path``, and the old folder beside it."""
+    aside = path.with_name(f".{path.name}.previous")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    try:
+        new.rename(path)
+    except BaseException:
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,290 @@
+"""What can be asked and done about the ranks between steps: report, plan, reduce, shrink, save."""
+
+from __future__ import annotations
+
+import difflib
+import weakref
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grit_optim import adapter_config, checkpoint, pairs, shrink
+from grit_optim._checks import PAPER_PROJECTIONS, check_budget_value, listed
+from grit_optim.budget import parameters
+from grit_optim.curvature import Curvature
+from grit_optim.export import History, export_adapter
+from grit_optim.presets import BALANCING_DAMPING
+from grit_optim.ranks import RankReport, SiteRank, effective_ranks
+from grit_optim.reprojection import Coordinates
+from grit_optim.sites import layers_of_pairs, peft_model_in
+from grit_optim.stages import Origin, StagedOptimizer
+
+
+class RankedOptimizer(StagedOptimizer):
+    """A staged optimizer with what its users can see of the ranks, and do to them."""
+
+    _model: weakref.ref[nn.Module] | None
+
+    def observe_loss(self, loss: Tensor | float) -> None:
+        """Tell a loss, of training or of held-out data, to ``rank_budget_schedule="adaptive"``; a tensor is not read back.
+
+        To be called at any time, as often as there is a new loss; with a closure :meth:`step` does it by itself.
+        """
+        if self._budget is not None and self._budget.kind == "adaptive":
+            self._budget.observe(loss)
+
+    # ---------------------------------------------------------------- what is known
+
+    def ranks(self) -> RankReport:
+        """Directions kept per site, a dict by name, with effective ranks, parameters and predicted losses in ``.sites``.
+
+        ``print(optimizer.ranks().table())`` shows it, ``.as_dict()`` is for JSON. Reads values from the device. The paper's
+        projections let a rank grow back until they are next due; with them, ranks and parameters are what the latest one left.
+        """
+        return self._report(self._kept(), self._coordinates(), {})
+
+    def plan_ranks(self, ranks: float | Mapping[str, int]) -> RankReport:
+        """What :meth:`reduce_ranks_` would do, and the rise of the loss that it is predicted to cost; nothing is changed.
+
+        Args:
+            ranks: a budget as ``rank_budget`` takes it, or site name to rank (sites that are not named keep theirs).
+        """
+        found, wanted = self._planned(ranks)
+        costs = {
+            name: cost
+            for c, f, w in zip(self._curvatures, found, wanted, strict=True)
+            for name, cost in zip(c.bucket.names(), _cost(c, f, w).tolist(), strict=True)
+        }
+        kept = {
+            n: k
+            for c, w in zip(self._curvatures, wanted, strict=True)
+            for n, k in zip(c.bucket.names(), w.tolist(), strict=True)
+        }
+        return self._report({**self._kept(), **kept}, found, costs)
+
+    @torch.no_grad()
+    def reduce_ranks_(self, ranks: float | Mapping[str, int]) -> RankReport:
+        """Give up ranks now, for good, as the reprojection ``"balanced"`` does.
+
+        Args:
+            ranks: a budget as ``rank_budget`` takes it, or site name to rank (sites that are not named keep theirs).
+
+        Returns:
+            The ranks, with the rise of the loss that all that was dropped was predicted to cost.
+
+        Raises:
+            TypeError: neither a budget nor a mapping.
+            ValueError: an unknown site, a rank above the site's, a budget that cannot be met, or factors that have not seen
+                ``kfac_min_samples`` tokens yet.
+        """
+        found, wanted = self._planned(ranks)
+        for curvature in self._curvatures:
+            self._mode.to_plain_coordinates(curvature)
+        self._truncate(found, wanted)
+        self._reduced = True
+        return self.ranks()
+
+    def _kept(self) -> dict[str, int]:
+        """Directions kept, by site; sites that :meth:`shrink_` took out come last, with 0."""
+        kept = {
+            name: rank
+            for curvature in self._curvatures
+            for name, rank in zip(curvature.bucket.names(), curvature.rank.tolist(), strict=True)
+        }
+        return {**kept, **dict.fromkeys(self._removed, 0)}
+
+    def _dropped(self) -> dict[str, float]:
+        """Predicted rise of the loss by what was given up so far, by site."""
+        return self._removed | {
+            name: cost
+            for curvature in self._curvatures
+            for name, cost in zip(curvature.bucket.names(), curvature.dropped.tolist(), strict=True)
+        }
+
+    def _coordinates(self) -> list[Coordinates]:
+        return [pairs.coordinates(curvature, BALANCING_DAMPING) for curvature in self._curvatures]
+
+    def _report(self, kept: Mapping[str, int], found: Sequence[Coordinates], costs: Mapping[str, float]) -> RankReport:
+        """All that is known, with ``kept`` directions per site at a further cost of ``costs``."""
+        threshold, dropped = self.options.rank_adaptation_threshold, self._dropped()
+        effective: dict[str, tuple[float | None, int | None]] = {}
+        for c, f in zip(self._curvatures, found, strict=True):
+            spectrum = torch.where(f.usable[:, None], f.spectrum, 0.0)
+            effective.update(zip(c.bucket.names(), effective_ranks(spectrum, threshold), strict=True))
+        sites = []
+        for name, origin in self._origin.items():
+            if name not in kept:
+                continue  # its adapter was replaced or deleted
+            rank, size = kept[name], origin.parameters // origin.rank
+            loss = dropped[name] + costs.get(name, 0.0)
+            entropy, count = effective.get(name, (None, None))
+            sites.append(SiteRank(name, rank, origin.rank, entropy, count, rank * size, origin.parameters, loss))
+        return RankReport(sites, threshold)
+
+    def _planned(self, ranks: float | Mapping[str, int]) -> tuple[list[Coordinates], list[Tensor]]:
+        """Balanced coordinates and the ranks to keep in them, ``[S]`` per bucket."""
+        if self.options.reprojection in PAPER_PROJECTIONS:
+            raise ValueError(
+                f"with reprojection={self.options.reprojection!r} no rank is given up for good: every row of A stays in use. "
+                "Build the optimizer with reprojection='balanced' or 'none'"
+            )
+        found = self._coordinates()
+        self._check_ready(found)
+        if isinstance(ranks, Mapping):
+            return found, self._named(ranks)
+        check_budget_value("the rank budget", ranks)
+        self._check_budget("the rank budget", ranks)
+        total = torch.tensor(parameters(ranks, self._full_parameters()), dtype=torch.float64)
+        return found, self._ranks_within(found, total, regrowth=False)
+
+    def _check_ready(self, found: Sequence[Coordinates]) -> None:
+        unready = [
+            name
+            for c, f in zip(self._curvatures, found, strict=True)
+            for name, ready in zip(c.bucket.names(), (f.usable | (c.rank == 0)).tolist(), strict=True)
+            if not ready
+        ]
+        if unready:
+            raise ValueError(
+                f"nothing is known yet of the curvature of {len(unready)} site(s) ({listed(unready)}), so no loss can be "
+                f"predicted: train until each has seen kfac_min_samples={self.options.kfac_min_samples} tokens since B is not "
+                "zero. An adapter that was trained elsewhere can be exported as it is with "
+                "grit_optim.export_adapter(model, path)"
+            )
+
+    def _named(self, ranks: Mapping[str, int]) -> list[Tensor]:
+        """The ranks that a mapping asks for, the others as they are."""
+        known = self._kept()
+        for name, rank in ranks.items():
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise ValueError(
+                    f"unknown site {name!r}; {hint}The {len(known)} sites are the keys of optimizer.ranks(): "
+                    f"{listed(list(known), 3)}"
+                )
+            if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= known[name]:
+                raise ValueError(
+                    f"site {name!r} has rank {known[name]}; it can keep a whole number from 0 to that, not {rank!r}"
+                )
+        return [
+            torch.tensor([ranks.get(name, known[name]) for name in c.bucket.names()], device=c.rank.device)
+            for c in self._curvatures
+        ]
+
+    # ---------------------------------------------------------------- smaller tensors
+
+    @torch.no_grad()
+    def shrink_(self, *, model: nn.Module | None = None) -> RankReport:
+        """Cut A, B, their gradients and the base's state to the ranks that are kept, in place, between training phases.
+
+        What the model computes stays the same. The Parameter objects stay the same too, but for sites of rank 0, which
+        leave the model and the base's parameter groups. PEFT's configuration is updated, so that ``model.save_pretrained`` and
+        :meth:`save_adapter` write what is there. A checkpoint of the optimizer from now on belongs to the smaller adapter.
+
+        Args:
+            model: the model, where the optimizer does not know it any more (after copying or unpickling).
+
+        Raises:
+            ValueError: the paper's projections are in use, which give no rank up, no rank is left, or DoRA.
+        """
+        if self.options.reprojection in PAPER_PROJECTIONS:
+            raise ValueError(
+                f"reprojection={self.options.reprojection!r} gives no rank up for good, so there is nothing to shrink"
+            )
+        peft_model = shrink.check(self._known(model), self._sites)
+        for curvature in self._curvatures:
+            self._mode.to_plain_coordinates(curvature)
+        kept, dropped = self._kept(), self._dropped()
+        if not any(kept.values()):
+            raise ValueError("no site keeps a direction, so nothing would be left to train; reduce the ranks less")
+        known = checkpoint.pack_sites(self._curvatures, with_operators=True)
+        # B's own bias works at any rank, and needs a pair to hang on.
+        sizes = {site.name: max(kept[site.name], int(site.has_bias)) for site in self._sites}
+        gone = [site for site in self._sites if sizes[site.name] == 0]
+        shrink.narrow(self.base, self._sites, sizes, peft_model)
+        if peft_model is not None:
+            shrink.update_configs(peft_model, gone)
+        self._removed.update({site.name: dropped[site.name] for site in gone})
+        left = [site for site in self._sites if sizes[site.name] > 0]
+        self._attach(left, {site.name: checkpoint.narrowed(known[site.name], sizes[site.name]) for site in left})
+        return self.ranks()
+
+    def save_adapter(
+        self,
+        path: str | PathLike[str],
+        *,
+        adapter: str | None = None,
+        fold_scale: bool = False,
+        model: nn.Module | None = None,
+    ) -> RankReport:
+        """Save the trained adapter with the ranks that are kept and no others, for ``PeftModel.from_pretrained``.
+
+        Args:
+            path: the folder; it holds the old adapter or the new one at every moment.
+            adapter: name of the adapter, where this optimizer trains several.
+            fold_scale: multiply the scale into B, for programs that ignore ``alpha_pattern`` and rsLoRA.
+            model: the model, where the optimizer does not know it any more (after unpickling).
+
+        Returns:
+            The ranks as saved, with effective ranks of ΔW and what the dropped ones were predicted to cost.
+
+        Raises:
+            ValueError: no such adapter, one that this optimizer does not train, or one that cannot be exported (DoRA).
+        """
+        model = self._known(model)
+        if model is None:
+            raise ValueError(
+                "this optimizer no longer knows its model (it was unpickled, or the model is gone); pass model="
+            )
+        peft_model = peft_model_in(model)
+        trained = sorted({site.adapter for site in self._sites})
+        if adapter is None and len(trained) == 1:
+            adapter = trained[0]
+        adapter = adapter_config.choose_adapter(peft_model, adapter)
+        if adapter not in trained:
+            raise ValueError(
+                f"adapter {adapter!r} was trained elsewhere: this optimizer trains {', '.join(map(repr, trained))}. Save it as "
+                f"it is with grit_optim.export_adapter(model, path, adapter={adapter!r})"
+            )
+        history = self._history(peft_model, adapter)
+        threshold = self.options.rank_adaptation_threshold
+        return export_adapter(model, path, adapter=adapter, fold_scale=fold_scale, history=history, threshold=threshold)
+
+    def _known(self, model: nn.Module | None) -> nn.Module | None:
+        """The model given, else the one the optimizer was built with, if it is still there."""
+        return model if model is not None or self._model is None else self._model()
+
+    def _history(self, peft_model: Any, adapter: str) -> dict[str, History]:
+        """What is known of each site of ``adapter``, by the layer's name in the base model."""
+        names, dropped = layers_of_pairs(peft_model.get_base_model()), self._dropped()
+        sites = [site for site in self._sites if site.adapter == adapter and id(site.a_modules) in names]
+        known = {names[id(site.a_modules)][0]: site.name for site in sites}
+        prefix = shrink.common_prefix(known)
+        known |= {shrink.layer_name(n, prefix, adapter): n for n in self._removed if n.endswith(f".{adapter}")}
+        return {
+            layer: History(self._origin[name].rank, self._origin[name].parameters, dropped[name])
+            for layer, name in known.items()
+        }
+
+    def _load_ranks(self, own: dict[str, Any]) -> None:
+        """Restore what a saved state says of ranks beside the sites' own; ``own`` may be without."""
+        self._removed = dict(own.get("removed", {}))
+        self._budget = None
+        if own.get("origin"):
+            self._remember([], {name: Origin(*values) for name, values in own["origin"].items()})
+        else:
+            self._remember(self._sites, {})
+        if self._budget is not None:
+            self._budget.load(own.get("budget", {}))
+        self._reduced = any(bool((c.rank < c.bucket.rank).any()) for c in self._curvatures)
+
+
+def _cost(curvature: Curvature, found: Coordinates, rank: Tensor) -> Tensor:
+    """Predicted rise of the loss if the coordinates beyond ``rank`` are dropped: ``[S]``."""
+    position = torch.arange(curvature.bucket.rank, device=rank.device)
+    gone = (position >= rank[:, None]) & (position < curvature.rank[:, None])
+    return curvature.factors.price * (found.energy * gone).sum(-1).float()

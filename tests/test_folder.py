@@ -1,0 +1,97 @@
+"""A folder is replaced as a whole: at every moment the old content or the new, however the process ends."""
+
+import os
+
+import pytest
+
+from grit_optim import folder
+
+
+def fill(path, text):
+    for name in ("a", "b"):
+        (path / name).write_text(text)
+
+
+def content(path):
+    return {p.name: p.read_text() for p in path.iterdir()}
+
+
+@pytest.fixture
+def old(tmp_path):
+    path = tmp_path / "x"
+    path.mkdir()
+    fill(path, "old")
+    (path / "deep").mkdir()
+    (path / "deep" / "c").write_text("kept")
+    path.chmod(0o750)
+    return path
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two steps"])
+def test_new_files_take_the_place_and_others_stay(old, exchange, monkeypatch):
+    if not exchange:
+        monkeypatch.setattr(folder, "_exchange", lambda one, other: False)
+    with folder.replaced(old, drop=["b"]) as new:
+        (new / "a").write_text("new")
+    assert (old / "a").read_text() == "new"
+    assert (old / "deep" / "c").read_text() == "kept"
+    assert not (old / "b").exists()
+    assert old.stat().st_mode & 0o777 == 0o750
+    assert [p.name for p in old.parent.iterdir()] == ["x"]
+
+
+def test_a_new_folder_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "deep" / "x"
+    with folder.replaced(path) as new:
+        fill(new, "new")
+        assert not path.exists()
+    assert content(path) == {"a": "new", "b": "new"}
+    mask = os.umask(0)
+    os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+def test_a_link_to_a_folder_stays_a_link(old):
+    link = old.parent / "link"
+    link.symlink_to(old)
+    with folder.replaced(link) as new:
+        (new / "a").write_text("new")
+    assert link.is_symlink()
+    assert (old / "a").read_text() == "new"
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="is a file"), folder.replaced(tmp_path / "x"):
+        pass
+    assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_without_hard_links_files_are_copied(old, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with folder.replaced(old) as new:
+        (new / "a").write_text("new")
+    assert (old / "b").read_text() == "old"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+@pytest.mark.parametrize("place", ["body", "_carry_over", "_flush", "_take_the_place", "after"])
+def test_a_killed_process_leaves_old_or_new(old, place):
+    """``os._exit`` runs no ``finally``, as SIGKILL does not."""
+    child = os.fork()
+    if child == 0:
+        if place.startswith("_"):
+            setattr(folder, place, lambda *args: os._exit(9))
+        with folder.replaced(old) as new:
+            (new / "a").write_text("new")
+            if place == "body":
+                os._exit(9)
+            (new / "b").write_text("new")
+        os._exit(9)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 9
+    expected = "new" if place == "after" else "old"
+    assert [(old / name).read_text() for name in ("a", "b")] == [expected] * 2

@@ -1,0 +1,137 @@
+"""The report of ranks: its numbers, its table, its JSON, and the command that reads saved adapters."""
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from grit_optim.__main__ import main
+from grit_optim.rank import entropy_rank
+from grit_optim.ranks import RankReport, SiteRank, effective_ranks, product_singular_values
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_k_equal_singular_values_have_entropy_rank_k(k):
+    spectrum = torch.zeros(1, 6)
+    spectrum[0, :k] = 0.7
+    assert entropy_rank(spectrum).item() == pytest.approx(k, rel=1e-5)
+    assert effective_ranks(spectrum, 0.999) == [(pytest.approx(k, rel=1e-5), k)]
+
+
+def test_a_zero_spectrum_has_no_effective_rank():
+    assert effective_ranks(torch.zeros(2, 4), 0.99) == [(None, None)] * 2
+    assert entropy_rank(torch.zeros(2, 4)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("r", "d_in", "d_out"), [(3, 7, 5), (4, 3, 9), (4, 9, 2)])
+def test_singular_values_of_the_product(r, d_in, d_out):
+    a, b = torch.randn(r, d_in), torch.randn(d_out, r)
+    expected = torch.linalg.svdvals((b @ a).double())[:r]
+    values = product_singular_values(a, b)
+    assert values.shape == (r,)
+    torch.testing.assert_close(values[: len(expected)], expected, rtol=1e-5, atol=1e-6)
+    assert values[len(expected) :].abs().sum() < 1e-6
+
+
+def test_ranks_is_a_dict_with_details():
+    model = tiny.llama(rank=6)
+    optimizer = tiny.grit(model, min_lora_rank=0)
+    assert {s.entropy_rank for s in optimizer.ranks().sites} == {None}, "nothing is known before the first step"
+    tiny.train(model, optimizer, 5)
+    optimizer.reduce_ranks_(0.4)
+    report = optimizer.ranks()
+    assert isinstance(report, dict)
+    assert report == {site.name: site.rank for site in report.sites}
+    assert len(report) == 14
+    for site in report.sites:
+        size = site.parameters_before // site.rank_before
+        assert site.rank_before == 6
+        assert site.parameters == site.rank * size
+        if site.rank:
+            assert 1 <= site.entropy_rank <= site.rank + 1e-4
+            assert 1 <= site.threshold_rank <= site.rank
+        else:
+            assert site.entropy_rank is None
+        assert (site.predicted_loss > 0) == (site.rank < 6)
+    assert report.parameters == sum(site.parameters for site in report.sites) <= 0.4 * report.parameters_before
+    assert report.predicted_loss == pytest.approx(sum(s.predicted_loss for s in report.sites))
+    assert json.loads(json.dumps(report.as_dict())) == report.as_dict()
+
+
+def test_table():
+    sites = [SiteRank("a", 2, 4, 1.5, 2, 20, 40, 0.0125), SiteRank("longer", 0, 4, None, None, 0, 4000, None)]
+    assert RankReport(sites, 0.99).table().splitlines() == [
+        "site     rank  of  entropy  τ=0.99  parameters     of  predicted loss",
+        "a           2   4      1.5       2          20     40          0.0125",
+        "longer      0   4        –       –           0  4,000               –",
+        "2 sites     2   8                           20  4,040               –",
+    ]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapter")
+    model = tiny.llama(rank=6)
+    optimizer = tiny.grit(model, min_lora_rank=0)
+    tiny.train(model, optimizer, 5)
+    optimizer.reduce_ranks_(0.4)
+    return path, optimizer.save_adapter(path), model
+
+
+def test_the_command_prints_what_was_saved(adapter, capsys):
+    path, saved, _ = adapter
+    assert main(["ranks", str(path), "--json"]) == 0
+    read = json.loads(capsys.readouterr().out)
+    by_name = {site["name"]: site for site in read["sites"]}
+    assert len(by_name) == 14
+    for site in saved.as_dict()["sites"]:
+        for key, value in site.items():
+            assert by_name[site["name"]][key] == pytest.approx(value), key
+    assert main(["ranks", str(path)]) == 0
+    table = capsys.readouterr().out
+    assert f"{saved.parameters:,}" in table.splitlines()[-1]
+    assert len(table.splitlines()) == 16
+
+
+def test_the_command_reads_adapters_that_peft_wrote(adapter, tmp_path, capsys):
+    adapter[2].save_pretrained(tmp_path)
+    assert main(["ranks", str(tmp_path), "--json", "--threshold", "0.5"]) == 0
+    read = json.loads(capsys.readouterr().out)
+    assert {site["rank"] for site in read["sites"]} == {6}
+    assert {site["predicted_loss"] for site in read["sites"]} == {None}
+    effective = {site["name"]: site["entropy_rank"] for site in read["sites"]}
+    for site in adapter[1].sites:
+        if site.rank:
+            assert effective[site.name] == pytest.approx(site.entropy_rank, rel=1e-3), "zero rows count for nothing"
+        else:
+            assert effective[site.name] is None
+
+
+def spoilt(path, name, content):
+    (path / name).write_bytes(content)
+
+
+BAD = {
+    "no adapter": (
+        lambda path: (path / "adapter_model.safetensors").unlink(),
+        "is no saved adapter: it has no adapter_model",
+    ),
+    "damaged": (lambda path: spoilt(path, "adapter_model.safetensors", b"xxxxxxxxxxxx"), "is damaged"),
+    "ranks file": (lambda path: spoilt(path, "grit_ranks.json", b"[]"), "is not what save_adapter"),
+    "newer ranks file": (lambda path: spoilt(path, "grit_ranks.json", b'{"format": 99}'), "format 99"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD.values(), ids=BAD.keys())
+def test_what_cannot_be_read_is_said_in_one_line(adapter, tmp_path, capsys, spoil, message):
+    for file in adapter[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    spoil(tmp_path)
+    assert main(["ranks", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_threshold_that_is_none(adapter, capsys):
+    assert main(["ranks", str(adapter[0]), "--threshold", "1.5"]) == 2
+    assert "--threshold must be in (0, 1]" in capsys.readouterr().err
