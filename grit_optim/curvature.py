@@ -23,6 +23,9 @@ class Curvature:
         a_ready: sites whose ``a_operator`` comes from enough samples ``[S]``; it is the identity elsewhere.
         b_ready: the same for B.
         damping_used: λ of the latest inverses, ``[2, S]`` for A and B; NaN where none could be had.
+        damping_scale: what the adaptive schedule multiplies ``kfac_damping`` by.
+        a_penalty: what multiplies A to give the penalties' gradient ``[S, r, r]``; None without penalties.
+        b_penalty: the same for B.
     """
 
     def __init__(self, bucket: Bucket, options: Options) -> None:
@@ -33,6 +36,10 @@ class Curvature:
         self.rank = torch.full((size,), bucket.rank, device=device)
         self.reset_operators()
         self.damping_used = torch.full((2, size), torch.nan, device=device)
+        self.damping_scale = 1.0
+        penalised = options.lambda_kfac or options.lambda_reproj
+        self.a_penalty = torch.zeros_like(self.factors.activation) if penalised else None
+        self.b_penalty = torch.zeros_like(self.factors.activation) if penalised else None
 
     def operator(self, side: str) -> Tensor:
         """The operator for one side, ``[S, r, r]``."""
@@ -41,6 +48,11 @@ class Curvature:
     def ready(self, side: str) -> Tensor:
         """Which sites' operator for one side is in force, ``[S]``."""
         return self.a_ready if side == "A" else self.b_ready
+
+    @property
+    def damping(self) -> float:
+        """``kfac_damping`` as the adaptive schedule has it now."""
+        return self.options.kfac_damping * self.damping_scale
 
     @property
     def mask(self) -> Tensor:
@@ -70,7 +82,7 @@ class Curvature:
         stacked = torch.cat(self.paired_factors())
         relative = self.options.damping == "relative"
         inverse, used = linalg.damped_inverse(
-            stacked, linalg.damping_strength(stacked, self.options.kfac_damping, relative)
+            stacked, linalg.damping_strength(stacked, self.damping, relative)
         )
         self._set_operators(inverse.to(self.bucket.device), used.to(self.bucket.device).reshape(2, -1))
 
@@ -80,7 +92,7 @@ class Curvature:
             self.refresh_inverses()
             return
         stacked = torch.cat(self.paired_factors())
-        strength = linalg.damping_strength(stacked, self.options.kfac_damping, self.options.damping == "relative")
+        strength = linalg.damping_strength(stacked, self.damping, self.options.damping == "relative")
         roots, used = linalg.damped_power(stacked, strength, power)
         mask = self.mask.to(stacked.device)
         roots = linalg.block(roots, torch.cat((mask, mask)))

@@ -48,6 +48,10 @@ class GritOptimizer(StagedOptimizer):
             ``"balanced"``: the pairs are kept in coordinates in which both factors are diagonal and proportional.
             ``"inverse"``: the gradient is multiplied by the damped inverse before the base sees it (the GRIT paper).
             ``"none"``: exactly the base.
+        fisher: what approximates the Fisher information. ``"kfac"``: the token factors Σ_a and Σ_g. ``"block_diagonal"``: E[∇A ∇Aᵀ]
+            and E[∇Bᵀ ∇B], the r×r covariances of each matrix's own gradient. ``"diagonal"``: E[∇A²] and E[∇B²], entry by
+            entry. ``"ekfac"``: the eigenbases of Σ_g and Σ_a, with E[(Qᵀ∇A)²] and E[(∇B Q)²] as eigenvalues. The last two keep
+            as much state as one of Adam's moments.
         pairing: ``"kfac"`` multiplies ∇A by Σ_g⁻¹ and ∇B by Σ_a⁻¹; ``"paper"`` the other way round.
         fisher_decay: weight in [0, 1) that the factors' past keeps per recorded step; None for the mean over all tokens.
         kfac_update_freq: steps between two refreshes of what is derived from the factors. None: 1 for "spectral",
@@ -84,6 +88,15 @@ class GritOptimizer(StagedOptimizer):
         rank_adaptation_threshold: τ in (0, 1].
         min_lora_rank: directions that rank adaptation always leaves.
         rank_adaptation_start_step: steps before the first adaptation.
+        lambda_kfac: λ_K of the penalty λ_K (tr(Aᵀ Σ_a A) + tr(B Σ_g Bᵀ)) on directions of high curvature, in the units of
+            ``damping``. Its gradient, and the next one's, is added after the preconditioner and before ``max_grad_norm``;
+            "spectral" and "steer" turn the base's step as a whole, and it with the rest. 0: none.
+        lambda_reproj: λ_R of the penalty λ_R (‖(I − P_a) A‖² + ‖B (I − P_g)‖²) on what lies outside the leading directions of
+            Σ_a and Σ_g, as many as a reprojection would keep. 0: none.
+        regularizer_warmup_steps: steps over which both penalties grow from nothing on a straight line.
+        adaptive_schedule: lengthen the periods of refresh and reprojection while the loss falls, shorten them when it
+            stalls, and let the damping follow the loss's noise (``pace.py`` has the rule and its bounds). The loss is what
+            :meth:`observe` was given, else the closure's, else that of the model's output.
 
     Raises:
         TypeError: ``base`` is no optimizer, or cannot be wrapped, or an option has the wrong type.
@@ -101,6 +114,7 @@ class GritOptimizer(StagedOptimizer):
         sites: Sequence[Site] | None = None,
         precondition: str = "spectral",
         pairing: str = "kfac",
+        fisher: str = "kfac",
         fisher_decay: float | None = 0.9,
         kfac_update_freq: int | None = None,
         kfac_min_samples: int = 64,
@@ -124,6 +138,10 @@ class GritOptimizer(StagedOptimizer):
         rank_adaptation_threshold: float = 0.99,
         min_lora_rank: int = 4,
         rank_adaptation_start_step: int = 0,
+        lambda_kfac: float = 0.0,
+        lambda_reproj: float = 0.0,
+        regularizer_warmup_steps: int = 0,
+        adaptive_schedule: bool = False,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in OPTION_NAMES}
         check_base(base)
@@ -252,7 +270,11 @@ class GritOptimizer(StagedOptimizer):
             self._attach(self._find_sites(self.base, model))
 
     def _own_state(self) -> dict[str, Any]:
-        with_operators = self.options.kfac_update_freq > 1 or self.options.precondition == "eigenbasis"
+        with_operators = (
+            self.options.kfac_update_freq > 1
+            or self.options.adaptive_schedule
+            or self.options.precondition == "eigenbasis"
+        )
         return {
             "version": checkpoint.VERSION,
             "steps": self._steps,

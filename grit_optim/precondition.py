@@ -133,6 +133,10 @@ class Preconditioner:
     def before(self, held: Held) -> None:
         """Change the gradient that the base is about to see."""
 
+    def as_the_base_sees(self, held: Held, gradient: Tensor) -> Tensor:
+        """A gradient with respect to the weights ``[m, rows, columns]`` in the coordinates that the base works in."""
+        return gradient
+
     def after(self, held: Held) -> None:
         """Change what the base made of it."""
 
@@ -187,12 +191,16 @@ class Eigenbasis(Preconditioner):
 
     def before(self, held: Held) -> None:
         """Turn gradient and weights into the eigenbasis."""
-        group, basis = held.group, held.curvature.operator(held.group.side)
-        inward = basis.mT if group.side == "A" else basis
+        group = held.group
         held.weights = group.stack(group.parameters)
-        held.gradient = group.apply(inward, held.gradient)
-        group.write(group.apply(inward, held.weights))
+        held.gradient = self.as_the_base_sees(held, held.gradient)
+        group.write(self.as_the_base_sees(held, held.weights))
         held.rotated = group.stack(group.parameters)
+
+    def as_the_base_sees(self, held: Held, gradient: Tensor) -> Tensor:
+        """Turned into the eigenbasis."""
+        basis = held.curvature.operator(held.group.side)
+        return held.group.apply(basis.mT if held.group.side == "A" else basis, gradient)
 
     def after(self, held: Held) -> None:
         """Turn the base's step out of the eigenbasis and add it to the weights as they were."""
@@ -216,7 +224,7 @@ class Balanced(Preconditioner):
 
     def refresh(self, curvature: Curvature) -> None:
         """Move weights, moments and factors to balanced coordinates."""
-        pairs.balance(self.base, curvature, pairs.KEEP_RANK, curvature.options.kfac_damping)
+        pairs.balance(self.base, curvature, pairs.KEEP_RANK, curvature.damping)
 
 
 class Steer(Preconditioner):

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch.optim import Optimizer
 
-from grit_optim import checkpoint, diagnosis, pairs, schedule
+from grit_optim import checkpoint, diagnosis, pairs, regularizers, schedule
 from grit_optim import precondition as modes
 from grit_optim._checks import Options, check_parameters, listed, several_processes
 from grit_optim.buckets import build_buckets
@@ -134,23 +134,38 @@ class StagedOptimizer(OptimizerWrapper):
         """Stage 2."""
         if not schedule.every(self._steps, self.options.kfac_update_freq):
             return
-        if self._mode.changes_coordinates and not self._in_use():
+        turning = self._in_use() or not self._mode.changes_coordinates
+        if not (turning or self._penalised):
             return
         with self._times("refresh"):
             for curvature in self._curvatures:
-                self._mode.refresh(curvature)
+                if turning:
+                    self._mode.refresh(curvature)
+                self._refresh_penalties(curvature)
         self._counters.refreshes += 1
+
+    @property
+    def _penalised(self) -> bool:
+        return self.options.lambda_kfac > 0 or self.options.lambda_reproj > 0
+
+    def _refresh_penalties(self, curvature: Curvature) -> None:
+        if self._penalised:
+            regularizers.refresh(curvature, self._rank_policy())
 
     def _step_base(self) -> None:
         """Stages 3 and 4."""
         mode = self._mode if self._in_use() else modes.Identity(self.base)
-        needed = mode.holds_gradients or self.options.max_grad_norm is not None
+        penalty = schedule.ramp(self._steps, self.options.regularizer_warmup_steps) if self._penalised else 0.0
+        needed = mode.holds_gradients or self.options.max_grad_norm is not None or penalty > 0
         with self._times("precondition"):
             held = modes.hold_gradients(self._curvatures) if needed else []
         try:
             with self._times("precondition"):
                 for h in held:
+                    extra = regularizers.gradient(h.curvature, h.group, penalty) if penalty else None
                     mode.before(h)
+                    if extra is not None:  # after the preconditioner, which so never sees it
+                        h.gradient = h.gradient + mode.as_the_base_sees(h, extra)
                 if self.options.max_grad_norm is not None:
                     modes.clip(held, self.options.max_grad_norm)
                 modes.hand_over(held)
@@ -173,10 +188,7 @@ class StagedOptimizer(OptimizerWrapper):
         due = schedule.every(self._steps, options.reprojection_freq, options.reprojection_warmup_steps)
         if options.reprojection == "none" or not due:
             return
-        adapting = options.enable_rank_adaptation and self._steps >= options.rank_adaptation_start_step
-        policy = RankPolicy(
-            options.reprojection_k, options.rank_adaptation_threshold if adapting else None, options.min_lora_rank
-        )
+        policy = self._rank_policy()
         with self._times("reproject"):
             for curvature in self._curvatures:
                 self._mode.to_plain_coordinates(curvature)
@@ -189,7 +201,15 @@ class StagedOptimizer(OptimizerWrapper):
                 )
                 if self._in_use():
                     self._mode.refresh(curvature)  # what was derived belongs to the old coordinates
+                self._refresh_penalties(curvature)
         self._counters.reprojections += 1
+
+    def _rank_policy(self) -> RankPolicy:
+        options = self.options
+        adapting = options.enable_rank_adaptation and self._steps >= options.rank_adaptation_start_step
+        return RankPolicy(
+            options.reprojection_k, options.rank_adaptation_threshold if adapting else None, options.min_lora_rank
+        )
 
     def _count(self) -> None:
         """Stage 6."""

@@ -10,7 +10,7 @@ import grit_optim
 ROOT = Path(grit_optim.__file__).parent
 LAYERS = [
     {"_checks", "buckets", "linalg", "presets", "sites", "wrapper"},
-    {"curvature", "fisher", "pairs", "precondition", "rank", "reprojection", "schedule", "transport"},
+    {"curvature", "fisher", "pairs", "precondition", "rank", "regularizers", "reprojection", "schedule", "transport"},
     {"capture", "checkpoint", "diagnosis", "telemetry"},
     {"stages"},
     {"optimizer"},
@@ -30,6 +30,8 @@ BESIDE = {
     ("precondition", "pairs"),
     ("precondition", "reprojection"),
     ("precondition", "transport"),
+    ("regularizers", "curvature"),
+    ("regularizers", "rank"),
     ("reprojection", "fisher"),
     ("reprojection", "rank"),
     ("transport", "reprojection"),
