@@ -35,6 +35,8 @@ def pack_sites(curvatures: Iterable[Curvature], with_operators: bool) -> dict[st
                 state.update(
                     {k: v[position].clone() for k in _OPERATORS if (v := getattr(curvature, k)) is not None}
                 )
+            if curvature.moments is not None:
+                state.update(curvature.moments.pack(position, with_operators))
             packed[name] = state
     return packed
 
@@ -49,6 +51,8 @@ def unpack_sites(curvatures: Iterable[Curvature], packed: Mapping[str, SiteState
             for key in _FACTORS:
                 getattr(curvature.factors, key)[position].copy_(state[key])
             curvature.rank[position].copy_(state["rank"])
+            if curvature.moments is not None:
+                curvature.moments.unpack(position, state)
             for key in _OPERATORS:
                 if key in state and getattr(curvature, key) is not None:
                     getattr(curvature, key)[position].copy_(state[key])

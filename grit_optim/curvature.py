@@ -7,8 +7,9 @@ from torch import Tensor
 
 from grit_optim import linalg
 from grit_optim._checks import Options
-from grit_optim.buckets import Bucket
-from grit_optim.fisher import Factors
+from grit_optim.buckets import Bucket, Group
+from grit_optim.fisher import Factors, Sums
+from grit_optim.moments import GradientMoments
 
 
 class Curvature:
@@ -17,6 +18,7 @@ class Curvature:
     Attributes:
         bucket: the sites, in the order of every ``[S, …]`` tensor.
         factors: Σ_a and Σ_g.
+        moments: second moments of the gradients, for the kinds of ``fisher`` that need them, else None.
         rank: rank kept per site ``[S]``, int64.
         a_operator: what multiplies the rank side of A's gradient ``[S, r, r]``: an inverse or an eigenbasis.
         b_operator: the same for B.
@@ -33,6 +35,7 @@ class Curvature:
         self.bucket = bucket
         self.options = options
         self.factors = Factors.zeros(size, bucket.rank, device)
+        self.moments = None if options.fisher == "kfac" else GradientMoments(options.fisher, bucket)
         self.rank = torch.full((size,), bucket.rank, device=device)
         self.reset_operators()
         self.damping_used = torch.full((2, size), torch.nan, device=device)
@@ -40,6 +43,42 @@ class Curvature:
         penalised = options.lambda_kfac or options.lambda_reproj
         self.a_penalty = torch.zeros_like(self.factors.activation) if penalised else None
         self.b_penalty = torch.zeros_like(self.factors.activation) if penalised else None
+
+    def apply(self, group: Group, stacked: Tensor) -> Tensor:
+        """What the latest refresh made of the Fisher information, applied to matrices of ``group`` ``[m, rows, columns]``."""
+        if self.moments is None or not self.moments.elementwise:
+            return group.apply(self.operator(group.side), stacked)
+        scales = self.moments.stacked(self.moments.scales, group).to(stacked.dtype)
+        return self.from_eigenbasis(group, scales * self.to_eigenbasis(group, stacked))
+
+    def to_eigenbasis(self, group: Group, stacked: Tensor) -> Tensor:
+        """``Qᵀ X`` for A, ``X Q`` for B; for fisher="diagonal" Q is the identity."""
+        basis = self.operator(group.side)
+        return group.apply(basis.mT if group.side == "A" else basis, stacked)
+
+    def from_eigenbasis(self, group: Group, stacked: Tensor) -> Tensor:
+        """``Q X`` for A, ``X Qᵀ`` for B."""
+        basis = self.operator(group.side)
+        return group.apply(basis if group.side == "A" else basis.mT, stacked)
+
+    def fold(self, sums: Sums, accept: Tensor, gradient_unit: Tensor, moment_unit: Tensor | None) -> None:
+        """Take one step into the factors and, where ``fisher`` asks for them, the moments of the gradients.
+
+        Args:
+            sums: the step's sums over tokens.
+            accept: boolean scalar; where false nothing changes.
+            gradient_unit: what one unit of Σ_g is to be in this step.
+            moment_unit: what one unit of a squared gradient is to be; None without moments.
+        """
+        self.factors.fold(sums, accept, self.options.fisher_decay, gradient_unit)
+        if self.moments is None or moment_unit is None:
+            return
+        for group in self.bucket.groups:
+            if (part := group.with_gradient()) is not None:
+                gradients = part.stack(part.gradients()) / moment_unit.sqrt()
+                if self.moments.kind == "ekfac":
+                    gradients = self.to_eigenbasis(part, gradients)
+                self.moments.fold(part, gradients, (sums.rows > 0) & accept, self.options.fisher_decay)
 
     def operator(self, side: str) -> Tensor:
         """The operator for one side, ``[S, r, r]``."""
@@ -69,16 +108,23 @@ class Curvature:
         pair = (self.factors.gradient, self.factors.activation)
         if self.options.pairing == "paper":
             pair = pair[::-1]
+        if self.moments is not None and not self.moments.elementwise:
+            pair = (self.moments.matrices("A"), self.moments.matrices("B"))
         device = self.options.kfac_inversion_device or self.bucket.device
         return pair[0].to(device), pair[1].to(device)
 
     def paired_readiness(self) -> tuple[Tensor, Tensor]:
         """Which sites have enough samples in the factor of A and in that of B, ``[S]`` each."""
         activation, gradient = self.factors.ready(self.options.kfac_min_samples)
+        if self.moments is not None:  # a step whose δ is zero says nothing of ∇A
+            return gradient, gradient
         return (gradient, activation) if self.options.pairing == "kfac" else (activation, gradient)
 
     def refresh_inverses(self) -> None:
         """Set the operators to the damped inverses of the paired factors."""
+        if self.moments is not None and self.moments.elementwise:
+            self._refresh_scales(self.moments, 1.0)
+            return
         stacked = torch.cat(self.paired_factors())
         relative = self.options.damping == "relative"
         inverse, used = linalg.damped_inverse(
@@ -88,6 +134,9 @@ class Curvature:
 
     def refresh_powers(self, power: float) -> None:
         """Set the operators to the damped inverses of the paired factors, each to ``power``; block-exact."""
+        if self.moments is not None and self.moments.elementwise:
+            self._refresh_scales(self.moments, power)
+            return
         if power == 1:
             self.refresh_inverses()
             return
@@ -97,6 +146,24 @@ class Curvature:
         mask = self.mask.to(stacked.device)
         roots = linalg.block(roots, torch.cat((mask, mask)))
         self._set_operators(roots.to(self.bucket.device), used.to(self.bucket.device).reshape(2, -1))
+
+    def _refresh_scales(self, moments: GradientMoments, power: float) -> None:
+        """Set the operators to the eigenbases (ekfac) and the scales to the damped moments in them, to ``−power``."""
+        used = torch.full_like(self.damping_used, torch.nan)
+        turns = self.refresh_eigenbases() if moments.kind == "ekfac" else None
+        for group in self.bucket.groups:
+            side = 0 if group.side == "A" else 1
+            values = moments.stacked(moments.means, group)
+            if turns is not None:  # by the squared entries, as second moments are wherever coordinates change
+                turn = turns[side].square()
+                values = group.apply(turn if side == 0 else turn.mT, values)
+                moments.set(moments.means, group, values)
+            mean = values.mean((1, 2))
+            strength = self.damping * (mean if self.options.damping == "relative" else torch.ones_like(mean))
+            scales, used_here = linalg.damped_elementwise_power(values, strength, power)
+            moments.set(moments.scales, group, scales)
+            used[side] = used[side].index_copy(0, group.index, used_here.to(used.dtype))
+        self._set_operators(torch.cat((self.a_operator, self.b_operator)), used)
 
     def _set_operators(self, operators: Tensor, damping_used: Tensor) -> None:
         self.damping_used = damping_used

@@ -274,6 +274,7 @@ class GritOptimizer(StagedOptimizer):
             self.options.kfac_update_freq > 1
             or self.options.adaptive_schedule
             or self.options.precondition == "eigenbasis"
+            or self.options.fisher == "ekfac"  # its moments are expressed in the eigenbases
         )
         return {
             "version": checkpoint.VERSION,
@@ -281,6 +282,7 @@ class GritOptimizer(StagedOptimizer):
             "calls_per_step": self._capture.calls_per_step,
             "offset": self._capture.offset,
             "precondition": self.options.precondition,
+            "fisher": self.options.fisher,
             "refreshes": self._counters.refreshes,
             "reprojections": self._counters.reprojections,
             "sites": checkpoint.pack_sites(self._curvatures, with_operators),
@@ -302,6 +304,10 @@ class GritOptimizer(StagedOptimizer):
         if own.get("precondition") == "eigenbasis" and self.options.precondition != "eigenbasis":
             for curvature in self._curvatures:  # the moments were saved as seen from the eigenbasis
                 modes.Eigenbasis(self.base).to_plain_coordinates(curvature)
+        kept = own.get("precondition"), own.get("fisher", "kfac")
+        if own["sites"] and kept != (self.options.precondition, self.options.fisher):
+            for curvature in self._curvatures:  # operators of another kind; the next refresh derives our own
+                curvature.reset_operators()
 
     def __getstate__(self) -> dict[str, Any]:
         return {

@@ -59,12 +59,9 @@ def hold_gradients(curvatures: Iterable[Curvature]) -> list[Held]:
     held = []
     for curvature in curvatures:
         for group in curvature.bucket.groups:
-            with_gradient = [i for i, p in enumerate(group.parameters) if p.grad is not None]
-            if not with_gradient:
-                continue
-            part = group if len(with_gradient) == len(group.parameters) else group.subset(with_gradient)
-            originals = [p.grad for p in part.parameters if p.grad is not None]
-            held.append(Held(curvature, part, originals, part.stack(originals)))
+            part = group.with_gradient()
+            if part is not None:
+                held.append(Held(curvature, part, part.gradients(), part.stack(part.gradients())))
     finite = all_finite([h.gradient for h in held])
     if finite.device.type == "cpu" and finite:  # the usual case; looking costs nothing on the host
         return held
@@ -162,7 +159,7 @@ class Inverse(Preconditioner):
 
     def before(self, held: Held) -> None:
         """Multiply by the inverse, and keep each matrix's norm if asked to."""
-        natural = held.group.apply(held.curvature.operator(held.group.side), held.gradient)
+        natural = held.curvature.apply(held.group, held.gradient)
         size, natural_size = _norm(held.gradient), _norm(natural)
         held.cosine = _inner(natural, held.gradient) / (natural_size * size)
         if held.curvature.options.preserve_norm:
@@ -260,7 +257,7 @@ class Steer(Preconditioner):
 
     def direction(self, held: Held, moment: Tensor) -> Tensor:
         """What the step is turned to, from ``m / c``: ``[m, rows, columns]`` twice."""
-        return held.group.apply(held.curvature.operator(held.group.side), moment)
+        return held.curvature.apply(held.group, moment)
 
     def _length(self, held: Held, base_length: Tensor) -> Tensor:
         """Frobenius norm that each step is to have, ``[m, 1, 1]``; zero where the base did not move."""
@@ -308,13 +305,11 @@ class Spectral(Steer):
     def direction(self, held: Held, moment: Tensor) -> Tensor:
         """``P (X Xᵀ)^(−1/2) X`` for A, ``X (Xᵀ X)^(−1/2) P`` for B."""
         group, curvature = held.group, held.curvature
-        root = curvature.operator(group.side)
-        inner = group.apply(root, moment)
+        inner = curvature.apply(group, moment)
         gram = inner @ inner.mT if group.side == "A" else inner.mT @ inner
         whitening = linalg.damped_power(gram, linalg.damping_strength(gram, _ORTHOGONAL_DAMPING, relative=True), 0.5)[0]
         whitening = linalg.block(whitening, curvature.mask[group.index])  # what was given up stays exactly zero
-        chosen = root[group.index].to(inner.dtype)
-        return chosen @ (whitening @ inner) if group.side == "A" else (inner @ whitening) @ chosen
+        return curvature.apply(group, whitening @ inner if group.side == "A" else inner @ whitening)
 
 
 _MODES: dict[str, type[Preconditioner]] = {

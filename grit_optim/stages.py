@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from grit_optim import checkpoint, diagnosis, pairs, regularizers, schedule
@@ -14,6 +15,7 @@ from grit_optim.buckets import build_buckets
 from grit_optim.capture import Capture
 from grit_optim.curvature import Curvature
 from grit_optim.fisher import gradient_unit
+from grit_optim.moments import mean_square
 from grit_optim.presets import BALANCING_DAMPING
 from grit_optim.rank import RankPolicy
 from grit_optim.sites import Site
@@ -103,12 +105,22 @@ class StagedOptimizer(OptimizerWrapper):
             accept = torch.stack([s.is_finite().to(device) for s in sums]).all()
             relative = self.options.damping == "relative"
             unit = gradient_unit(sums) if relative else torch.ones((), device=device)
+            moment_unit = self._moment_unit(device)
+            if moment_unit is not None:
+                accept = accept & moment_unit.isfinite()
             for curvature, total in zip(self._curvatures, sums, strict=True):
                 there = curvature.bucket.device
-                curvature.factors.fold(total, accept.to(there), self.options.fisher_decay, unit.to(there))
+                curvature.fold(total, *(t if t is None else t.to(there) for t in (accept, unit, moment_unit)))
             self._counters.folds += 1
             self._counters.dropped = self._counters.dropped + (~accept).long()
         return True
+
+    def _moment_unit(self, device: torch.device) -> Tensor | None:
+        """What one unit of a squared gradient is to be in this step, not finite if a gradient is not; None without moments."""
+        if self.options.fisher == "kfac":
+            return None
+        groups = [part for c in self._curvatures for group in c.bucket.groups if (part := group.with_gradient())]
+        return mean_square(groups, device, relative=self.options.damping == "relative")
 
     def _verify_taps(self, capture: Capture) -> None:
         """In the first steps, until every site has been seen to agree, compare what taps and gradients saw."""

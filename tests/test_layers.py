@@ -10,7 +10,7 @@ import grit_optim
 ROOT = Path(grit_optim.__file__).parent
 LAYERS = [
     {"_checks", "buckets", "linalg", "presets", "sites", "wrapper"},
-    {"curvature", "fisher", "pairs", "precondition", "rank", "regularizers", "reprojection", "schedule", "transport"},
+    {"curvature", "fisher", "moments", "pairs", "precondition", "rank", "regularizers", "reprojection", "schedule", "transport"},
     {"capture", "checkpoint", "diagnosis", "telemetry"},
     {"stages"},
     {"optimizer"},
@@ -21,6 +21,7 @@ BESIDE = {
     ("buckets", "sites"),
     ("capture", "telemetry"),
     ("curvature", "fisher"),
+    ("curvature", "moments"),
     ("diagnosis", "capture"),
     ("pairs", "curvature"),
     ("pairs", "rank"),

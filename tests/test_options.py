@@ -14,6 +14,7 @@ INVALID = [
     # option, value, error, what the message says
     ("precondition", "eigenbais", ValueError, "did you mean 'eigenbasis'"),
     ("pairing", "both", ValueError, "'kfac', 'paper'"),
+    ("fisher", "blockdiagonal", ValueError, "did you mean 'block_diagonal'"),
     ("damping", None, ValueError, "'relative', 'absolute'"),
     ("reprojection", "twosided", ValueError, "did you mean 'two_sided'"),
     ("fisher_decay", 1.0, ValueError, r"in \[0, 1\)"),
@@ -46,6 +47,11 @@ INVALID = [
     ("rank_adaptation_threshold", 0, ValueError, r"in \(0, 1\]"),
     ("min_lora_rank", 0, ValueError, "at least 1"),
     ("rank_adaptation_start_step", -5, ValueError, "at least 0"),
+    ("lambda_kfac", -1e-5, ValueError, "from 0 up"),
+    ("lambda_reproj", "1e-4", TypeError, "from 0 up"),
+    ("lambda_reproj", 1e-4, ValueError, "set reprojection_k"),
+    ("regularizer_warmup_steps", -1, ValueError, "at least 0"),
+    ("adaptive_schedule", 1, TypeError, "True or False"),
 ]
 
 
