@@ -220,11 +220,13 @@ def check_single_process(options: Options) -> None:
     Raises:
         NotImplementedError: several processes train together, and the weights would come to differ between them.
     """
-    acts = (options.precondition, options.reprojection) != ("none", "none") or options.lambda_kfac or options.lambda_reproj
+    acts = (
+        (options.precondition, options.reprojection) != ("none", "none") or options.lambda_kfac or options.lambda_reproj
+    )
     if acts and several_processes():
         raise NotImplementedError(
             f"{torch.distributed.get_world_size()} processes train together (DDP or the like), but GritOptimizer does not yet "
             "average its factors over processes: each would turn the same gradients its own way, and the weights would drift "
-            "apart. Train in a single process, or pass precondition='none', reprojection='none' (and no lambda_kfac, lambda_reproj) to "
-            "run the base alone"
+            "apart. Train in a single process, or pass precondition='none', reprojection='none', lambda_kfac=0 and "
+            "lambda_reproj=0 to run the base alone"
         )

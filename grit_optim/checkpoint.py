@@ -32,9 +32,7 @@ def pack_sites(curvatures: Iterable[Curvature], with_operators: bool) -> dict[st
             state = {key: getattr(curvature.factors, key)[position].clone() for key in _FACTORS}
             state["rank"] = curvature.rank[position].clone()
             if with_operators:
-                state.update(
-                    {k: v[position].clone() for k in _OPERATORS if (v := getattr(curvature, k)) is not None}
-                )
+                state.update({k: v[position].clone() for k in _OPERATORS if (v := getattr(curvature, k)) is not None})
             if curvature.moments is not None:
                 state.update(curvature.moments.pack(position, with_operators))
             packed[name] = state

@@ -127,9 +127,7 @@ class Curvature:
             return
         stacked = torch.cat(self.paired_factors())
         relative = self.options.damping == "relative"
-        inverse, used = linalg.damped_inverse(
-            stacked, linalg.damping_strength(stacked, self.damping, relative)
-        )
+        inverse, used = linalg.damped_inverse(stacked, linalg.damping_strength(stacked, self.damping, relative))
         self._set_operators(inverse.to(self.bucket.device), used.to(self.bucket.device).reshape(2, -1))
 
     def refresh_powers(self, power: float) -> None:

@@ -15,12 +15,13 @@ from grit_optim import checkpoint, schedule
 from grit_optim import precondition as modes
 from grit_optim._checks import OPTION_NAMES, Options, check_base, check_single_process
 from grit_optim.curvature import Curvature
+from grit_optim.pace import Pace
 from grit_optim.presets import with_mode_defaults
+from grit_optim.reporting import ReportingOptimizer
 from grit_optim.sites import Site, find_sites, no_sites_message
-from grit_optim.stages import StagedOptimizer
 
 
-class GritOptimizer(StagedOptimizer):
+class GritOptimizer(ReportingOptimizer):
     """A base optimizer that sees the rank-space Fisher information of the LoRA pairs it trains.
 
     Each :meth:`step`
@@ -30,7 +31,7 @@ class GritOptimizer(StagedOptimizer):
     3. prepares the gradients (or coordinates) of every pair;
     4. lets the base optimizer step, and turns that step back ("eigenbasis") or aside ("spectral", "steer");
     5. every ``reprojection_freq`` steps reprojects the pairs, moves the base's moments along and adapts the rank;
-    6. counts, without waiting for the device.
+    6. counts, and records for whoever listens (:meth:`log_to`), without waiting for the device.
 
     Parameters that belong to no LoRA pair go to the base untouched. Learning rate, weight decay and all else are the
     base's: ``param_groups``, ``state`` and ``defaults`` are its own.
@@ -48,10 +49,10 @@ class GritOptimizer(StagedOptimizer):
             ``"balanced"``: the pairs are kept in coordinates in which both factors are diagonal and proportional.
             ``"inverse"``: the gradient is multiplied by the damped inverse before the base sees it (the GRIT paper).
             ``"none"``: exactly the base.
-        fisher: what approximates the Fisher information. ``"kfac"``: the token factors Σ_a and Σ_g. ``"block_diagonal"``: E[∇A ∇Aᵀ]
-            and E[∇Bᵀ ∇B], the r×r covariances of each matrix's own gradient. ``"diagonal"``: E[∇A²] and E[∇B²], entry by
-            entry. ``"ekfac"``: the eigenbases of Σ_g and Σ_a, with E[(Qᵀ∇A)²] and E[(∇B Q)²] as eigenvalues. The last two keep
-            as much state as one of Adam's moments.
+        fisher: what approximates the Fisher information. ``"kfac"``: the token factors Σ_a and Σ_g. ``"block_diagonal"``:
+            E[∇A ∇Aᵀ] and E[∇Bᵀ ∇B], the r×r covariances of each matrix's own gradient. ``"diagonal"``: E[∇A²] and E[∇B²],
+            entry by entry. ``"ekfac"``: the eigenbases of Σ_g and Σ_a, with E[(Qᵀ∇A)²] and E[(∇B Q)²] as eigenvalues. The
+            last two keep as much state as one of Adam's moments.
         pairing: ``"kfac"`` multiplies ∇A by Σ_g⁻¹ and ∇B by Σ_a⁻¹; ``"paper"`` the other way round.
         fisher_decay: weight in [0, 1) that the factors' past keeps per recorded step; None for the mean over all tokens.
         kfac_update_freq: steps between two refreshes of what is derived from the factors. None: 1 for "spectral",
@@ -167,6 +168,9 @@ class GritOptimizer(StagedOptimizer):
             )
         return found
 
+    def _watched_model(self) -> nn.Module | None:
+        return self._model() if self._model is not None else None
+
     # ---------------------------------------------------------------- the step
 
     @torch.no_grad()
@@ -190,6 +194,7 @@ class GritOptimizer(StagedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        observed = self._losses.take(loss)
         self._follow_model()
         advancing = self._fold_statistics()
         if advancing:
@@ -197,56 +202,20 @@ class GritOptimizer(StagedOptimizer):
         self._step_base()
         if advancing:
             self._reproject()
-            self._count()
+            self._count(observed)
+            self._record(observed)
         return loss
 
-    # ---------------------------------------------------------------- what it tells
-
-    def ranks(self) -> dict[str, int]:
-        """Directions kept per site, by name. The paper's projections let a rank grow back until they are next due."""
-        return {
-            name: rank
-            for curvature in self._curvatures
-            for name, rank in zip(curvature.bucket.names(), curvature.rank.tolist(), strict=True)
-        }
-
-    def telemetry(self) -> dict[str, Any]:
-        """What has been done so far, as plain values (reading them waits for the device).
-
-        ``mean_cosine`` is that of the angle between the latest update with and without curvature, over all matrices: 1
-        means that the curvature changed nothing. None where only the one with curvature is known ("eigenbasis", "balanced").
-        """
-        counters = self._counters
-        return {
-            "options": self.options.as_dict(),
-            "steps": self._steps,
-            "sites": len(self._sites),
-            "refreshes": counters.refreshes,
-            "reprojections": counters.reprojections,
-            "folds": counters.folds,
-            "dropped_folds": int(counters.dropped),
-            "engaged_sites": sum(int((c.a_ready & c.b_ready).sum()) for c in self._curvatures),
-            "samples": {
-                name: int(n)
-                for c in self._curvatures
-                for name, n in zip(c.bucket.names(), c.factors.activation_samples.tolist(), strict=True)
-            },
-            "mean_cosine": counters.mean_cosine(),
-            "predicted_cost": float(counters.predicted_cost),
-            "ranks": self.ranks(),
-            "stage_seconds": self.stage_seconds(),
-        }
-
-    def stage_seconds(self) -> dict[str, float]:
-        """Host seconds spent in each stage since construction."""
-        return dict(self._times.seconds)
+    # ---------------------------------------------------------------- the end
 
     def close(self) -> None:
-        """Remove every hook and bring the base's state back to the coordinates of A and B; the base can go on alone."""
+        """End the logging, remove every hook, bring the base's state back to the coordinates of A and B: it can go on alone."""
         if self._closed:
             return
+        self.finish_logging()
         for curvature in self._curvatures:
             self._mode.to_plain_coordinates(curvature)
+        self._losses.detach()
         self._capture.close()
         self._closed = True
 
@@ -265,7 +234,7 @@ class GritOptimizer(StagedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Give the base another parameter group; LoRA pairs that it completes are tapped from now on."""
         super().add_param_group(param_group)
-        model = self._model() if self._model is not None else None
+        model = self._watched_model()
         if model is not None and not self._given_sites:
             self._attach(self._find_sites(self.base, model))
 
@@ -285,6 +254,7 @@ class GritOptimizer(StagedOptimizer):
             "fisher": self.options.fisher,
             "refreshes": self._counters.refreshes,
             "reprojections": self._counters.reprojections,
+            "pace": self._pace.pack(),
             "sites": checkpoint.pack_sites(self._curvatures, with_operators),
         }
 
@@ -300,6 +270,8 @@ class GritOptimizer(StagedOptimizer):
         self._capture.active = schedule.capture_due(self._steps, self.options.cov_update_freq)
         self._counters.refreshes = own.get("refreshes", 0)
         self._counters.reprojections = own.get("reprojections", 0)
+        self._pace = Pace(self.options)
+        self._pace.unpack(own.get("pace", {}))
         checkpoint.unpack_sites(self._curvatures, own["sites"])
         if own.get("precondition") == "eigenbasis" and self.options.precondition != "eigenbasis":
             for curvature in self._curvatures:  # the moments were saved as seen from the eigenbasis

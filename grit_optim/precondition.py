@@ -33,6 +33,10 @@ class Held:
         gradient: what the base will see, ``[m, rows, columns]``.
         weights: the matrices before the step ``[m, rows, columns]``, for the modes that need them.
         rotated: the matrices as the base saw them, for the mode that turns them.
+        gradient_norm: Frobenius norm of each gradient of the loss, ``[m, 1, 1]``.
+        without: norm of each update without curvature, ``[m, 1, 1]``: of the gradient in "inverse", of the base's step in
+            "spectral" and "steer"; None in the modes that only know the one with.
+        turned: the same with curvature.
         cosine: of the angle between the update with and without curvature, ``[m, 1, 1]``; NaN where one is zero, None in
             the modes that only know the one with.
     """
@@ -43,6 +47,9 @@ class Held:
     gradient: Tensor
     weights: Tensor | None = None
     rotated: Tensor | None = None
+    gradient_norm: Tensor | None = None
+    without: Tensor | None = None
+    turned: Tensor | None = None
     cosine: Tensor | None = None
 
     @property
@@ -103,7 +110,7 @@ def give_back(held: Iterable[Held]) -> None:
             parameter.grad = original
 
 
-def _norm(stacked: Tensor) -> Tensor:
+def norm(stacked: Tensor) -> Tensor:
     """Frobenius norm of each matrix: ``[m, rows, columns] -> [m, 1, 1]``."""
     return torch.linalg.matrix_norm(stacked, keepdim=True)
 
@@ -160,8 +167,9 @@ class Inverse(Preconditioner):
     def before(self, held: Held) -> None:
         """Multiply by the inverse, and keep each matrix's norm if asked to."""
         natural = held.curvature.apply(held.group, held.gradient)
-        size, natural_size = _norm(held.gradient), _norm(natural)
+        size, natural_size = norm(held.gradient), norm(natural)
         held.cosine = _inner(natural, held.gradient) / (natural_size * size)
+        held.without, held.turned = size, natural_size
         if held.curvature.options.preserve_norm:
             natural = natural * (size / natural_size).nan_to_num(0.0, posinf=0.0)
         held.gradient = torch.where(held.ready, natural, held.gradient)
@@ -250,10 +258,13 @@ class Steer(Preconditioner):
         decayed = held.weights * (1 - decay)
         step = taken - decayed
         direction = self.direction(held, self._scaled_moment(held))
-        step_size, size = _norm(step), _norm(direction)
+        step_size, size = norm(step), norm(direction)
         held.cosine = -_inner(step, direction) / (step_size * size)
-        length = self._length(held, step_size) / size
-        group.write(torch.where(held.ready & length.isfinite(), decayed - length * direction, taken))
+        target = self._length(held, step_size)
+        length = target / size
+        turned = held.ready & length.isfinite()
+        held.without, held.turned = step_size, torch.where(turned, target, step_size)
+        group.write(torch.where(turned, decayed - length * direction, taken))
 
     def direction(self, held: Held, moment: Tensor) -> Tensor:
         """What the step is turned to, from ``m / c``: ``[m, rows, columns]`` twice."""

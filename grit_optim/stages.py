@@ -16,10 +16,11 @@ from grit_optim.capture import Capture
 from grit_optim.curvature import Curvature
 from grit_optim.fisher import gradient_unit
 from grit_optim.moments import mean_square
+from grit_optim.pace import Pace
 from grit_optim.presets import BALANCING_DAMPING
 from grit_optim.rank import RankPolicy
 from grit_optim.sites import Site
-from grit_optim.telemetry import Counters, StageTimes
+from grit_optim.telemetry import Counters, Outcome, StageTimes
 from grit_optim.wrapper import OptimizerWrapper
 
 CHECKED_STEPS = 5
@@ -38,6 +39,7 @@ class StagedOptimizer(OptimizerWrapper):
         self._mode = modes.make_preconditioner(self.options.precondition, base)
         self._times = StageTimes()
         self._counters = Counters()
+        self._pace = Pace(self.options)
         self._steps = 0
         self._unverified = CHECKED_STEPS
         self._suspects: set[str] = set()
@@ -110,7 +112,8 @@ class StagedOptimizer(OptimizerWrapper):
                 accept = accept & moment_unit.isfinite()
             for curvature, total in zip(self._curvatures, sums, strict=True):
                 there = curvature.bucket.device
-                curvature.fold(total, *(t if t is None else t.to(there) for t in (accept, unit, moment_unit)))
+                square_unit = moment_unit if moment_unit is None else moment_unit.to(there)
+                curvature.fold(total, accept.to(there), unit.to(there), square_unit)
             self._counters.folds += 1
             self._counters.dropped = self._counters.dropped + (~accept).long()
         return True
@@ -144,13 +147,14 @@ class StagedOptimizer(OptimizerWrapper):
 
     def _refresh(self) -> None:
         """Stage 2."""
-        if not schedule.every(self._steps, self.options.kfac_update_freq):
+        if not self._pace.refresh_due(self._steps):
             return
         turning = self._in_use() or not self._mode.changes_coordinates
         if not (turning or self._penalised):
             return
         with self._times("refresh"):
             for curvature in self._curvatures:
+                curvature.damping_scale = self._pace.damping_scale
                 if turning:
                     self._mode.refresh(curvature)
                 self._refresh_penalties(curvature)
@@ -174,6 +178,7 @@ class StagedOptimizer(OptimizerWrapper):
         try:
             with self._times("precondition"):
                 for h in held:
+                    h.gradient_norm = modes.norm(h.gradient)
                     extra = regularizers.gradient(h.curvature, h.group, penalty) if penalty else None
                     mode.before(h)
                     if extra is not None:  # after the preconditioner, which so never sees it
@@ -192,13 +197,13 @@ class StagedOptimizer(OptimizerWrapper):
             raise
         finally:
             modes.give_back(held)
-        self._counters.cosines = [h.cosine for h in held if h.cosine is not None]
+        buckets = {id(curvature): i for i, curvature in enumerate(self._curvatures)}
+        self._counters.outcomes = [_outcome(h, buckets[id(h.curvature)]) for h in held]
 
     def _reproject(self) -> None:
         """Stage 5."""
         options = self.options
-        due = schedule.every(self._steps, options.reprojection_freq, options.reprojection_warmup_steps)
-        if options.reprojection == "none" or not due:
+        if options.reprojection == "none" or not self._pace.reprojection_due(self._steps):
             return
         policy = self._rank_policy()
         with self._times("reproject"):
@@ -223,7 +228,15 @@ class StagedOptimizer(OptimizerWrapper):
             options.reprojection_k, options.rank_adaptation_threshold if adapting else None, options.min_lora_rank
         )
 
-    def _count(self) -> None:
-        """Stage 6."""
+    def _count(self, loss: Tensor | float | None) -> None:
+        """The first half of stage 6."""
         self._steps += 1
+        self._pace.take(loss)
         self._capture.active = schedule.capture_due(self._steps, self.options.cov_update_freq)
+
+
+def _outcome(held: modes.Held, bucket: int) -> Outcome:
+    """What is kept of a group's step until the next one, a number per matrix."""
+    flat = [t if t is None else t.flatten() for t in (held.gradient_norm, held.without, held.turned, held.cosine)]
+    assert flat[0] is not None
+    return Outcome(bucket, held.group.side, held.group.positions, flat[0], *flat[1:])

@@ -183,7 +183,9 @@ def test_decayed_moments_weigh_steps(kind):
 
 # -------------------------------------------------------------------- in training
 
-USES = [(mode, kind) for mode in ("spectral", "steer", "inverse") for kind in KINDS] + [("eigenbasis", "block_diagonal")]
+USES = [(mode, kind) for mode in ("spectral", "steer", "inverse") for kind in KINDS] + [
+    ("eigenbasis", "block_diagonal")
+]
 
 
 @pytest.mark.parametrize(("mode", "kind"), USES)

@@ -9,10 +9,22 @@ import grit_optim
 
 ROOT = Path(grit_optim.__file__).parent
 LAYERS = [
-    {"_checks", "buckets", "linalg", "presets", "sites", "wrapper"},
-    {"curvature", "fisher", "moments", "pairs", "precondition", "rank", "regularizers", "reprojection", "schedule", "transport"},
-    {"capture", "checkpoint", "diagnosis", "telemetry"},
+    {"_checks", "buckets", "hostcopy", "linalg", "presets", "sites", "spectra", "wrapper"},
+    {
+        "curvature",
+        "fisher",
+        "moments",
+        "pairs",
+        "precondition",
+        "rank",
+        "regularizers",
+        "reprojection",
+        "schedule",
+        "transport",
+    },
+    {"capture", "checkpoint", "diagnosis", "losses", "pace", "recording", "sinks", "snapshot", "telemetry"},
     {"stages"},
+    {"reporting"},
     {"optimizer"},
     {"__init__"},
 ]
@@ -27,6 +39,10 @@ BESIDE = {
     ("pairs", "rank"),
     ("pairs", "reprojection"),
     ("pairs", "transport"),
+    ("recording", "sinks"),
+    ("recording", "snapshot"),
+    ("snapshot", "telemetry"),
+    ("spectra", "linalg"),
     ("precondition", "curvature"),
     ("precondition", "pairs"),
     ("precondition", "reprojection"),

@@ -46,7 +46,9 @@ def assert_moved_by(model, before, gradients, lr=1e-2):
     after = tiny.weights(model)
     for name, gradient in gradients.items():
         moved = (before[name] - after[name]).double() / lr
-        torch.testing.assert_close(moved, gradient.double(), rtol=1e-3, atol=1e-5 * gradient.abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            moved, gradient.double(), rtol=1e-3, atol=1e-5 * gradient.abs().max().item(), msg=name
+        )
 
 
 def test_operators_are_the_gradients_of_the_formula():
