@@ -4,8 +4,8 @@ The losses of every :data:`WINDOW` steps are compared in two halves, as the GRIT
 
 - the second half's mean is more than 1 % below the first's: curvature changes little, periods are 1.5 times the given ones;
 - else, the loss has stalled: 0.75 times;
-- the damping is the given one times the loss's noise in units of its noise at the start, between ¼ and 4. Noise is the root
-  mean square of the differences of successive losses over √2 and their mean, which a steady fall does not raise.
+- the damping is the given one times the loss's noise in units of its noise at the start, between ¼ and 4. Noise is the standard
+  deviation of the differences of successive losses, over √2 and the mean loss; a steady fall does not raise it.
 
 So a period never leaves [0.75, 1.5] times what was asked for (and never falls below 1), damping never [¼, 4] times.
 Decisions are taken every half window and come into force half a window later: the numbers travel to the host meanwhile, and
@@ -107,7 +107,7 @@ class Pace:
         self._travelling = HostCopy({"moments": _moments(half)})
 
     def _decide(self, mean: float, noise: float) -> None:
-        """Set both scales from one half window's mean and root mean square of successive differences."""
+        """Set both scales from one half window's mean loss and noise."""
         previous, self.previous_mean = self.previous_mean, mean
         if not (math.isfinite(mean) and math.isfinite(noise)):
             return
@@ -148,8 +148,8 @@ class Pace:
 
 
 def _moments(losses: list[Tensor | float]) -> Tensor:
-    """Mean, and root mean square of successive differences over √2, of half a window's losses: ``[2]``, on their device."""
+    """Mean, and standard deviation of successive differences over √2, of half a window's losses: ``[2]``, on their device."""
     device = next((loss.device for loss in losses if isinstance(loss, Tensor)), torch.device("cpu"))
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     stacked = torch.stack([torch.as_tensor(loss, dtype=dtype).to(device) for loss in losses])
-    return torch.stack((stacked.mean(), (stacked.diff().square().mean() / 2).sqrt()))
+    return torch.stack((stacked.mean(), stacked.diff().std() / math.sqrt(2)))

@@ -107,7 +107,9 @@ def test_spectra_and_eigenvectors_on_request():
     factor = optimizer._curvatures[0].factors.activation[0].double()
     vectors = torch.tensor(last["eigenvectors_a"][0], dtype=torch.float64)
     diagonal = vectors.T @ factor @ vectors
-    torch.testing.assert_close(diagonal.diagonal()[:2], torch.tensor(last["eigenvalues_a"][0]).double(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        diagonal.diagonal()[:2], torch.tensor(last["eigenvalues_a"][0]).double(), rtol=1e-4, atol=0
+    )
     assert (diagonal - torch.diag(diagonal.diagonal())).abs().max() < 1e-4 * diagonal.max()
 
 
