@@ -81,6 +81,8 @@ class Run:
         begun = time.perf_counter()
         loss = answer_loss(self.model, batch)
         loss.backward()
+        if hasattr(self.optimizer, "observe"):
+            self.optimizer.observe(loss)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()

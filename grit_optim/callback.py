@@ -1,6 +1,6 @@
 """For those who train with transformers' Trainer: ``Trainer(..., callbacks=[GritCallback()])``. Needs transformers.
 
-Nothing of GRIT depends on it; it starts and ends the logging with the training, and adds a few numbers to the Trainer's own logs.
+Nothing of GRIT depends on it; it starts and ends the logging with the training, and adds a few numbers to the Trainer's logs.
 """
 
 from __future__ import annotations

@@ -197,7 +197,10 @@ class ReportingOptimizer(StagedOptimizer):
             "step": self._steps,
             "options": self.options.as_dict(),
             "base": type(self.base).__name__,
-            "sites": [{"name": s.name, "rank": s.rank, "parameters": s.a.numel() + s.b.numel()} for s in sites],
+            "sites": [
+                {"name": s.name, "adapter": s.adapter, "rank": s.rank, "parameters": s.a.numel() + s.b.numel()}
+                for s in sites
+            ],
         }
 
     def _step_record(self, loss: Tensor | float | None) -> tuple[Record, Snapshot]:

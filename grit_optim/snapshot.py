@@ -51,7 +51,7 @@ class Snapshot:
     def scalars(self) -> dict[str, float | None]:
         """The further numbers; None where there is none, or no finite one."""
         tensors = self._copy.read()
-        read = {n.removeprefix("scalar "): float(t) for n, t in tensors.items() if n.startswith("scalar ")}
+        read = {n.removeprefix("scalar "): t.item() for n, t in tensors.items() if n.startswith("scalar ")}
         return {name: _plain(value) for name, value in {**self._plain, **read}.items()}
 
     def columns(self, top_eigenvalues: int = 0, eigenvectors_of: int = 0) -> dict[str, list[Any]]:

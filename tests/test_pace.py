@@ -1,6 +1,7 @@
 """The adaptive schedule against a slow twin, and where the losses come from."""
 
 import copy
+import itertools
 import math
 import statistics
 
@@ -24,7 +25,7 @@ def twin(losses):
     if not halves:
         return 1.0, 1.0
     means = [sum(half) / 10 for half in halves]
-    differences = [[b - a for a, b in zip(half, half[1:], strict=False)] for half in halves]
+    differences = [[b - a for a, b in itertools.pairwise(half)] for half in halves]
     noises = [statistics.stdev(d) / math.sqrt(2) / mean for d, mean in zip(differences, means, strict=True)]
     period = 1.0 if len(means) < 2 else 1.5 if means[-1] < 0.99 * means[-2] else 0.75
     return period, min(4.0, max(0.25, noises[-1] / noises[0]))
@@ -98,7 +99,7 @@ def test_work_is_due_when_the_period_in_force_has_passed():
         due += [step] * subject.refresh_due(step)
         subject.take(loss)
     assert due[:4] == [0, 8, 16, 24]
-    assert {b - a for a, b in zip(due[4:], due[5:], strict=False)} == {12}
+    assert {b - a for a, b in itertools.pairwise(due[4:])} == {12}
 
 
 def test_off_means_the_plain_periods():
@@ -213,11 +214,15 @@ def test_a_run_resumed_in_the_middle_of_a_window_goes_on_exactly():
 def test_silence_is_warned_of_once():
     model = tiny.llama(layers=1)
     optimizer = adaptive(model)
-    with pytest.warns(UserWarning, match=r"no loss in 20 steps.*call optimizer\.observe") as caught:
-        for seed in range(45):
+
+    def train(steps):
+        for seed in range(steps):
             model(input_ids=tiny.tokens(seed)).logits.square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
+
+    with pytest.warns(UserWarning, match=r"no loss in 20 steps.*call optimizer\.observe") as caught:
+        train(45)
     assert len([w for w in caught if "no loss" in str(w.message)]) == 1
 
 

@@ -1,0 +1,33 @@
+"""Command line: ``python -m grit_optim COMMAND``; each command is a module with ``add`` and a function that does it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from grit_optim import plot, watch
+from grit_optim.runs import RunError
+
+COMMANDS = (plot, watch)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m grit_optim", description="A window onto the curvature of LoRA adapters."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    given = parser.parse_args(arguments)
+    try:
+        given.call(given)
+    except (RunError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
