@@ -123,6 +123,7 @@ def effective_rank(run: RunLog) -> Figure:
         axis.set_title(title, fontsize=10)
         if len(layers) <= 40:
             _annotate(axis, grid, (1 + top) / 2)
+        axis.set_xlabel("projection")
     axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label=f"effective rank\n(directions, of {top})")
     figure.suptitle(f"Effective rank at step {last['step']}", fontsize=11)

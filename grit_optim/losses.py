@@ -59,11 +59,15 @@ class Losses:
         Args:
             returned: what the closure returned.
         """
-        if not self._observed and isinstance(returned, Tensor | float) and not isinstance(returned, bool):
+        if not self._observed and _is_single(returned):
             self._observed.append(_single(returned))
         seen = self._observed or self._outputs
         self._observed, self._outputs = [], []
         return sum(seen[1:], seen[0]) / len(seen) if seen else None
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def _single(loss: Tensor | float) -> Tensor | float:

@@ -28,7 +28,7 @@ class GritOptimizer(ReportingOptimizer):
 
     1. reads what the taps gathered since the last step and folds it into the factors Σ_a and Σ_g;
     2. every ``kfac_update_freq`` steps derives from them what it applies;
-    3. prepares the gradients (or coordinates) of every pair;
+    3. prepares the gradients (or coordinates) of every pair, then adds those of the penalties;
     4. lets the base optimizer step, and turns that step back ("eigenbasis") or aside ("spectral", "steer");
     5. every ``reprojection_freq`` steps reprojects the pairs, moves the base's moments along and adapts the rank;
     6. counts, and records for whoever listens (:meth:`log_to`), without waiting for the device.

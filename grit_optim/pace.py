@@ -138,7 +138,9 @@ class Pace:
         }
 
     def unpack(self, saved: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint; without an adaptive schedule there is nothing to go on with."""
+        if not self._options.adaptive_schedule:
+            return
         for name in _TRACKED:
             setattr(self, name, saved.get(name, getattr(self, name)))
         self._losses = list(saved.get("losses", []))

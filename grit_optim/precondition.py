@@ -259,10 +259,13 @@ class Steer(Preconditioner):
         step = taken - decayed
         direction = self.direction(held, self._scaled_moment(held))
         step_size, size = norm(step), norm(direction)
-        held.cosine = -_inner(step, direction) / (step_size * size)
+        cosine = -_inner(step, direction) / (step_size * size)
         target = self._length(held, step_size)
         length = target / size
         turned = held.ready & length.isfinite()
+        held.cosine = torch.where(
+            turned | cosine.isnan(), cosine, 1.0
+        )  # a step that stays as it is has not been turned
         held.without, held.turned = step_size, torch.where(turned, target, step_size)
         group.write(torch.where(turned, decayed - length * direction, taken))
 

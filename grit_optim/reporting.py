@@ -126,7 +126,8 @@ class ReportingOptimizer(StagedOptimizer):
     def observe(self, loss: Tensor | float) -> None:
         """Tell the loss of the coming step; several calls before a step are averaged. A tensor is not read back here.
 
-        Not needed where the model's output carries a ``loss`` or ``step`` gets a closure.
+        Not needed where the model's output carries a ``loss`` or ``step`` gets a closure. A copied or unpickled optimizer knows
+        its pairs but not the model, and so needs one or the other.
 
         Args:
             loss: a number, or a tensor of one value.
@@ -171,6 +172,8 @@ class ReportingOptimizer(StagedOptimizer):
     def finish_logging(self) -> None:
         """Write what is pending, the latest step and the final ranks, and close the sinks."""
         recorders, self._recorders = self._recorders, []
+        if not self.options.adaptive_schedule:
+            self._losses.detach()
         for recorder in recorders:
             if self._steps and recorder.last_step != self._steps:
                 recorder.submit(*self._step_record(None))

@@ -211,6 +211,34 @@ def test_a_run_resumed_in_the_middle_of_a_window_goes_on_exactly():
     assert optimizer._pace.period_scale != 1
 
 
+def test_a_checkpoints_pace_is_left_out_by_an_optimizer_that_does_not_adapt():
+    model = tiny.llama(layers=1)
+    optimizer = adaptive(model)
+    for seed, loss in enumerate(series("wild")[:40].tolist()):
+        tiny.loss_of(model, seed).backward()
+        optimizer.observe(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.telemetry()["kfac_damping"] == pytest.approx(0.4)
+    plain = adaptive(model, adaptive_schedule=False)
+    plain.load_state_dict(optimizer.state_dict())
+    assert plain.telemetry()["kfac_damping"] == 0.1
+    assert plain.telemetry()["kfac_update_freq"] == 8
+
+
+@pytest.mark.parametrize("returned", [None, {"loss": 3.0}, torch.ones(2)], ids=["None", "dict", "vector"])
+def test_a_closure_may_return_what_it_likes(returned):
+    model = tiny.llama(layers=1)
+    optimizer = adaptive(model)
+
+    def closure():
+        tiny.loss_of(model).backward()
+        return returned
+
+    assert optimizer.step(closure) is returned
+    assert len(optimizer._pace.pack()["losses"]) == 1, "then the model's output tells"
+
+
 def test_silence_is_warned_of_once():
     model = tiny.llama(layers=1)
     optimizer = adaptive(model)
