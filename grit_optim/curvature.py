@@ -184,6 +184,17 @@ class Curvature:
         self._set_operators(bases.to(self.bucket.device), torch.zeros_like(self.damping_used))
         return self.a_operator.mT @ old_a, self.b_operator.mT @ old_b
 
+    def drop_operators(self, same_fisher: bool) -> None:
+        """Have no operator in force until the next refresh, after a checkpoint of another kind.
+
+        Args:
+            same_fisher: the checkpoint's ``fisher`` is ours, so that ekfac's moments are expressed in its eigenbases.
+        """
+        if same_fisher and self.moments is not None and self.moments.kind == "ekfac":
+            self.a_ready, self.b_ready = torch.zeros_like(self.a_ready), torch.zeros_like(self.b_ready)
+        else:
+            self.reset_operators()
+
     def reset_operators(self) -> None:
         """Set the operators to the identity."""
         identity = linalg.eye_like(self.factors.activation)

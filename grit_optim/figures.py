@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 _MARKERS, _LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")
 _SEQUENTIAL, _DIVERGING = "cividis", "PuOr"
-FACTORS = {"a": "activation factor Σ_a", "g": "gradient factor Σ_g"}
+FACTORS = {"a": r"activation factor $\Sigma_a$", "g": r"gradient factor $\Sigma_g$"}
 _STEP = "training step"
 
 
@@ -63,7 +63,10 @@ def spectrum(run: RunLog, factor: str) -> Figure:
         run: with ``log_fisher_spectrum``.
         factor: "a" or "g".
     """
-    steps, members = run.having(f"eigenvalues_{factor}"), _members(run)
+    members = _members(run)
+    steps = [step for step in run.having(f"eigenvalues_{factor}") if any(_numbers(step["sites"][f"trace_{factor}"]))]
+    if not steps:
+        raise RunError(f"{run.path}: no step has seen a token whose gradient is not zero yet")
     columns = min(4, len(members))
     rows = -(-len(members) // columns)
     figure, axes = _panels(rows, columns, 1.2 + 2.5 * columns, 0.8 + 2.3 * rows, sharex=True, sharey=True)
@@ -106,17 +109,15 @@ def _median_shares(columns: dict[str, list[Any]], factor: str, sites: Sequence[i
 def effective_rank(run: RunLog) -> Figure:
     """Effective rank at the latest step, layers by projections, for both factors."""
     last = run.having("effective_rank_a")[-1]
-    layers = sorted({site.layer for site in run.sites if site.layer is not None}) or [None]
+    layers = sorted({site.layer for site in run.sites}, key=lambda layer: -1 if layer is None else layer)
     projections = list(_members(run))
     figure, axes = _panels(1, 2, 2.4 + 1.5 * len(projections), 1.4 + 0.42 * len(layers), sharey=True)
     top = max(site["rank"] for site in run.start["sites"])
     for axis, (letter, title) in zip(axes, FACTORS.items(), strict=True):
         grid = [[float("nan")] * len(projections) for _ in layers]
         for site, value in zip(run.sites, last["sites"][f"effective_rank_{letter}"], strict=True):
-            if value is not None and (site.layer in layers or layers == [None]):
-                grid[layers.index(site.layer) if site.layer in layers else 0][projections.index(site.projection)] = (
-                    value
-                )
+            if value:
+                grid[layers.index(site.layer)][projections.index(site.projection)] = value
         image = axis.imshow(grid, cmap=_SEQUENTIAL, vmin=1, vmax=top, aspect="auto")
         axis.set_xticks(range(len(projections)), projections, rotation=35, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(len(layers)), ["–" if layer is None else str(layer) for layer in layers])
@@ -143,16 +144,14 @@ def ranks(run: RunLog) -> Figure:
     """Rank kept and effective ranks over time, a line per projection: mean over its layers."""
     titles = {
         "rank": "rank kept",
-        "effective_rank_a": "effective rank of Σ_a",
-        "effective_rank_g": "effective rank of Σ_g",
+        "effective_rank_a": r"effective rank of $\Sigma_a$",
+        "effective_rank_g": r"effective rank of $\Sigma_g$",
     }
     figure, axes = _panels(1, 3, 11, 3.6, sharey=True)
     for axis, (column, title) in zip(axes, titles.items(), strict=True):
         for style, (projection, sites) in zip(_styles(), _members(run).items(), strict=False):
             steps = run.having(column)
-            means = [
-                statistics.fmean(_numbers([s["sites"][column][i] for i in sites]) or [float("nan")]) for s in steps
-            ]
+            means = [_mean_of_positive([step["sites"][column][i] for i in sites]) for step in steps]
             axis.plot([step["step"] for step in steps], means, label=projection, **style)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(_STEP)
@@ -161,6 +160,11 @@ def ranks(run: RunLog) -> Figure:
     axes[0].set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     return figure
+
+
+def _mean_of_positive(values: Sequence[Any]) -> float:
+    """Mean over those sites whose factor has seen something; not a number where none has."""
+    return statistics.fmean([value for value in _numbers(values) if value > 0] or [float("nan")])
 
 
 # -------------------------------------------------------------------- eigenvectors
@@ -200,7 +204,7 @@ def gradients(run: RunLog) -> Figure:
             _band(axes[2], run, f"angle_{side}", side, style)
     for axis, title, label in zip(
         axes,
-        ("gradient of the loss", "update", "update with against without curvature"),
+        ("gradient of the loss", "update", "turned by the curvature"),
         ("Frobenius norm ‖∇‖ per matrix", "Frobenius norm per matrix", "angle (degrees)"),
         strict=True,
     ):

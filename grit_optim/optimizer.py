@@ -279,7 +279,7 @@ class GritOptimizer(ReportingOptimizer):
         kept = own.get("precondition"), own.get("fisher", "kfac")
         if own["sites"] and kept != (self.options.precondition, self.options.fisher):
             for curvature in self._curvatures:  # operators of another kind; the next refresh derives our own
-                curvature.reset_operators()
+                curvature.drop_operators(same_fisher=kept[1] == self.options.fisher)
 
     def __getstate__(self) -> dict[str, Any]:
         return {

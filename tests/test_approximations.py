@@ -253,6 +253,24 @@ def test_combinations_that_mean_nothing_are_refused(options, message):
         tiny.grit(model, **options)
 
 
+def test_ekfacs_moments_stay_in_their_eigenbasis_when_the_mode_changes():
+    """Refreshed in the other mode, they are what they would have been in the old one."""
+    refreshed = []
+    for mode in ("inverse", "steer"):
+        model = tiny.llama()
+        optimizer = tiny.grit(model, precondition="inverse", fisher="ekfac", kfac_update_freq=5)
+        tiny.train(model, optimizer, 7)
+        fresh = tiny.grit(model, precondition=mode, fisher="ekfac", kfac_update_freq=5)
+        fresh.load_state_dict(optimizer.state_dict())
+        curvature = fresh._curvatures[0]
+        assert bool(curvature.a_ready.any()) == (mode == "inverse"), "scales of another power are not used"
+        fresh._mode.refresh(curvature)
+        assert curvature.a_ready.all()
+        refreshed.append(curvature.moments.means["A"])
+    for one, other in zip(*refreshed, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("other", ["kfac", "diagonal"])
 def test_a_checkpoint_of_another_approximation_starts_its_moments_anew(other):
     """Its factors are of use, its operators are not."""
