@@ -94,6 +94,8 @@ class Run:
         with self._autocast():
             loss = answer_loss(self.model, batch)
         loss.backward()
+        if hasattr(self.optimizer, "observe"):
+            self.optimizer.observe(loss)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
@@ -129,7 +131,7 @@ class Run:
             "padding_share": statistics.fmean(self.padding),
             "peak_memory_bytes": environment.peak_memory_bytes(self.config.device),
             "optimizer_state_bytes": state_bytes(self.optimizer.state_dict()),
-            "telemetry": plain(telemetry()) if telemetry else None,
+            "telemetry": plain(telemetry(per_site=False)) if telemetry else None,
             "task_fingerprint": self.task.fingerprint,
         }
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 PRECONDITIONS = ("spectral", "steer", "eigenbasis", "balanced", "inverse", "none")
 PAIRINGS = ("kfac", "paper")
+FISHERS = ("kfac", "diagonal", "block_diagonal", "ekfac")
 DAMPINGS = ("relative", "absolute")
 PAPER_PROJECTIONS = ("two_sided", "one_sided")
 REPROJECTIONS = ("none", "balanced", *PAPER_PROJECTIONS)
@@ -26,6 +27,7 @@ class Options:
 
     precondition: str
     pairing: str
+    fisher: str
     fisher_decay: float | None
     kfac_update_freq: int
     kfac_min_samples: int
@@ -56,16 +58,21 @@ class Options:
     rank_budget_steps: int
     rank_budget_tolerance: float
     rank_regrowth: bool
+    lambda_kfac: float
+    lambda_reproj: float
+    regularizer_warmup_steps: int
+    adaptive_schedule: bool
 
     def __post_init__(self) -> None:
         _one_of("precondition", self.precondition, PRECONDITIONS)
         _one_of("pairing", self.pairing, PAIRINGS)
+        _one_of("fisher", self.fisher, FISHERS)
         _one_of("damping", self.damping, DAMPINGS)
         _one_of("reprojection", self.reprojection, REPROJECTIONS)
         _one_of("rank_budget_schedule", self.rank_budget_schedule, BUDGET_SCHEDULES)
         for name in ("kfac_update_freq", "cov_update_freq", "reprojection_freq"):
             _whole(name, getattr(self, name), least=1)
-        for name in ("kfac_min_samples", "ng_warmup_steps", "reprojection_warmup_steps", "rank_adaptation_start_step"):
+        for name in _FROM_ZERO:
             _whole(name, getattr(self, name), least=0)
         for name in ("min_lora_rank", "rank_budget_steps"):
             _whole(name, getattr(self, name), least=0)
@@ -77,7 +84,8 @@ class Options:
             _whole(name, getattr(self, name), least=1, optional=True)
         for name in ("kfac_damping", "a_step_ratio"):
             _real(name, getattr(self, name), "above 0", lambda x: x > 0)
-        _real("kfac_power", self.kfac_power, "from 0 up", lambda x: x >= 0)
+        for name in ("kfac_power", "lambda_kfac", "lambda_reproj"):
+            _real(name, getattr(self, name), "from 0 up", lambda x: x >= 0)
         _real("gradient_share", self.gradient_share, "in [0, 1]", lambda x: 0 <= x <= 1)
         _real("caution", self.caution, "in [0, 1]", lambda x: 0 <= x <= 1)
         if self.step_length != "base":
@@ -87,7 +95,7 @@ class Options:
             _real("fisher_decay", self.fisher_decay, "in [0, 1), or None for the running mean", lambda x: 0 <= x < 1)
         if self.max_grad_norm is not None:
             _real("max_grad_norm", self.max_grad_norm, "above 0, or None for no limit", lambda x: x > 0)
-        for name in ("preserve_norm", "enable_rank_adaptation", "rank_regrowth"):
+        for name in ("preserve_norm", "enable_rank_adaptation", "rank_regrowth", "adaptive_schedule"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_device()
@@ -116,6 +124,33 @@ class Options:
                 "precondition='balanced' has no pairing='paper': balanced coordinates are those in which both factors are "
                 "diagonal; leave pairing at 'kfac'"
             )
+        if self.lambda_reproj and self.reprojection_k is None and not self.enable_rank_adaptation:
+            raise ValueError(
+                f"lambda_reproj={self.lambda_reproj} penalises what lies outside the leading directions, but nothing says how "
+                "many those are; set reprojection_k, or enable_rank_adaptation=True with a reprojection"
+            )
+        self._check_fisher()
+
+    def _check_fisher(self) -> None:
+        """Gradient moments are kept in the coordinates of A and B, and belong to their own matrix by definition."""
+        if self.fisher == "kfac":
+            return
+        if self.pairing == "paper":
+            raise ValueError(
+                f"fisher={self.fisher!r} has no pairing='paper': its moments are those of each matrix's own gradient; leave "
+                "pairing at 'kfac'"
+            )
+        if "balanced" in (self.precondition, self.reprojection):
+            raise ValueError(
+                f"fisher={self.fisher!r} keeps moments of gradients in the coordinates of A and B, which 'balanced' changes; "
+                "use fisher='kfac', or another precondition and reprojection"
+            )
+        if self.precondition == "eigenbasis" and self.fisher in ("diagonal", "ekfac"):
+            advice = {
+                "diagonal": "a diagonal Fisher's eigenbasis is the one that A and B are in: use precondition='none'",
+                "ekfac": "in the eigenbasis of fisher='kfac' Adam's second moments are EK-FAC's eigenvalues: use that",
+            }[self.fisher]
+            raise ValueError(f"fisher={self.fisher!r} adds nothing to precondition='eigenbasis': {advice}")
 
     def _check_budget(self) -> None:
         if self.rank_regrowth and not (self.enable_rank_adaptation or self.rank_budget is not None):
@@ -157,6 +192,10 @@ class Options:
         return asdict(self)
 
 
+_FROM_ZERO = (
+    "kfac_min_samples", "ng_warmup_steps", "reprojection_warmup_steps", "rank_adaptation_start_step",
+    "regularizer_warmup_steps",
+)  # fmt: skip
 OPTION_NAMES = frozenset(option.name for option in fields(Options))
 
 
@@ -246,9 +285,13 @@ def check_single_process(options: Options) -> None:
     Raises:
         NotImplementedError: several processes train together, and the weights would come to differ between them.
     """
-    if (options.precondition, options.reprojection) != ("none", "none") and several_processes():
+    acts = (
+        (options.precondition, options.reprojection) != ("none", "none") or options.lambda_kfac or options.lambda_reproj
+    )
+    if acts and several_processes():
         raise NotImplementedError(
             f"{torch.distributed.get_world_size()} processes train together (DDP or the like), but GritOptimizer does not yet "
             "average its factors over processes: each would turn the same gradients its own way, and the weights would drift "
-            "apart. Train in a single process, or pass precondition='none', reprojection='none' to run the base alone"
+            "apart. Train in a single process, or pass precondition='none', reprojection='none', lambda_kfac=0 and "
+            "lambda_reproj=0 to run the base alone"
         )

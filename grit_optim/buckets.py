@@ -18,6 +18,7 @@ from torch import Tensor
 from grit_optim.sites import Site
 
 Side = Literal["A", "B"]
+SIDES: tuple[Side, Side] = ("A", "B")
 
 
 @dataclass(eq=False)
@@ -28,6 +29,7 @@ class Group:
         side: which matrix of the pair these are.
         parameters: the m parameters, in the order of ``index``.
         index: position of each in its bucket, ``[m]``, on the bucket's device.
+        positions: ``index`` as plain numbers.
         param_group: position in the base optimizer's ``param_groups`` of the group that holds them (the dict itself is
             replaced by ``load_state_dict``).
     """
@@ -36,6 +38,7 @@ class Group:
     parameters: list[Tensor]
     index: Tensor
     param_group: int
+    positions: tuple[int, ...] = ()
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
         """The m tensors as one tensor of matrices ``[m, rows, columns]``, in fp32 or better."""
@@ -60,7 +63,19 @@ class Group:
     def subset(self, positions: Sequence[int]) -> Group:
         """The group of only some of its members, given by their positions in ``parameters``."""
         chosen = torch.tensor(positions, device=self.index.device)
-        return Group(self.side, [self.parameters[i] for i in positions], self.index[chosen], self.param_group)
+        members, places = [self.parameters[i] for i in positions], tuple(self.positions[i] for i in positions)
+        return Group(self.side, members, self.index[chosen], self.param_group, places)
+
+    def with_gradient(self) -> Group | None:
+        """The group of those that have a gradient now, or None if none has."""
+        present = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
+        if len(present) == len(self.parameters):
+            return self
+        return self.subset(present) if present else None
+
+    def gradients(self) -> list[Tensor]:
+        """The parameters' gradients; all of them have one."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     def write(self, stacked: Tensor) -> None:
         """Set the m parameters to the matrices of ``[m, rows, columns]``."""
@@ -121,7 +136,8 @@ def _groups(bucket: Bucket, side: Side, param_group_of: Mapping[int, int]) -> li
         members.setdefault(key, []).append((position, parameter))
     groups = []
     for found in members.values():
-        index = torch.tensor([position for position, _ in found], device=bucket.device)
+        positions = tuple(position for position, _ in found)
+        index = torch.tensor(positions, device=bucket.device)
         parameters = [parameter for _, parameter in found]
-        groups.append(Group(side, parameters, index, param_group_of[id(parameters[0])]))
+        groups.append(Group(side, parameters, index, param_group_of[id(parameters[0])], positions))
     return groups

@@ -104,7 +104,7 @@ class BudgetSchedule:
         self._warned = True
         warnings.warn(
             "rank_budget_schedule='adaptive' stands still at its start, since no loss has been told: call "
-            "optimizer.observe_loss(loss) after each backward pass or evaluation, or pass a closure to step(); or choose "
+            "optimizer.observe(loss) after each backward pass or evaluation, or pass a closure to step(); or choose "
             "'linear' or 'cosine'",
             stacklevel=7,
         )

@@ -19,7 +19,7 @@ from grit_optim.fisher import Factors
 VERSION = 1
 KEY = "grit"
 _FACTORS = tuple(f.name for f in fields(Factors))
-_OPERATORS = ("a_operator", "b_operator", "a_ready", "b_ready")
+_OPERATORS = ("a_operator", "b_operator", "a_ready", "b_ready", "a_penalty", "b_penalty")
 
 SiteState = dict[str, Tensor]
 
@@ -32,7 +32,9 @@ def pack_sites(curvatures: Iterable[Curvature], with_operators: bool) -> dict[st
             state = {key: getattr(curvature.factors, key)[position].clone() for key in _FACTORS}
             state["rank"], state["dropped"] = curvature.rank[position].clone(), curvature.dropped[position].clone()
             if with_operators:
-                state.update({key: getattr(curvature, key)[position].clone() for key in _OPERATORS})
+                state.update({k: v[position].clone() for k in _OPERATORS if (v := getattr(curvature, k)) is not None})
+            if curvature.moments is not None:
+                state.update(curvature.moments.pack(position, with_operators))
             packed[name] = state
     return packed
 
@@ -55,8 +57,10 @@ def unpack_sites(curvatures: Iterable[Curvature], packed: Mapping[str, SiteState
             curvature.rank[position].copy_(state["rank"])
             if "dropped" in state:
                 curvature.dropped[position].copy_(state["dropped"])
+            if curvature.moments is not None:
+                curvature.moments.unpack(position, state)
             for key in _OPERATORS:
-                if key in state:
+                if key in state and getattr(curvature, key) is not None:
                     getattr(curvature, key)[position].copy_(state[key])
 
 

@@ -158,6 +158,25 @@ def _newton_schulz(matrix: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
     return root, inverse
 
 
+def damped_elementwise_power(values: Tensor, strength: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    """``(s + λ)^(−power)`` entry by entry, for matrices of second moments of any shape.
+
+    Args:
+        values: s ≥ 0 ``[S, rows, columns]``.
+        strength: λ per matrix ``[S]``.
+        power: 1 for the inverse, 0.5 for the inverse root.
+
+    Returns:
+        The powers ``[S, rows, columns]`` and λ as used ``[S]``; ones and NaN where s is zero throughout or not finite.
+    """
+    damped_values = values + strength[:, None, None]
+    largest = damped_values.amax((1, 2))
+    usable = (largest > 0) & largest.isfinite()
+    floor = (largest * torch.finfo(values.dtype).eps)[:, None, None]
+    result = torch.maximum(damped_values, floor).pow(-power)
+    return torch.where(usable[:, None, None], result, 1.0), torch.where(usable, strength, torch.nan)
+
+
 def descending_eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues ``[S, r]`` and eigenvectors ``[S, r, r]`` (columns), the largest eigenvalue first.
 

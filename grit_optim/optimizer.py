@@ -15,23 +15,24 @@ from grit_optim import checkpoint, schedule
 from grit_optim import precondition as modes
 from grit_optim._checks import OPTION_NAMES, Options, check_base, check_single_process
 from grit_optim.curvature import Curvature
+from grit_optim.pace import Pace
 from grit_optim.presets import with_mode_defaults
-from grit_optim.ranked import RankedOptimizer
+from grit_optim.reporting import ReportingOptimizer
 from grit_optim.sites import Site, find_sites, no_sites_message
 from grit_optim.stages import Origin
 
 
-class GritOptimizer(RankedOptimizer):
+class GritOptimizer(ReportingOptimizer):
     """A base optimizer that sees the rank-space Fisher information of the LoRA pairs it trains.
 
     Each :meth:`step`
 
     1. reads what the taps gathered since the last step and folds it into the factors Σ_a and Σ_g;
     2. every ``kfac_update_freq`` steps derives from them what it applies;
-    3. prepares the gradients (or coordinates) of every pair;
+    3. prepares the gradients (or coordinates) of every pair, then adds those of the penalties;
     4. lets the base optimizer step, and turns that step back ("eigenbasis") or aside ("spectral", "steer");
     5. every ``reprojection_freq`` steps reprojects the pairs, moves the base's moments along and adapts the rank;
-    6. counts, without waiting for the device.
+    6. counts, and records for whoever listens (:meth:`log_to`), without waiting for the device.
 
     Parameters that belong to no LoRA pair go to the base untouched. Learning rate, weight decay and all else are the
     base's: ``param_groups``, ``state`` and ``defaults`` are its own.
@@ -49,6 +50,10 @@ class GritOptimizer(RankedOptimizer):
             ``"balanced"``: the pairs are kept in coordinates in which both factors are diagonal and proportional.
             ``"inverse"``: the gradient is multiplied by the damped inverse before the base sees it (the GRIT paper).
             ``"none"``: exactly the base.
+        fisher: what approximates the Fisher information. ``"kfac"``: the token factors Σ_a and Σ_g. ``"block_diagonal"``:
+            E[∇A ∇Aᵀ] and E[∇Bᵀ ∇B], the r×r covariances of each matrix's own gradient. ``"diagonal"``: E[∇A²] and E[∇B²],
+            entry by entry. ``"ekfac"``: the eigenbases of Σ_g and Σ_a, with E[(Qᵀ∇A)²] and E[(∇B Q)²] as eigenvalues. The
+            last two keep as much state as one of Adam's moments.
         pairing: ``"kfac"`` multiplies ∇A by Σ_g⁻¹ and ∇B by Σ_a⁻¹; ``"paper"`` the other way round.
         fisher_decay: weight in [0, 1) that the factors' past keeps per recorded step; None for the mean over all tokens.
         kfac_update_freq: steps between two refreshes of what is derived from the factors. None: 1 for "spectral",
@@ -94,13 +99,22 @@ class GritOptimizer(RankedOptimizer):
         rank_budget_start: budget from which ``rank_budget`` is approached; None for the whole adapter. A start below the end,
             as in GRIT-VLM's ``projection_budget_start=32, projection_budget_end=96``, needs ``rank_regrowth``.
         rank_budget_schedule: ``"linear"``, ``"cosine"``, or ``"adaptive"``: linear, but standing still while the loss suffers,
-            which :meth:`observe_loss` or a closure tells.
+            which is known as for ``adaptive_schedule``.
         rank_budget_steps: steps from the start to the end of the budget, counted from ``rank_adaptation_start_step``; 0 goes
             to the end at once. The budget takes effect at reprojections.
         rank_budget_tolerance: how much the mean loss since the last cut may exceed the lowest mean so far, as a share, before
             "adaptive" stands still.
         rank_regrowth: give directions that were given up back to sites whose spectrum is still flat at its end. They start as
             LoRA does, A random and B zero.
+        lambda_kfac: λ_K of the penalty λ_K (tr(Aᵀ Σ_a A) + tr(B Σ_g Bᵀ)) on directions of high curvature, in the units of
+            ``damping``. Its gradient, and the next one's, is added after the preconditioner and before ``max_grad_norm``;
+            "spectral" and "steer" turn the base's step as a whole, and it with the rest. 0: none.
+        lambda_reproj: λ_R of the penalty λ_R (‖(I − P_a) A‖² + ‖B (I − P_g)‖²) on what lies outside the leading directions of
+            Σ_a and Σ_g, as many as a reprojection would keep. 0: none.
+        regularizer_warmup_steps: steps over which both penalties grow from nothing on a straight line.
+        adaptive_schedule: lengthen the periods of refresh and reprojection while the loss falls, shorten them when it
+            stalls, and let the damping follow the loss's noise (``pace.py`` has the rule and its bounds). The loss is what
+            :meth:`observe` was given, else the closure's, else that of the model's output.
 
     Raises:
         TypeError: ``base`` is no optimizer, or cannot be wrapped, or an option has the wrong type.
@@ -118,6 +132,7 @@ class GritOptimizer(RankedOptimizer):
         sites: Sequence[Site] | None = None,
         precondition: str = "spectral",
         pairing: str = "kfac",
+        fisher: str = "kfac",
         fisher_decay: float | None = 0.9,
         kfac_update_freq: int | None = None,
         kfac_min_samples: int = 64,
@@ -148,6 +163,10 @@ class GritOptimizer(RankedOptimizer):
         rank_budget_steps: int = 0,
         rank_budget_tolerance: float = 0.01,
         rank_regrowth: bool = False,
+        lambda_kfac: float = 0.0,
+        lambda_reproj: float = 0.0,
+        regularizer_warmup_steps: int = 0,
+        adaptive_schedule: bool = False,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in OPTION_NAMES}
         check_base(base)
@@ -173,6 +192,9 @@ class GritOptimizer(RankedOptimizer):
             )
         return found
 
+    def _watched_model(self) -> nn.Module | None:
+        return self._model() if self._model is not None else None
+
     # ---------------------------------------------------------------- the step
 
     @torch.no_grad()
@@ -196,8 +218,8 @@ class GritOptimizer(RankedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            if loss is not None:
-                self.observe_loss(loss)
+        observed = self._losses.take(loss)
+        self._tell_budget(observed)
         self._follow_model()
         advancing = self._fold_statistics()
         if advancing:
@@ -205,49 +227,20 @@ class GritOptimizer(RankedOptimizer):
         self._step_base()
         if advancing:
             self._reproject()
-            self._count()
+            self._count(observed)
+            self._record(observed)
         return loss
 
-    # ---------------------------------------------------------------- what it tells
-
-    def telemetry(self) -> dict[str, Any]:
-        """What has been done so far, as plain values (reading them waits for the device).
-
-        ``predicted_cost`` is the rise of the loss that all given-up ranks were predicted to cost, in the loss's unit.
-        ``mean_cosine`` is that of the angle between the latest update with and without curvature, over all matrices: 1
-        means that the curvature changed nothing. None where only the one with curvature is known ("eigenbasis", "balanced").
-        """
-        counters = self._counters
-        return {
-            "options": self.options.as_dict(),
-            "steps": self._steps,
-            "sites": len(self._sites),
-            "refreshes": counters.refreshes,
-            "reprojections": counters.reprojections,
-            "folds": counters.folds,
-            "dropped_folds": int(counters.dropped),
-            "engaged_sites": sum(int((c.a_ready & c.b_ready).sum()) for c in self._curvatures),
-            "samples": {
-                name: int(n)
-                for c in self._curvatures
-                for name, n in zip(c.bucket.names(), c.factors.activation_samples.tolist(), strict=True)
-            },
-            "mean_cosine": counters.mean_cosine(),
-            "predicted_cost": sum(self._dropped().values()),
-            "ranks": self._kept(),
-            "stage_seconds": self.stage_seconds(),
-        }
-
-    def stage_seconds(self) -> dict[str, float]:
-        """Host seconds spent in each stage since construction."""
-        return dict(self._times.seconds)
+    # ---------------------------------------------------------------- the end
 
     def close(self) -> None:
-        """Remove every hook and bring the base's state back to the coordinates of A and B; the base can go on alone."""
+        """End the logging, remove every hook, bring the base's state back to the coordinates of A and B: it can go on alone."""
         if self._closed:
             return
+        self.finish_logging()
         for curvature in self._curvatures:
             self._mode.to_plain_coordinates(curvature)
+        self._losses.detach()
         self._capture.close()
         self._closed = True
 
@@ -266,22 +259,29 @@ class GritOptimizer(RankedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Give the base another parameter group; LoRA pairs that it completes are tapped from now on."""
         super().add_param_group(param_group)
-        model = self._model() if self._model is not None else None
+        model = self._watched_model()
         if model is not None and not self._given_sites:
             sites = self._find_sites(self.base, model)
             self._remember(sites, self._origin)
             self._attach(sites)
 
     def _own_state(self) -> dict[str, Any]:
-        with_operators = self.options.kfac_update_freq > 1 or self.options.precondition == "eigenbasis"
+        with_operators = (
+            self.options.kfac_update_freq > 1
+            or self.options.adaptive_schedule
+            or self.options.precondition == "eigenbasis"
+            or self.options.fisher == "ekfac"  # its moments are expressed in the eigenbases
+        )
         return {
             "version": checkpoint.VERSION,
             "steps": self._steps,
             "calls_per_step": self._capture.calls_per_step,
             "offset": self._capture.offset,
             "precondition": self.options.precondition,
+            "fisher": self.options.fisher,
             "refreshes": self._counters.refreshes,
             "reprojections": self._counters.reprojections,
+            "pace": self._pace.pack(),
             "sites": checkpoint.pack_sites(self._curvatures, with_operators),
             "origin": {name: list(origin) for name, origin in self._origin.items()},
             "removed": dict(self._removed),
@@ -300,11 +300,17 @@ class GritOptimizer(RankedOptimizer):
         self._capture.active = schedule.capture_due(self._steps, self.options.cov_update_freq)
         self._counters.refreshes = own.get("refreshes", 0)
         self._counters.reprojections = own.get("reprojections", 0)
+        self._pace = Pace(self.options)
+        self._pace.unpack(own.get("pace", {}))
         checkpoint.unpack_sites(self._curvatures, own["sites"])
         self._load_ranks(own)
         if own.get("precondition") == "eigenbasis" and self.options.precondition != "eigenbasis":
             for curvature in self._curvatures:  # the moments were saved as seen from the eigenbasis
                 modes.Eigenbasis(self.base).to_plain_coordinates(curvature)
+        kept = own.get("precondition"), own.get("fisher", "kfac")
+        if own["sites"] and kept != (self.options.precondition, self.options.fisher):
+            for curvature in self._curvatures:  # operators of another kind; the next refresh derives our own
+                curvature.drop_operators(same_fisher=kept[1] == self.options.fisher)
 
     def __getstate__(self) -> dict[str, Any]:
         return {

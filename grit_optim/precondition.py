@@ -33,6 +33,10 @@ class Held:
         gradient: what the base will see, ``[m, rows, columns]``.
         weights: the matrices before the step ``[m, rows, columns]``, for the modes that need them.
         rotated: the matrices as the base saw them, for the mode that turns them.
+        gradient_norm: Frobenius norm of each gradient of the loss, ``[m, 1, 1]``.
+        without: norm of each update without curvature, ``[m, 1, 1]``: of the gradient in "inverse", of the base's step in
+            "spectral" and "steer"; None in the modes that only know the one with.
+        turned: the same with curvature.
         cosine: of the angle between the update with and without curvature, ``[m, 1, 1]``; NaN where one is zero, None in
             the modes that only know the one with.
     """
@@ -43,6 +47,9 @@ class Held:
     gradient: Tensor
     weights: Tensor | None = None
     rotated: Tensor | None = None
+    gradient_norm: Tensor | None = None
+    without: Tensor | None = None
+    turned: Tensor | None = None
     cosine: Tensor | None = None
 
     @property
@@ -59,12 +66,9 @@ def hold_gradients(curvatures: Iterable[Curvature]) -> list[Held]:
     held = []
     for curvature in curvatures:
         for group in curvature.bucket.groups:
-            with_gradient = [i for i, p in enumerate(group.parameters) if p.grad is not None]
-            if not with_gradient:
-                continue
-            part = group if len(with_gradient) == len(group.parameters) else group.subset(with_gradient)
-            originals = [p.grad for p in part.parameters if p.grad is not None]
-            held.append(Held(curvature, part, originals, part.stack(originals)))
+            part = group.with_gradient()
+            if part is not None:
+                held.append(Held(curvature, part, part.gradients(), part.stack(part.gradients())))
     finite = all_finite([h.gradient for h in held])
     if finite.device.type == "cpu" and finite:  # the usual case; looking costs nothing on the host
         return held
@@ -106,7 +110,7 @@ def give_back(held: Iterable[Held]) -> None:
             parameter.grad = original
 
 
-def _norm(stacked: Tensor) -> Tensor:
+def norm(stacked: Tensor) -> Tensor:
     """Frobenius norm of each matrix: ``[m, rows, columns] -> [m, 1, 1]``."""
     return torch.linalg.matrix_norm(stacked, keepdim=True)
 
@@ -133,6 +137,10 @@ class Preconditioner:
     def before(self, held: Held) -> None:
         """Change the gradient that the base is about to see."""
 
+    def as_the_base_sees(self, held: Held, gradient: Tensor) -> Tensor:
+        """A gradient with respect to the weights ``[m, rows, columns]`` in the coordinates that the base works in."""
+        return gradient
+
     def after(self, held: Held) -> None:
         """Change what the base made of it."""
 
@@ -158,9 +166,10 @@ class Inverse(Preconditioner):
 
     def before(self, held: Held) -> None:
         """Multiply by the inverse, and keep each matrix's norm if asked to."""
-        natural = held.group.apply(held.curvature.operator(held.group.side), held.gradient)
-        size, natural_size = _norm(held.gradient), _norm(natural)
+        natural = held.curvature.apply(held.group, held.gradient)
+        size, natural_size = norm(held.gradient), norm(natural)
         held.cosine = _inner(natural, held.gradient) / (natural_size * size)
+        held.without, held.turned = size, natural_size
         if held.curvature.options.preserve_norm:
             natural = natural * (size / natural_size).nan_to_num(0.0, posinf=0.0)
         held.gradient = torch.where(held.ready, natural, held.gradient)
@@ -187,12 +196,16 @@ class Eigenbasis(Preconditioner):
 
     def before(self, held: Held) -> None:
         """Turn gradient and weights into the eigenbasis."""
-        group, basis = held.group, held.curvature.operator(held.group.side)
-        inward = basis.mT if group.side == "A" else basis
+        group = held.group
         held.weights = group.stack(group.parameters)
-        held.gradient = group.apply(inward, held.gradient)
-        group.write(group.apply(inward, held.weights))
+        held.gradient = self.as_the_base_sees(held, held.gradient)
+        group.write(self.as_the_base_sees(held, held.weights))
         held.rotated = group.stack(group.parameters)
+
+    def as_the_base_sees(self, held: Held, gradient: Tensor) -> Tensor:
+        """Turned into the eigenbasis."""
+        basis = held.curvature.operator(held.group.side)
+        return held.group.apply(basis.mT if held.group.side == "A" else basis, gradient)
 
     def after(self, held: Held) -> None:
         """Turn the base's step out of the eigenbasis and add it to the weights as they were."""
@@ -216,7 +229,7 @@ class Balanced(Preconditioner):
 
     def refresh(self, curvature: Curvature) -> None:
         """Move weights, moments and factors to balanced coordinates."""
-        pairs.balance(self.base, curvature, pairs.KEEP_RANK, curvature.options.kfac_damping)
+        pairs.balance(self.base, curvature, pairs.KEEP_RANK, curvature.damping)
 
 
 class Steer(Preconditioner):
@@ -245,14 +258,20 @@ class Steer(Preconditioner):
         decayed = held.weights * (1 - decay)
         step = taken - decayed
         direction = self._cautious(held, self.direction(held, self._scaled_moment(held)))
-        step_size, size = _norm(step), _norm(direction)
-        held.cosine = -_inner(step, direction) / (step_size * size)
-        length = self._length(held, step_size) / size
-        group.write(torch.where(held.ready & length.isfinite(), decayed - length * direction, taken))
+        step_size, size = norm(step), norm(direction)
+        cosine = -_inner(step, direction) / (step_size * size)
+        target = self._length(held, step_size)
+        length = target / size
+        turned = held.ready & length.isfinite()
+        held.cosine = torch.where(
+            turned | cosine.isnan(), cosine, 1.0
+        )  # a step that stays as it is has not been turned
+        held.without, held.turned = step_size, torch.where(turned, target, step_size)
+        group.write(torch.where(turned, decayed - length * direction, taken))
 
     def direction(self, held: Held, moment: Tensor) -> Tensor:
         """What the step is turned to, from ``m / c``: ``[m, rows, columns]`` twice."""
-        return held.group.apply(held.curvature.operator(held.group.side), moment)
+        return held.curvature.apply(held.group, moment)
 
     def _cautious(self, held: Held, direction: Tensor) -> Tensor:
         """The direction with its entries that go up the newest gradient made smaller (Liang et al. 2024 drop them)."""
@@ -305,14 +324,13 @@ class Spectral(Steer):
     def direction(self, held: Held, moment: Tensor) -> Tensor:
         """``P (X Xᵀ)^(−1/2) X`` for A, ``X (Xᵀ X)^(−1/2) P`` for B."""
         group, curvature = held.group, held.curvature
-        root = curvature.operator(group.side)
-        inner = group.apply(root, moment)
+        inner = curvature.apply(group, moment)
         gram = inner @ inner.mT if group.side == "A" else inner.mT @ inner
         mask = curvature.mask[group.index]
         strength = linalg.damping_strength(gram, _ORTHOGONAL_DAMPING, relative=True, rank=mask.sum(-1))
         whitening = linalg.damped_root(gram, strength, 2, _ORTHOGONAL_DAMPING)[0]
         whitening = linalg.block(whitening, mask)  # what was given up stays exactly zero
-        return group.apply(root, whitening @ inner if group.side == "A" else inner @ whitening)
+        return curvature.apply(group, whitening @ inner if group.side == "A" else inner @ whitening)
 
 
 _MODES: dict[str, type[Preconditioner]] = {

@@ -85,6 +85,9 @@ PAPER: MappingProxyType[str, Any] = MappingProxyType(
         "rank_adaptation_threshold": 0.99,
         "min_lora_rank": 4,
         "rank_adaptation_start_step": 0,
+        "lambda_kfac": 1e-5,
+        "lambda_reproj": 1e-4,
+        "regularizer_warmup_steps": 0,
     }
 )
 """Every default of the GRIT library (arXiv 2601.00231, §A.4): its natural gradient, pairing, damping and projections."""

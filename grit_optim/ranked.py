@@ -28,12 +28,9 @@ class RankedOptimizer(StagedOptimizer):
 
     _model: weakref.ref[nn.Module] | None
 
-    def observe_loss(self, loss: Tensor | float) -> None:
-        """Tell a loss, of training or of held-out data, to ``rank_budget_schedule="adaptive"``; a tensor is not read back.
-
-        To be called at any time, as often as there is a new loss; with a closure :meth:`step` does it by itself.
-        """
-        if self._budget is not None and self._budget.kind == "adaptive":
+    def _tell_budget(self, loss: Tensor | float | None) -> None:
+        """Hand the loss of a step, where it is known, to a budget that follows it."""
+        if loss is not None and self._budget is not None and self._budget.kind == "adaptive":
             self._budget.observe(loss)
 
     # ---------------------------------------------------------------- what is known
@@ -130,6 +127,11 @@ class RankedOptimizer(StagedOptimizer):
             raise ValueError(
                 f"with reprojection={self.options.reprojection!r} no rank is given up for good: every row of A stays in use. "
                 "Build the optimizer with reprojection='balanced' or 'none'"
+            )
+        if self.options.fisher != "kfac":
+            raise ValueError(
+                f"fisher={self.options.fisher!r} keeps moments of gradients in the coordinates of A and B, which change where "
+                "ranks are given up; build the optimizer with fisher='kfac'"
             )
         found = self._coordinates()
         self._check_ready(found)

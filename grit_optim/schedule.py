@@ -8,6 +8,11 @@ def every(step: int, period: int, warmup: int = 0) -> bool:
     return step >= warmup and step % period == 0
 
 
+def ramp(step: int, warmup: int) -> float:
+    """Share of the full strength in ``step`` of what grows on a straight line over the first ``warmup`` steps."""
+    return min(1.0, step / warmup) if warmup else 1.0
+
+
 def capture_due(step: int, period: int) -> bool:
     """Whether the taps record in ``step``.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from grit_optim import budget, checkpoint, diagnosis, pairs, schedule
+from grit_optim import budget, checkpoint, diagnosis, pairs, regularizers, schedule
 from grit_optim import precondition as modes
 from grit_optim._checks import Options, check_parameters, listed, several_processes
 from grit_optim.buckets import build_buckets
@@ -18,11 +18,13 @@ from grit_optim.budget import BudgetSchedule
 from grit_optim.capture import Capture
 from grit_optim.curvature import Curvature
 from grit_optim.fisher import gradient_unit, loss_tokens
+from grit_optim.moments import mean_square
+from grit_optim.pace import Pace
 from grit_optim.presets import BALANCING_DAMPING
 from grit_optim.rank import Bids, RankPolicy, ranks_within
 from grit_optim.reprojection import Coordinates
 from grit_optim.sites import Site
-from grit_optim.telemetry import Counters, StageTimes
+from grit_optim.telemetry import Counters, Outcome, StageTimes
 from grit_optim.wrapper import OptimizerWrapper
 
 CHECKED_STEPS = 5
@@ -48,6 +50,7 @@ class StagedOptimizer(OptimizerWrapper):
         self._mode = modes.make_preconditioner(self.options.precondition, base)
         self._times = StageTimes()
         self._counters = Counters()
+        self._pace = Pace(self.options)
         self._steps = 0
         self._unverified = CHECKED_STEPS
         self._suspects: set[str] = set()
@@ -121,6 +124,7 @@ class StagedOptimizer(OptimizerWrapper):
         self._sites = sites
         self._weights = [(site.a, site.b, site.a.device) for site in sites]
         self._curvatures = [Curvature(bucket, self.options) for bucket in buckets]
+        self._counters.outcomes = []  # these name places in the old buckets
         self._capture = Capture(sites, buckets, self.options.max_tokens, self._times)
         checkpoint.unpack_sites(self._curvatures, known)
 
@@ -165,14 +169,23 @@ class StagedOptimizer(OptimizerWrapper):
             relative = self.options.damping == "relative"
             in_use = [curvature.mask.sum(-1) for curvature in self._curvatures]
             unit = gradient_unit(sums, in_use) if relative else torch.ones((), device=device)
-            scored = loss_tokens(sums)
+            moment_unit, scored = self._moment_unit(device), loss_tokens(sums)
+            if moment_unit is not None:
+                accept = accept & moment_unit.isfinite()
             for curvature, total in zip(self._curvatures, sums, strict=True):
                 there = curvature.bucket.device
-                decay = self.options.fisher_decay
-                curvature.factors.fold(total, accept.to(there), decay, unit.to(there), scored.to(there))
+                square_unit = moment_unit if moment_unit is None else moment_unit.to(there)
+                curvature.fold(total, accept.to(there), unit.to(there), scored.to(there), square_unit)
             self._counters.folds += 1
             self._counters.dropped = self._counters.dropped + (~accept).long()
         return True
+
+    def _moment_unit(self, device: torch.device) -> Tensor | None:
+        """What one unit of a squared gradient is to be in this step, not finite if a gradient is not; None without moments."""
+        if self.options.fisher == "kfac":
+            return None
+        groups = [part for c in self._curvatures for group in c.bucket.groups if (part := group.with_gradient())]
+        return mean_square(groups, device, relative=self.options.damping == "relative")
 
     def _verify_taps(self, capture: Capture) -> None:
         """In the first steps, until every site has been seen to agree, compare what taps and gradients saw."""
@@ -196,25 +209,42 @@ class StagedOptimizer(OptimizerWrapper):
 
     def _refresh(self) -> None:
         """Stage 2."""
-        if not schedule.every(self._steps, self.options.kfac_update_freq):
+        if not self._pace.refresh_due(self._steps):
             return
-        if self._mode.changes_coordinates and not self._in_use():
+        turning = self._in_use() or not self._mode.changes_coordinates
+        if not (turning or self._penalised):
             return
         with self._times("refresh"):
             for curvature in self._curvatures:
-                self._mode.refresh(curvature)
+                curvature.damping_scale = self._pace.damping_scale
+                if turning:
+                    self._mode.refresh(curvature)
+                self._refresh_penalties(curvature)
         self._counters.refreshes += 1
+
+    @property
+    def _penalised(self) -> bool:
+        return self.options.lambda_kfac > 0 or self.options.lambda_reproj > 0
+
+    def _refresh_penalties(self, curvature: Curvature) -> None:
+        if self._penalised:
+            regularizers.refresh(curvature, self._rank_policy())
 
     def _step_base(self) -> None:
         """Stages 3 and 4."""
         mode = self._mode if self._in_use() else modes.Identity(self.base)
-        needed = mode.holds_gradients or self.options.max_grad_norm is not None
+        penalty = schedule.ramp(self._steps, self.options.regularizer_warmup_steps) if self._penalised else 0.0
+        needed = mode.holds_gradients or self.options.max_grad_norm is not None or penalty > 0
         with self._times("precondition"):
             held = modes.hold_gradients(self._curvatures) if needed else []
         try:
             with self._times("precondition"):
                 for h in held:
+                    h.gradient_norm = modes.norm(h.gradient)
+                    extra = regularizers.gradient(h.curvature, h.group, penalty) if penalty else None
                     mode.before(h)
+                    if extra is not None:  # after the preconditioner, which so never sees it
+                        h.gradient = h.gradient + mode.as_the_base_sees(h, extra)
                 if self.options.max_grad_norm is not None:
                     modes.clip(held, self.options.max_grad_norm)
                 modes.hand_over(held)
@@ -233,13 +263,13 @@ class StagedOptimizer(OptimizerWrapper):
             with self._times("reproject"):
                 for curvature in self._curvatures:
                     pairs.clear_given_up(curvature)
-        self._counters.cosines = [h.cosine for h in held if h.cosine is not None]
+        buckets = {id(curvature): i for i, curvature in enumerate(self._curvatures)}
+        self._counters.outcomes = [_outcome(h, buckets[id(h.curvature)]) for h in held]
 
     def _reproject(self) -> None:
         """Stage 5."""
         options = self.options
-        due = schedule.every(self._steps, options.reprojection_freq, options.reprojection_warmup_steps)
-        if options.reprojection == "none" or not due:
+        if options.reprojection == "none" or not self._pace.reprojection_due(self._steps):
             return
         with self._times("reproject"):
             for curvature in self._curvatures:
@@ -283,10 +313,19 @@ class StagedOptimizer(OptimizerWrapper):
                 pairs.regrow(self.base, curvature, rank, seed=self._steps * len(self._curvatures) + i)
             if self._in_use():
                 self._mode.refresh(curvature)
+            self._refresh_penalties(curvature)
         policy = self._rank_policy()
         self._reduced = self._reduced or self._budget is not None or (policy.fixed or policy.threshold) is not None
 
-    def _count(self) -> None:
-        """Stage 6."""
+    def _count(self, loss: Tensor | float | None) -> None:
+        """The first half of stage 6."""
         self._steps += 1
+        self._pace.take(loss)
         self._capture.active = schedule.capture_due(self._steps, self.options.cov_update_freq)
+
+
+def _outcome(held: modes.Held, bucket: int) -> Outcome:
+    """What is kept of a group's step until the next one, a number per matrix."""
+    flat = [t if t is None else t.flatten() for t in (held.gradient_norm, held.without, held.turned, held.cosine)]
+    assert flat[0] is not None
+    return Outcome(bucket, held.group.side, held.group.positions, flat[0], *flat[1:])

@@ -1,15 +1,16 @@
-"""Counters and stage times that cost nothing until they are read."""
+"""Counters, stage times and outcomes that cost nothing until they are read."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-STAGES = ("capture", "fold", "refresh", "precondition", "base", "reproject")
+STAGES = ("capture", "fold", "refresh", "precondition", "base", "reproject", "record")
 
 
 class StageTimes:
@@ -33,6 +34,30 @@ class StageTimes:
             self.seconds[stage] += time.perf_counter() - start
 
 
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What the latest step did to m matrices of one side, all ``[m]`` on their device.
+
+    Attributes:
+        bucket: position of their bucket.
+        side: "A" or "B".
+        positions: each one's position in the bucket.
+        gradient_norm: ‖∇‖ of the loss.
+        without: norm of the update without curvature: the gradient in "inverse", the base's own step in "spectral" and
+            "steer"; None in the modes that only know the one with.
+        turned: norm of the update with it: Σ⁻¹∇ or the turned step; None where ``without`` is.
+        cosine: of the angle between the two; NaN where one is zero, None where ``without`` is.
+    """
+
+    bucket: int
+    side: str
+    positions: tuple[int, ...]
+    gradient_norm: Tensor
+    without: Tensor | None = None
+    turned: Tensor | None = None
+    cosine: Tensor | None = None
+
+
 class Counters:
     """What the optimizer has done, as Python ints and device tensors; a tensor is read only by whoever asks.
 
@@ -41,7 +66,7 @@ class Counters:
         reprojections: times the pairs were reprojected.
         folds: steps whose statistics were offered to the factors.
         dropped: steps of those whose statistics were not finite and were left out, a tensor per device.
-        cosines: cosine, per matrix, of the angle between the update with and without curvature, of the latest step.
+        outcomes: what the latest step did, for the modes that hold the gradients.
     """
 
     def __init__(self) -> None:
@@ -49,11 +74,12 @@ class Counters:
         self.reprojections = 0
         self.folds = 0
         self.dropped: Tensor | int = 0
-        self.cosines: list[Tensor] = []
+        self.outcomes: list[Outcome] = []
 
     def mean_cosine(self) -> float | None:
         """Mean over all matrices whose update was turned, or None if there was none."""
-        if not self.cosines:
+        cosines = [o.cosine for o in self.outcomes if o.cosine is not None]
+        if not cosines:
             return None
-        value = float(torch.cat([c.detach().float().cpu().flatten() for c in self.cosines]).nanmean())
+        value = float(torch.cat([c.detach().float().cpu().flatten() for c in cosines]).nanmean())
         return None if value != value else value

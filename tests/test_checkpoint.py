@@ -36,6 +36,18 @@ RUNS = {
     "subsampled": {"max_tokens": 7},
     "running-mean": {"fisher_decay": None},
     "paper": PAPER,
+    "penalties": {
+        "kfac_update_freq": 3,
+        "lambda_kfac": 0.1,
+        "lambda_reproj": 0.1,
+        "reprojection_k": 2,
+        "regularizer_warmup_steps": 8,
+    },
+    **{
+        f"{fisher}-{frequency}": {"precondition": mode, "fisher": fisher, "kfac_update_freq": frequency}
+        for fisher, mode in (("diagonal", "inverse"), ("block_diagonal", "spectral"), ("ekfac", "steer"))
+        for frequency in (1, 3)
+    },
     "paper-as-shipped": dict(presets.PAPER),
 }
 

@@ -14,6 +14,7 @@ INVALID = [
     # option, value, error, what the message says
     ("precondition", "eigenbais", ValueError, "did you mean 'eigenbasis'"),
     ("pairing", "both", ValueError, "'kfac', 'paper'"),
+    ("fisher", "blockdiagonal", ValueError, "did you mean 'block_diagonal'"),
     ("damping", None, ValueError, "'relative', 'absolute'"),
     ("reprojection", "twosided", ValueError, "did you mean 'two_sided'"),
     ("fisher_decay", 1.0, ValueError, r"in \[0, 1\)"),
@@ -57,6 +58,11 @@ INVALID = [
     ("rank_budget_tolerance", -0.1, ValueError, "from 0 up"),
     ("rank_regrowth", 1, TypeError, "True or False"),
     ("rank_regrowth", True, ValueError, "nothing adapts the rank"),
+    ("lambda_kfac", -1e-5, ValueError, "from 0 up"),
+    ("lambda_reproj", "1e-4", TypeError, "from 0 up"),
+    ("lambda_reproj", 1e-4, ValueError, "set reprojection_k"),
+    ("regularizer_warmup_steps", -1, ValueError, "at least 0"),
+    ("adaptive_schedule", 1, TypeError, "True or False"),
 ]
 
 

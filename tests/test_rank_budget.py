@@ -138,7 +138,7 @@ def test_adaptive_schedule_that_is_told_no_loss_says_so_once_and_stands_still():
     assert set(optimizer.ranks().values()) == {4}
 
 
-def test_adaptive_schedule_takes_the_loss_of_a_closure_and_of_observe_loss():
+def test_adaptive_schedule_takes_the_loss_of_a_closure_and_of_observe():
     reduced = []
     for told in (False, True):
         model = tiny.llama()
@@ -152,7 +152,7 @@ def test_adaptive_schedule_takes_the_loss_of_a_closure_and_of_observe_loss():
 
         for _ in range(9):
             if told:
-                optimizer.observe_loss(closure())
+                optimizer.observe(closure())
                 optimizer.step()
             else:
                 optimizer.step(closure)
@@ -304,7 +304,7 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(options, tmp_path):
         for seed in range(first, first + steps):
             loss = tiny.loss_of(model, seed)
             loss.backward()
-            optimizer.observe_loss(loss)
+            optimizer.observe(loss)
             optimizer.step()
             optimizer.zero_grad()
 

@@ -1,0 +1,40 @@
+"""Copies of device tensors that travel to the host while the host goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class HostCopy:
+    """Tensors as they are now, by name, in the host's memory as soon as the device has got there."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = {name: _started(tensor) for name, tensor in tensors.items()}
+        devices = {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}
+        self._events = []
+        for device in devices:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
+            self._events.append(event)
+
+    def arrived(self) -> bool:
+        """Whether reading waits for nothing."""
+        return all(event.query() for event in self._events)
+
+    def read(self) -> dict[str, Tensor]:
+        """The tensors on the host; waits for what has not arrived."""
+        for event in self._events:
+            event.synchronize()
+        return self._tensors
+
+
+def _started(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    pinned = tensor.device.type == "cuda"  # only into pinned memory does a copy run beside the host
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+    return host.copy_(tensor, non_blocking=pinned)

@@ -1,0 +1,88 @@
+"""The loss of each step, from whoever knows it, without reading it from the device."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class OutputTap:
+    """Forward hook on the whole model that takes note of ``output.loss``. Holds its collector weakly, as the other taps do."""
+
+    def __init__(self, losses: Losses | None) -> None:
+        self._losses = weakref.ref(losses) if losses is not None else None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Take the loss of a training pass; evaluation builds no graph."""
+        losses = self._losses() if self._losses is not None else None
+        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+        if losses is not None and isinstance(loss, Tensor) and loss.requires_grad:
+            losses.from_output(loss)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OutputTap, (None,)
+
+
+class Losses:
+    """Collects the losses between two steps; what was observed goes before the closure's, that before the model's output."""
+
+    def __init__(self) -> None:
+        self._observed: list[Tensor | float] = []
+        self._outputs: list[Tensor | float] = []
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+
+    def attach(self, model: nn.Module | None) -> None:
+        """Watch the outputs of ``model`` from now on."""
+        if model is not None and self._hook is None:
+            self._hook = model.register_forward_hook(OutputTap(self))
+
+    def detach(self) -> None:
+        """Remove the hook."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Take a loss that the user hands over."""
+        self._observed.append(_single(loss))
+
+    def from_output(self, loss: Tensor) -> None:
+        """Take the loss that the model put out."""
+        self._outputs.append(loss.detach().float().mean())
+
+    def take(self, returned: Any = None) -> Tensor | float | None:
+        """The loss of this step: the mean over its micro-batches, or None if nobody told. Forgets it.
+
+        Args:
+            returned: what the closure returned.
+        """
+        if not self._observed and _is_single(returned):
+            self._observed.append(_single(returned))
+        seen = self._observed or self._outputs
+        self._observed, self._outputs = [], []
+        return sum(seen[1:], seen[0]) / len(seen) if seen else None
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _single(loss: Tensor | float) -> Tensor | float:
+    """A loss as one number, on its device.
+
+    Raises:
+        TypeError: it is no number and no tensor.
+        ValueError: a tensor of several values.
+    """
+    if isinstance(loss, bool) or not isinstance(loss, Tensor | float | int):
+        raise TypeError(
+            f"observe() takes the loss of this step, a number or a tensor of one value, got {type(loss).__name__}"
+        )
+    if not isinstance(loss, Tensor):
+        return float(loss)
+    if loss.numel() != 1:
+        raise ValueError(f"observe() takes one loss, got a tensor of shape {list(loss.shape)}; pass loss.mean()")
+    return loss.detach().float().reshape(())

@@ -1,0 +1,130 @@
+"""Reading the file of JSON lines that ``optimizer.log_to(path)`` writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grit_optim.sinks import Record
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
+
+
+class RunError(Exception):
+    """A file that cannot be read as a run; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class SiteName:
+    """What a site's name says.
+
+    Attributes:
+        layer: number of the transformer layer, or None.
+        projection: last part of the module's name, such as ``q_proj``.
+    """
+
+    layer: int | None
+    projection: str
+
+    def __str__(self) -> str:
+        return self.projection if self.layer is None else f"layer {self.layer} {self.projection}"
+
+
+@dataclass
+class RunLog:
+    """The records of one run.
+
+    Attributes:
+        path: the file.
+        start: the latest ``"start"`` record.
+        steps: the ``"step"`` records in order; those that a restart repeated are there once.
+        end: the ``"end"`` record, or None while the run goes on.
+    """
+
+    path: Path
+    start: Record
+    steps: list[Record] = field(default_factory=list)
+    end: Record | None = None
+
+    @property
+    def sites(self) -> list[SiteName]:
+        """The sites, in the order of every column."""
+        return [parse_name(site["name"], site["adapter"]) for site in self.start["sites"]]
+
+    def having(self, column: str) -> list[Record]:
+        """The steps that hold a column.
+
+        Raises:
+            RunError: none does.
+        """
+        found = [step for step in self.steps if column in step["sites"]]
+        if not found:
+            raise RunError(
+                f"{self.path} holds no {column}; {_REMEDIES.get(column, 'nothing was recorded of it in this run')}"
+            )
+        return found
+
+
+_SPECTRUM = "record with optimizer.log_to(path, log_fisher_spectrum=True)"
+_VECTORS = "record with optimizer.log_to(path, log_eig_heatmaps=True)"
+_REMEDIES = {
+    "eigenvalues_a": _SPECTRUM, "eigenvalues_g": _SPECTRUM, "eigenvectors_a": _VECTORS, "eigenvectors_g": _VECTORS,
+    "angle_A": "only the modes that know the step without curvature have one: 'spectral', 'steer' and 'inverse'",
+}  # fmt: skip
+
+
+def parse_name(name: str, adapter: str) -> SiteName:
+    """Layer and projection from a site's name."""
+    module = name.removesuffix(f".{adapter}") if adapter else name
+    found = _LAYER.search(f"{module}.")
+    return SiteName(int(found[1]) if found else None, module.rsplit(".", 1)[-1])
+
+
+def read_run(path: str | Path) -> RunLog:
+    """Read a run, also one that is still being written.
+
+    Raises:
+        RunError: the file is missing, is no such file, or holds no start.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"cannot read {path}: {error}") from error
+    run: RunLog | None = None
+    whole = text[: text.rfind("\n") + 1]  # a last line without its end is still being written
+    for number, line in enumerate(whole.splitlines(), 1):
+        record = _record(path, number, line)
+        if record["kind"] == "start":
+            run = _started(run, RunLog(path, record))
+        elif run is None:
+            raise RunError(
+                f"{path} does not begin with a start record; is it a file that optimizer.log_to(path) wrote?"
+            )
+        elif record["kind"] == "step":
+            run.steps.append(record)
+        else:
+            run.end = record
+    if run is None:
+        raise RunError(f"{path} holds no record yet; is it a file that optimizer.log_to(path) wrote?")
+    return run
+
+
+def _record(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise RunError(f"{path}, line {number} is no JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("kind") not in ("start", "step", "end"):
+        raise RunError(f"{path}, line {number} is no record of optimizer.log_to(path)")
+    return record
+
+
+def _started(before: RunLog | None, run: RunLog) -> RunLog:
+    """A run that goes on from an earlier one keeps its steps up to where it starts; another model keeps none."""
+    if before is not None and before.start["sites"] == run.start["sites"]:
+        run.steps = [step for step in before.steps if step["step"] <= run.start["step"]]
+    return run

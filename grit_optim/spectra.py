@@ -1,0 +1,50 @@
+"""What the eigenvalues of a factor say, as numbers per site. Pure algebra, for the host: nothing here is part of a step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grit_optim import linalg
+
+
+def effective_rank(spectrum: Tensor) -> Tensor:
+    """``exp(H(p))`` with ``p = λ / Σλ`` (Roy and Vetterli 2007): ``[S, r] -> [S]``, from 1 to r; 0 where λ is zero throughout.
+
+    It is k for k equal eigenvalues and falls towards 1 as one of them comes to dominate.
+    """
+    total = spectrum.sum(-1, keepdim=True)
+    shares = spectrum / total.clamp_min(torch.finfo(spectrum.dtype).tiny)
+    entropy = -torch.xlogy(shares, shares).sum(-1)
+    return torch.where(total[:, 0] > 0, entropy.exp(), 0.0)
+
+
+def condition_number(spectrum: Tensor, rank: Tensor) -> Tensor:
+    """``λ_1 / λ_k`` over the k coordinates in use: ``[S, r]`` and ``[S]`` to ``[S]``.
+
+    Infinite where λ_k is zero, NaN where λ_1 is. Factors are kept in fp32, so that more than about
+    1e7 says no more than "singular".
+    """
+    smallest = spectrum.gather(-1, (rank.long() - 1).clamp_min(0)[:, None])[:, 0]
+    return spectrum[:, 0] / smallest
+
+
+def decompose(factor: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``[S, r]``, largest first, and eigenvectors ``[S, r, r]`` of factors, in float64.
+
+    Args:
+        factor: ``[S, r, r]``.
+        rank: the leading coordinates in use ``[S]``; the others count as zero.
+    """
+    mask = linalg.leading_mask(rank, factor.shape[-1])
+    return linalg.leading_eigenbasis(factor.double(), mask)
+
+
+def scalars(spectrum: Tensor, rank: Tensor) -> dict[str, Tensor]:
+    """``trace``, ``top`` (the largest eigenvalue), ``condition`` and ``effective_rank`` of each factor, ``[S]`` each."""
+    return {
+        "trace": spectrum.sum(-1),
+        "top": spectrum[:, 0],
+        "condition": condition_number(spectrum, rank),
+        "effective_rank": effective_rank(spectrum),
+    }
