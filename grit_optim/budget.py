@@ -103,9 +103,9 @@ class BudgetSchedule:
             return
         self._warned = True
         warnings.warn(
-            "rank_budget_schedule='adaptive' stands still at its start, since no loss has been told: call "
-            "optimizer.observe(loss) after each backward pass or evaluation, or pass a closure to step(); or choose "
-            "'linear' or 'cosine'",
+            "rank_budget_schedule='adaptive' stands still at its start, since no loss has been told: the "
+            "model's output carries none, so call optimizer.observe(loss) after each backward pass, or pass a closure to "
+            "step(); or choose 'linear' or 'cosine'",
             stacklevel=7,
         )
 
