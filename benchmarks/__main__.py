@@ -15,7 +15,7 @@ from .results import PRECISIONS, RunConfig
 from .tasks import TASKS, check_task
 from .tasks.external import DATA, MAX_LENGTH, DataOptions, check_data
 
-MAIN_LRS, MAIN_OPTIMIZERS = [5e-3, 1e-2], ["adamw", "grit"]
+MAIN_LRS, MAIN_OPTIMIZERS = [5e-3, 1e-2, 2e-2], ["adamw", "grit"]  # the best lies between the others
 _OPTIMIZER_HELP = f"known: {', '.join(OPTIMIZERS)}"
 
 
