@@ -158,9 +158,8 @@ def _move_named(group: Group, states: Sequence[dict[str, Any]], name: str, opera
         return
     part = group if len(present) == len(states) else group.subset(present)
     tensors: list[Tensor] = [states[i][name] for i in present]
-    moved = part.apply(operator, part.stack(tensors).to(operator.dtype))
-    for tensor, value in zip(tensors, moved, strict=True):
-        tensor.copy_(value.view_as(tensor))
+    moved = part.apply(operator, part.stack(tensors).to(operator.dtype)).to(tensors[0].dtype)
+    torch._foreach_copy_(tensors, [value.view_as(tensor) for tensor, value in zip(tensors, moved, strict=True)])
 
 
 def _warn_dropped_state(base: Optimizer, names: set[str]) -> None:
