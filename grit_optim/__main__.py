@@ -1,4 +1,4 @@
-"""Command line: ``python -m grit_optim COMMAND``; each command has a module of its own."""
+"""Command line: ``python -m grit_optim COMMAND``; each command is a module with ``add`` and a function that does it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,18 @@ from collections.abc import Sequence
 
 from grit_optim import ranks_command
 
-COMMANDS = {"ranks": ranks_command}
-"""Name to a module with ``HELP``, ``add_arguments(parser)`` and ``run(arguments)``, which raises ValueError to refuse input."""
+COMMANDS = (ranks_command,)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line, one subparser per command."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status, 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m grit_optim")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status, 2 for input that cannot be used."""
-    arguments = make_parser().parse_args(argv)
+    for command in COMMANDS:
+        command.add(commands)
+    given = parser.parse_args(arguments)
     try:
-        arguments.run(arguments)
+        given.call(given)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
