@@ -419,7 +419,8 @@ IMPOSSIBLE = {
     "with a threshold": ({"enable_rank_adaptation": True}, "two ways to decide the ranks"),
     "start without steps": ({"rank_budget_start": 0.9}, "no effect with rank_budget_steps=0"),
     "schedule without steps": ({"rank_budget_schedule": "cosine"}, "no effect with rank_budget_steps=0"),
-    "steps without budget": ({"rank_budget": None, "rank_budget_steps": 5}, "which is None"),
+    "steps without budget": ({"rank_budget": None, "rank_budget_steps": 5}, "rank_budget, which is None"),
+    "schedule without budget": ({"rank_budget": None, "rank_budget_schedule": "cosine"}, "rank_budget, which is None"),
     "paper's projection": ({"reprojection": "two_sided"}, "needs reprojection='balanced'"),
     "regrowth of nothing": ({"rank_budget": None, "rank_regrowth": True}, "nothing adapts the rank"),
 }
