@@ -277,6 +277,7 @@ class GritOptimizer(RankedOptimizer):
             "calls_per_step": self._capture.calls_per_step,
             "offset": self._capture.offset,
             "precondition": self.options.precondition,
+            "reprojection": self.options.reprojection,
             "refreshes": self._counters.refreshes,
             "reprojections": self._counters.reprojections,
             "sites": checkpoint.pack_sites(self._curvatures, with_operators),

@@ -408,6 +408,27 @@ def test_the_papers_projections_give_up_no_rank():
             call()
 
 
+@pytest.mark.parametrize("said", [True, False], ids=["now", "older state"])
+@pytest.mark.parametrize("now", ["none", "balanced"])
+def test_ranks_of_the_papers_projections_are_not_taken_for_given_up(now, said):
+    """A state saved with them, loaded without: every row is in use, and none may be cleared."""
+    if now == "balanced" and not said:
+        pytest.skip("an older state does not say; the same projections as now are the best guess")
+    model = tiny.llama()
+    optimizer = tiny.grit(model, reprojection="two_sided", reprojection_freq=2, reprojection_k=2)
+    tiny.train(model, optimizer, 4)
+    assert set(optimizer.ranks().values()) == {2}
+    state = optimizer.state_dict()
+    if not said:
+        del state["grit"]["reprojection"]
+    optimizer.close()
+    other = tiny.grit(model, reprojection=now, reprojection_freq=100)
+    other.load_state_dict(state)
+    assert set(other.ranks().values()) == {4}
+    tiny.train(model, other, 1, first=4)
+    assert all(torch.count_nonzero(a[2:]) == a[2:].numel() for _, a, _ in pairs_of(model))
+
+
 IMPOSSIBLE = {
     "below the floor": ({"rank_budget": 0.1, "min_lora_rank": 2}, "min_lora_rank=2 keeps 992"),
     "not one direction": ({"rank_budget": 10}, "the smallest direction of any site has 32"),
