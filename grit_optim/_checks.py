@@ -164,9 +164,10 @@ class Options:
                 "so that it can be taken back"
             )
         if self.rank_budget is None:
-            if self.rank_budget_start is not None or self.rank_budget_steps:
+            if self.rank_budget_start is not None or self.rank_budget_steps or self.rank_budget_schedule != "linear":
                 raise ValueError(
-                    "rank_budget_start and rank_budget_steps lead to rank_budget, which is None; set it too"
+                    "rank_budget_start, rank_budget_schedule and rank_budget_steps say how to come to rank_budget, which is "
+                    "None; set it too"
                 )
             return
         if self.reprojection != "balanced":

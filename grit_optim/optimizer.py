@@ -279,6 +279,7 @@ class GritOptimizer(ReportingOptimizer):
             "offset": self._capture.offset,
             "precondition": self.options.precondition,
             "fisher": self.options.fisher,
+            "reprojection": self.options.reprojection,
             "refreshes": self._counters.refreshes,
             "reprojections": self._counters.reprojections,
             "pace": self._pace.pack(),

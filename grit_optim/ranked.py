@@ -282,7 +282,16 @@ class RankedOptimizer(StagedOptimizer):
             self._remember(self._sites, {})
         if self._budget is not None:
             self._budget.load(own.get("budget", {}))
+        self._forget_ranks_of_the_paper(own)
         self._reduced = any(bool((c.rank < c.bucket.rank).any()) for c in self._curvatures)
+
+    def _forget_ranks_of_the_paper(self, own: dict[str, Any]) -> None:
+        """Ranks that the paper's projections left are no ranks given up: all rows are in use, and must not be cleared."""
+        now = self.options.reprojection
+        before = own.get("reprojection", now if now == "balanced" else PAPER_PROJECTIONS[0])  # not said in older states
+        if before in PAPER_PROJECTIONS and now not in PAPER_PROJECTIONS:
+            for curvature in self._curvatures:
+                curvature.rank = torch.full_like(curvature.rank, curvature.bucket.rank)
 
 
 def _cost(curvature: Curvature, found: Coordinates, rank: Tensor) -> Tensor:

@@ -11,23 +11,24 @@ from torch import Tensor
 
 from grit_optim.ranks import FILE_NAME, FORMAT, RankReport, SiteRank, effective_ranks, product_singular_values
 
-_HELP = "ranks, effective ranks and parameters of a saved LoRA adapter, and what the ranks it gave up were predicted to cost"
 _WEIGHTS, _A, _B = "adapter_model.safetensors", ".lora_A.weight", ".lora_B.weight"
 _PREFIX = "base_model.model."
 
 
-def add(commands: Any) -> None:
-    """Add the command to a parser's subcommands."""
-    parser: argparse.ArgumentParser = commands.add_parser("ranks", help=_HELP, description=_HELP)
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command ``ranks`` to a command line."""
+    text = "ranks, effective ranks and parameters of a saved LoRA adapter, and what was predicted of the ranks given up"
+    parser = commands.add_parser("ranks", help=text, description=text)
     parser.add_argument("path", type=Path, metavar="PATH", help="folder of an adapter that PEFT or save_adapter wrote")
     parser.add_argument("--json", action="store_true", help="as JSON instead of a table")
     parser.add_argument(
         "--threshold", type=float, default=0.99, help="τ of the effective rank by threshold (by default 0.99)"
     )
-    parser.set_defaults(call=_call)
+    parser.set_defaults(call=show)
 
 
-def _call(arguments: argparse.Namespace) -> None:
+def show(arguments: argparse.Namespace) -> None:
+    """Print the report."""
     report = read_ranks(arguments.path, arguments.threshold)
     print(json.dumps(report.as_dict(), indent=1) if arguments.json else report.table())
 

@@ -113,7 +113,7 @@ def test_cuts_are_written_and_report_draws_them(small_task, tmp_path, capsys):
 
 
 def test_sizes_are_measured_on_files_that_were_read_back(small_task, tmp_path, capsys):
-    config = adapter_sizes.RunConfig("naming", "", 1e-2, 0, steps=6, batch_size=4)
+    config = adapter_sizes.RunConfig("naming", "", 1e-2, 0, steps=6, batch_size=6)  # more than 64 scored tokens
     ways = list(adapter_sizes.WAYS)
     adapter_sizes.adapter_sizes(config, ways, [0.5], [0], tmp_path, None)
     series, _ = adapter_sizes_report.read(tmp_path)
