@@ -29,7 +29,7 @@ def test_each_matrix_is_what_it_is_said_to_be():
     traced = torch.einsum("iaja->ij", truth.reshape(R, D, R, D))
     assert torch.allclose(made["block_diagonal"], torch.kron(traced, torch.eye(D).double()))
     assert torch.allclose(made["kfac"], torch.kron(inner.T @ inner / TOKENS, torch.eye(D).double()))
-    basis = torch.kron(torch.linalg.eigh(inner.T @ inner)[1], torch.eye(D).double())
+    basis = torch.kron(torch.linalg.eigh(inner.T @ inner)[1].contiguous(), torch.eye(D).double())
     assert torch.allclose(basis.T @ made["ekfac"] @ basis, torch.diag((basis.T @ truth @ basis).diagonal()), atol=1e-12)
 
 
