@@ -49,6 +49,16 @@ def test_every_site_tells_its_numbers():
         assert (numbers["rank"], numbers["engaged"]) == (4, True)
 
 
+def test_what_is_not_engaged_has_not_been_turned():
+    _, optimizer, _, _ = one_step({"precondition": "steer", "kfac_min_samples": 10**6})
+    told = optimizer.telemetry()
+    assert len(told["per_site"]) == 14
+    for numbers in told["per_site"].values():
+        assert (numbers["engaged"], numbers["angle_A"], numbers["angle_B"]) == (False, 0, 0)
+        assert numbers["norm_with_A"] == numbers["norm_without_A"] > 0
+    assert told["mean_cosine"] == 1
+
+
 def test_inverse_tells_the_natural_gradients_norm():
     """Before the norm is restored: what the trust region of a trainer's clipping would be set by."""
     model, optimizer, _, gradients = one_step({"precondition": "inverse", "kfac_damping": 0.05})
