@@ -120,6 +120,9 @@ def test_every_column_and_total_of_a_record_is_documented():
 
 def test_the_fisher_table_is_the_one_that_was_measured():
     results = REPOSITORY / "benchmarks" / "results" / "fisher"
+    if not results.exists():
+        assert "*Not measured yet" in MATHEMATICS
+        pytest.skip("python -m benchmarks.fisher_distance has not been run yet")
     measured = fisher_distance.table(fisher_distance.read(results / "fisher.json"))
     assert (results / "fisher.md").read_text(encoding="utf8") == measured
     assert measured.strip() in MATHEMATICS
