@@ -12,7 +12,7 @@ from . import environment
 from .files import BenchmarkError, write_json
 from .results import RunConfig, read_result
 from .suites import FIXED_SETTINGS, Contender, SuiteSettings, check_settings, cost_name
-from .summary import Result, loss_surroundings
+from .summary import REFERENCE, Result, loss_surroundings
 from .sweep import Ledger, Trial, make_trials, plan, targets
 
 RECORD, FAILED = "suite.json", "failed"
@@ -121,6 +121,17 @@ def _note_failures(folder: Path, runs: Sequence[RunConfig], failures: Mapping[st
             path.unlink(missing_ok=True)
 
 
+def _say_where_no_target_is(stay: Stay, target: Mapping[str, float | None]) -> None:
+    """Budgets are searched for against AdamW's best, which is not known before all AdamW contenders of the folder are."""
+    missing = [task for task in stay.asked.tasks if target.get(task) is None]
+    adamw = [one.label for one in stay.whole.contenders if one.optimizer == REFERENCE]
+    if "budgets" in stay.phases and missing:
+        print(
+            f"no budgets on {', '.join(missing)}: AdamW's best is not known there yet; the folder's AdamW contenders are "
+            f"{', '.join(adamw)}, and all of them have to be through with explore and narrow"
+        )
+
+
 def _train(stay: Stay) -> dict[str, str]:
     """Plan and run until nothing is left; returns the failures of this call, none of which is tried twice."""
     from .outlook import outlook
@@ -131,6 +142,7 @@ def _train(stay: Stay) -> dict[str, str]:
         trials, target = stay.trials(failures)
         planned = plan(trials, stay.phases, target)
         if not planned:
+            _say_where_no_target_is(stay, target)
             return failures
         runs = pending(planned, stay.folder)
         if not runs:

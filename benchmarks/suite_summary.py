@@ -133,6 +133,14 @@ class Entry:
     cost_failure: str | None = None
 
     @property
+    def is_started(self) -> bool:
+        """Whether any run of it has ended, well or badly."""
+        return bool(self.cost_failure) or any(
+            one.full_runs or len(one.trial.explored.missing) < 3 or one.trial.failure(one.target)
+            for one in self.standings
+        )
+
+    @property
     def loss(self) -> float | None:
         """Mean over the tasks of the mean final loss; None unless every task has one."""
         losses = [standing.trial.loss for standing in self.standings]

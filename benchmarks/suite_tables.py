@@ -195,9 +195,12 @@ def _origin(suite: Suite, results: Sequence[Result]) -> str:
 
 def table(suite: Suite, ledger: Ledger, costs: Mapping[str, Mapping[str, Any]]) -> str:
     """The Markdown of one group of comparable results."""
-    found = entries(suite.trials(ledger), costs)
+    everybody = entries(suite.trials(ledger), costs)
+    found = [entry for entry in everybody if entry.is_started]
+    waiting = [entry.contender.label for entry in everybody if not entry.is_started]
     parts = [
         _main_table(found, suite.tasks),
+        *([f"Not run yet: {', '.join(waiting)}."] if waiting else []),
         _target_lines(suite, ledger),
         _steps_table(found, suite.tasks),
         _rates_table(found, suite.tasks),

@@ -270,6 +270,25 @@ def test_an_unfinished_suite_says_so_and_has_no_target(tmp_path, pretend):
     assert suite_figures.draw_ratios(found, tmp_path / "never.png") is None
 
 
+def test_contenders_that_have_not_run_stand_below_the_table(tmp_path, pretend):
+    pretend()
+    run_suite(tmp_path, replace(SMALL, contenders=(ADAMW,)), PHASES)
+    open_suite(tmp_path, SMALL)
+    text = report(tmp_path)
+    assert "Not run yet: adamw-0.6, grit." in text
+    assert "| grit |" not in text
+    assert row(text, "adamw")
+
+
+def test_budgets_without_a_target_are_explained(tmp_path, pretend, capsys):
+    pretend()
+    run_suite(tmp_path, SMALL, ("explore",))
+    run_suite(tmp_path, replace(SMALL, contenders=(GRIT,)), PHASES)
+    said = capsys.readouterr().out
+    assert "no budgets on naming: AdamW's best is not known there yet" in said
+    assert "adamw, adamw-0.6" in said
+
+
 def test_one_seed_gives_no_interval(tmp_path, pretend):
     pretend()
     run_suite(tmp_path, replace(SMALL, settings=replace(SIZES, seeds=(0,))), PHASES)
