@@ -43,8 +43,17 @@ def assert_same(one, other):
         assert torch.equal(ours[name], theirs[name]), name
 
 
-def built(seed=0, **options):
-    model = tiny.llama(layers=1, seed=seed)
+def restarted():
+    """The same base model with another adapter, as in a new process that is to load a checkpoint."""
+    model = tiny.llama(layers=1)
+    with torch.no_grad():
+        for p in tiny.trained(model):
+            p.normal_()
+    return model
+
+
+def built(model=None, **options):
+    model = model or tiny.llama(layers=1)
     return model, tiny.grit(model, **options)
 
 
@@ -66,7 +75,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, options):
     assert engaged(optimizer) == (6, 7)
     first, interrupted = built(**options)
     run(tmp_path / "part", first, (interrupted, None), callbacks=[Stop(3)], **saving).train()
-    second, fresh = built(seed=1, **options)
+    second, fresh = built(restarted(), **options)
     run(tmp_path / "part", second, (fresh, None), **saving).train(resume_from_checkpoint=True)
     assert engaged(fresh) == (6, 7)
     assert_same(second, whole)
@@ -78,7 +87,7 @@ def test_a_factory_resumes_too_and_equals_the_optimizer_that_was_handed_over(tmp
     run(tmp_path / "a", whole, (optimizer, None)).train()
     saving = {"save_strategy": "steps", "save_steps": 3}
     run(tmp_path / "b", tiny.llama(layers=1), factory=(for_trainer, keywords), callbacks=[Stop(3)], **saving).train()
-    again = tiny.llama(layers=1, seed=1)
+    again = restarted()
     trainer = run(tmp_path / "b", again, factory=(for_trainer, keywords), **saving)
     trainer.train(resume_from_checkpoint=True)
     assert engaged(trainer.optimizer.optimizer) == (6, 7)
@@ -148,7 +157,7 @@ def test_the_best_model_comes_back(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-4)
-    assert optimizer._sites[0].a is tiny.trained(model)[0] or len(optimizer._sites) == 7
+    assert engaged(optimizer) == (6, 7)
 
 
 def test_seq2seq_trainer(tmp_path):
