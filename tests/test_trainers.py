@@ -1,6 +1,7 @@
 """Accelerate, Lightning and TRL: each trains with GritOptimizer as a hand-written loop does."""
 
 import warnings
+from functools import partial
 
 import pytest
 import tiny
@@ -176,16 +177,27 @@ def test_sft(trl, tokenizer, tmp_path, way):
     assert engaged(of_trainer(trainer)) == (STEPS, 7)
 
 
+def with_grit(make, way):
+    """DPOTrainer and GRPOTrainer know no ``optimizer_cls_and_kwargs=``; the attribute serves, or a ready PEFT model."""
+    model = tiny.llama(layers=1)
+    if way == "ready":
+        return make(model=model, optimizers=(tiny.grit(model), None))
+    trainer = make(model=model.unload(), peft_config=peft_config())
+    trainer.optimizer_cls_and_kwargs = FACTORY
+    return trainer
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_dpo_and_its_reference_stays_out_of_the_factors(trl, tokenizer, tmp_path):
+@pytest.mark.parametrize("way", ["ready", "peft_config"])
+def test_dpo_and_its_reference_stays_out_of_the_factors(trl, tokenizer, tmp_path, way):
     import datasets
 
     rows = [{"prompt": sentence(i), "chosen": sentence(i + 50, 4), "rejected": sentence(i + 90, 4)} for i in range(16)]
-    trainer = trl.DPOTrainer(
-        model=tiny.llama(layers=1).unload(), args=settings(trl.DPOConfig, tmp_path, max_length=32),
-        train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, peft_config=peft_config(),
-        optimizer_cls_and_kwargs=FACTORY,
+    make = partial(
+        trl.DPOTrainer, args=settings(trl.DPOConfig, tmp_path, max_length=32),
+        train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
     )  # fmt: skip
+    trainer = with_grit(make, way)
     seen = watch_agreement(trainer)
     trainer.train()
     assert engaged(of_trainer(trainer)) == (STEPS, 7)
@@ -194,15 +206,17 @@ def test_dpo_and_its_reference_stays_out_of_the_factors(trl, tokenizer, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_grpo_and_its_generation_stays_out_of_the_factors(trl, tokenizer, tmp_path):
+@pytest.mark.parametrize("way", ["ready", "peft_config"])
+def test_grpo_and_its_generation_stays_out_of_the_factors(trl, tokenizer, tmp_path, way):
     import datasets
 
     data = datasets.Dataset.from_list([{"prompt": sentence(i)} for i in range(16)])
-    trainer = trl.GRPOTrainer(
-        model=tiny.llama(layers=1).unload(), reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions],
+    make = partial(
+        trl.GRPOTrainer, reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions],
         args=settings(trl.GRPOConfig, tmp_path, num_generations=4, max_completion_length=6, beta=0.1),
-        train_dataset=data, processing_class=tokenizer, peft_config=peft_config(), optimizer_cls_and_kwargs=FACTORY,
+        train_dataset=data, processing_class=tokenizer,
     )  # fmt: skip
+    trainer = with_grit(make, way)
     seen = watch_agreement(trainer)
     trainer.train()
     assert engaged(of_trainer(trainer)) == (STEPS, 7)
