@@ -269,7 +269,9 @@ def check_base(base: object) -> None:
     for kind in type(base).__mro__:
         reason = next((why for word, why in _REFUSED.items() if word in kind.__name__.lower()), None)
         if reason is not None:
-            raise TypeError(f"{type(base).__name__} cannot be a base optimizer: it {reason}; use torch.optim.AdamW or the like")
+            raise TypeError(
+                f"{type(base).__name__} cannot be a base optimizer: it {reason}; use torch.optim.AdamW or the like"
+            )
     if hasattr(base, "check_capture"):
         raise TypeError("the base optimizer is a GritOptimizer already; wrap the plain optimizer once")
 

@@ -23,7 +23,12 @@ def run(folder, model, optimizers=(None, None), kind="", factory=None, callbacks
     )
     given = {"optimizer_cls_and_kwargs": factory} if factory else {"optimizers": optimizers}
     return getattr(transformers, f"{kind}Trainer")(
-        model=model, args=settings, train_dataset=examples(), eval_dataset=examples(4), callbacks=list(callbacks), **given
+        model=model,
+        args=settings,
+        train_dataset=examples(),
+        eval_dataset=examples(4),
+        callbacks=list(callbacks),
+        **given,
     )
 
 
@@ -95,9 +100,7 @@ def test_a_factory_resumes_too_and_equals_the_optimizer_that_was_handed_over(tmp
 
 
 def test_model_init_works_with_the_factory(tmp_path):
-    trainer = run(
-        tmp_path, tiny.llama(layers=1), factory=(for_trainer, {"lr": 1e-2, "kfac_min_samples": 8})
-    )
+    trainer = run(tmp_path, tiny.llama(layers=1), factory=(for_trainer, {"lr": 1e-2, "kfac_min_samples": 8}))
     trainer.model_init = lambda: tiny.llama(layers=1)
     trainer.train()
     optimizer = trainer.optimizer.optimizer
