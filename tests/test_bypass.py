@@ -52,9 +52,13 @@ def test_an_optimizer_in_the_backward_pass_is_noticed_by_the_gradients_it_takes_
 
     for p in tiny.trained(model):
         p.register_post_accumulate_grad_hook(layerwise)
-    with pytest.warns(UserWarning, match="step inside the backward pass"):
+
+    def loop():
         for seed in range(PATIENCE + 1):
             tiny.loss_of(model, seed).backward()
+
+    with pytest.warns(UserWarning, match="step inside the backward pass"):
+        loop()
     assert optimizer.telemetry()["folds"] == 0
 
 
@@ -62,10 +66,14 @@ def test_the_trainer_that_trains_another_model_is_told():
     model = tiny.llama(layers=1)
     optimizer = tiny.grit(model)
     wrapped = copy.deepcopy(model)
-    with pytest.warns(UserWarning, match=r"none of its 7 LoRA site.*for_trainer"):
+
+    def loop():
         for seed in range(5):
             tiny.loss_of(wrapped, seed).backward()
             optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"none of its 7 LoRA site.*for_trainer"):
+        loop()
 
 
 def accumulate(model, optimizer):
