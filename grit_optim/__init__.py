@@ -4,6 +4,7 @@ from grit_optim import presets
 from grit_optim.export import export_adapter
 from grit_optim.optimizer import GritOptimizer
 from grit_optim.sites import Site
+from grit_optim.trainer import for_trainer
 
 __version__ = "0.1.0"
-__all__ = ["GritOptimizer", "Site", "export_adapter", "presets"]
+__all__ = ["GritOptimizer", "Site", "export_adapter", "for_trainer", "presets"]

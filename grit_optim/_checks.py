@@ -240,11 +240,22 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
+_IN_BACKWARD = "updates the weights during the backward pass, before step() can prepare any gradient"
+_REFUSED = {
+    "cpuoffload": "works on copies of the weights and gradients on the host, which GRIT's changes of either never reach",
+    "deepspeedcpu": "works on copies of the weights and gradients on the host, which GRIT's changes of either never reach",
+    "layerwise": _IN_BACKWARD,
+    "lomo": _IN_BACKWARD,
+}
+"""By a part of the class's name, in lower case: none of these packages need be there to know them."""
+
+
 def check_base(base: object) -> None:
     """Refuse what cannot be a base optimizer.
 
     Raises:
-        TypeError: ``base`` is no ``torch.optim.Optimizer``, or is one that evaluates the loss several times per step.
+        TypeError: ``base`` is no ``torch.optim.Optimizer``, or is one that evaluates the loss several times per step,
+            acts during the backward pass, or works on copies of the weights.
     """
     if not isinstance(base, Optimizer):
         raise TypeError(
@@ -256,6 +267,12 @@ def check_base(base: object) -> None:
             "LBFGS evaluates the loss several times per step, and curvature would be gathered from all of them; use a "
             "first-order base such as torch.optim.AdamW"
         )
+    for kind in type(base).__mro__:
+        reason = next((why for word, why in _REFUSED.items() if word in kind.__name__.lower()), None)
+        if reason is not None:
+            raise TypeError(
+                f"{type(base).__name__} cannot be a base optimizer: it {reason}; use torch.optim.AdamW or the like"
+            )
     if hasattr(base, "check_capture"):
         raise TypeError("the base optimizer is a GritOptimizer already; wrap the plain optimizer once")
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from grit_optim.buckets import Bucket
+from grit_optim.bypass import BypassWatch
 from grit_optim.fisher import Sums
 from grit_optim.sites import Site
 from grit_optim.telemetry import StageTimes
@@ -74,6 +75,7 @@ class Capture:
         self._slots = [where[id(site)] for site in self.sites]
         self._index_cache: dict[tuple[int, tuple[int, ...]], Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.bypass = BypassWatch()
         self.discard()
         for position, site in enumerate(self.sites):
             _remove_inert_taps(site.tap)
@@ -81,6 +83,7 @@ class Capture:
 
     def discard(self) -> None:
         """Forget what was gathered since the last :meth:`collect`."""
+        self.bypass.stepped()
         self.fired = [0] * len(self.sites)
         self.inner: list[Tensor | None] = [None] * len(self.sites)
         self.rounding = torch.finfo(torch.float32).eps
@@ -89,6 +92,7 @@ class Capture:
 
     def watch(self, position: int, output: Tensor) -> None:
         """Take note of h and ask for its gradient."""
+        self.bypass.forward(position, self.sites[position], self.fired[position], self.inner[position])
         if not self.active:
             output.register_hook(partial(self._count, position))
             return

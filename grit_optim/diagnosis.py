@@ -124,5 +124,16 @@ def warn_of(reports: Iterable[SiteReport]) -> None:
         )
 
 
+def warn_of_idleness(steps: int, sites: int) -> None:
+    """Say that the steps so far had nothing to work with."""
+    warnings.warn(
+        f"GritOptimizer.step() was called {steps} times, and none of its {sites} LoRA site(s) had a gradient, so nothing is "
+        "trained: the model that is trained is another one than the optimizer was built on (a copy, or one that the trainer "
+        "built or wrapped anew), or its adapter is disabled or frozen. Build the optimizer on the model that is trained; "
+        "where transformers' Trainer builds it, pass optimizer_cls_and_kwargs=(grit_optim.for_trainer, {...})",
+        stacklevel=_STACK_LEVEL - 1,
+    )
+
+
 def _sites(names: list[str]) -> str:
     return f"{len(names)} site(s) ({listed(names)})"

@@ -53,6 +53,7 @@ class StagedOptimizer(OptimizerWrapper):
         self._pace = Pace(self.options)
         self._steps = 0
         self._unverified = CHECKED_STEPS
+        self._idle = 0
         self._suspects: set[str] = set()
         self._closed = False
         # Whether coordinates may have been given up; whether they have, the device alone knows.
@@ -193,7 +194,11 @@ class StagedOptimizer(OptimizerWrapper):
             return
         reports = self.check_capture()
         if all(report.status == "unused" for report in reports):
+            self._idle += 1
+            if self._idle == CHECKED_STEPS:
+                diagnosis.warn_of_idleness(CHECKED_STEPS, len(reports))
             return
+        self._idle = 0
         self._unverified -= 1
         if all(report.status == "ok" for report in reports):
             self._unverified = 0

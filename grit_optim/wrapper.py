@@ -30,6 +30,9 @@ class OptimizerWrapper(Optimizer, ABC):
         """Stand for ``base`` from now on; takes the place of ``Optimizer.__init__``."""
         self.base = base
         Optimizer.__setstate__(self, {})  # the hook dicts and the patched step, without touching the base's groups
+        for name in ("train", "eval"):  # schedule-free optimizers; a trainer asks whether there are such methods
+            if callable(getattr(base, name, None)):
+                setattr(self, name, getattr(base, name))
 
     @abstractmethod
     def _own_state(self) -> dict[str, Any]:

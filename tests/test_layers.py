@@ -9,7 +9,7 @@ import grit_optim
 
 ROOT = Path(grit_optim.__file__).parent
 LAYERS = [
-    {"_checks", "buckets", "folder", "hostcopy", "linalg", "presets", "sites", "spectra", "wrapper"},
+    {"_checks", "buckets", "bypass", "folder", "hostcopy", "linalg", "presets", "sites", "spectra", "wrapper"},
     {
         *{"budget", "curvature", "fisher", "moments", "pairs", "precondition", "rank", "regularizers", "reprojection"},
         *{"schedule", "transport"},
@@ -22,6 +22,7 @@ LAYERS = [
     {"ranked"},
     {"reporting"},
     {"optimizer"},
+    {"trainer"},
     {"__init__", "callback", "figures", "runs"},
     {"plot", "ranks_command", "watch"},
     {"__main__"},
@@ -29,6 +30,7 @@ LAYERS = [
 # Within a layer, which modules may use which: an entry here is a decision, not an accident.
 BESIDE = {
     ("buckets", "sites"),
+    ("bypass", "sites"),
     ("capture", "telemetry"),
     ("curvature", "fisher"),
     ("curvature", "moments"),

@@ -1,0 +1,65 @@
+"""Notices a training that goes on without the optimizer's ``step()``.
+
+Hugging Face's Trainer drops ``optimizers=`` under DeepSpeed, layerwise optimizers step inside the backward pass, and a loop
+may step the base alone. The taps fire then, and the optimizer that they belong to is never asked. What can be seen from the
+forward pass, without reading a value from the device: the last backward pass has left something with the taps, nobody has
+stepped or cleared since, and yet the weights were changed in place or the gradients are gone.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+from grit_optim.sites import Site
+
+PATIENCE = 3
+"""Training steps that go around the optimizer before it is said."""
+
+
+class BypassWatch:
+    """Watches one site, the first whose tap fires, from one forward pass to the next."""
+
+    def __init__(self) -> None:
+        self._position: int | None = None
+        self._version = -1
+        self._rounds = 0
+        self._finished = False
+
+    def stepped(self) -> None:
+        """The optimizer has stepped or cleared its gradients: all is well so far."""
+        self._rounds = 0
+        self._version = -1
+
+    def forward(self, position: int, site: Site, fired: int, inner: Tensor | None) -> None:
+        """Compare with the last forward pass, and warn after ``PATIENCE`` steps of somebody else's.
+
+        Args:
+            position: the site's place among all.
+            site: the site.
+            fired: backward passes since the optimizer stepped or cleared.
+            inner: Σ h·δ of those, or None; not finite after an overflow, which is why a GradScaler skips a step.
+        """
+        if self._finished or (self._position is not None and position != self._position):
+            return
+        self._position = position
+        weight, last = site.a, self._version
+        self._version = weight._version
+        if fired == 0 or last < 0 or (weight._version == last and weight.grad is not None):
+            return
+        self._rounds += 1
+        if self._rounds < PATIENCE:
+            return
+        self._rounds = 0
+        if inner is not None and not bool(inner.isfinite()):
+            return
+        self._finished = True
+        warnings.warn(
+            f"this model has been trained for {PATIENCE} steps without GritOptimizer.step(): the weights of {site.name!r} were "
+            "changed, or their gradients cleared, by somebody else, so GRIT does nothing. Something steps around it: "
+            "transformers' Trainer drops optimizers= under DeepSpeed and FSDP (train without them), other optimizers step "
+            "inside the backward pass, or the loop calls optimizer.base.step() or builds an optimizer of its own. Let the "
+            "loop call step() of the GritOptimizer itself, or call close() on it if it is no longer wanted",
+            stacklevel=2,
+        )
