@@ -202,6 +202,11 @@ def paper(job: Job) -> Saved:
         with torch.no_grad():
             for curvature in optimizer._curvatures:
                 pairs.project(optimizer.base, curvature, RankPolicy(rank, None, 1))
+        if max(optimizer.ranks().values()) > rank:
+            raise BenchmarkError(
+                f"{job.config.steps} steps are too few for the paper's rules, which look at one step in "
+                f"{options['cov_update_freq']}: its factors have too few samples to project; run more steps"
+            )
         place = job.folder / f"paper-{budget}"
         export_adapter(model, place, tolerance=1e-5)
         yield "GRIT paper, two-sided", budget, place

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _NAMED = 6  # contenders with a colour of their own: more cannot be told apart in one panel
 _GREY = {"color": "#B0B0B0", "linestyle": "-", "linewidth": 0.8, "zorder": 1}
 _PANEL = (4.4, 3.3)  # inches
+_MARKERS = 9  # on a long line; a short one has one at every point
 _CURVE_SHOWN = 40  # lowest points of a training curve that its panel must show: the start may leave it
 _SMOOTHED = 6  # steps that a point of a training curve is the mean of
 Points = list[tuple[float, float]]
@@ -76,7 +77,8 @@ def _draw_lines(
     """Draw named lines in their looks and the rest in grey; returns one handle for each legend entry."""
     handles = {}
     for label, line in lines.items():
-        (handle,) = axis.plot(*zip(*line, strict=True), **looks.get(label, _GREY))
+        markers = {"markevery": max(1, len(line) // _MARKERS)}
+        (handle,) = axis.plot(*zip(*line, strict=True), **looks.get(label, _GREY), **markers)
         handles[label if label in looks else "others"] = handle
     named = [line for label, line in lines.items() if label in looks]
     _cut_above(axis, named, [line for label, line in lines.items() if label not in looks], shown)
@@ -129,7 +131,7 @@ def _target_line(axis: Axes, standings: Sequence[Standing]) -> None:
 
 def _finish_curves(axis: Axes, standings: list[Standing]) -> None:
     axis.set_xlabel("training steps", fontsize=8)
-    axis.set_ylabel(f"loss on unseen batches (nats/token, mean of {_SMOOTHED} steps)", fontsize=8)
+    axis.set_ylabel(f"unseen batches, mean of {_SMOOTHED} steps (nats/token)", fontsize=8)
 
 
 def _rate_points(one: Standing) -> Points:

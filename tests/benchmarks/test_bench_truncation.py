@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import adapter_sizes, adapter_sizes_report, truncation, truncation_report
 from benchmarks.__main__ import main
+from benchmarks.files import BenchmarkError
 from benchmarks.tasks import Example, Task
 from grit_optim.rank import RankPolicy
 from grit_optim.reprojection import paper_projection
@@ -113,7 +114,8 @@ def test_cuts_are_written_and_report_draws_them(small_task, tmp_path, capsys):
 
 
 def test_sizes_are_measured_on_files_that_were_read_back(small_task, tmp_path, capsys):
-    config = adapter_sizes.RunConfig("naming", "", 1e-2, 0, steps=6, batch_size=6)  # more than 64 scored tokens
+    # The paper's rules look at steps 0, where B is zero, and 15, where the last layer has to see 64 answer tokens.
+    config = adapter_sizes.RunConfig("naming", "", 1e-2, 0, steps=17, batch_size=12)
     ways = list(adapter_sizes.WAYS)
     adapter_sizes.adapter_sizes(config, ways, [0.5], [0], tmp_path, None)
     series, _ = adapter_sizes_report.read(tmp_path)
@@ -123,11 +125,18 @@ def test_sizes_are_measured_on_files_that_were_read_back(small_task, tmp_path, c
         for budget, (point,) in budgets.items():
             assert point["heldout"] > 0, way
             assert point["bytes"] > 4 * point["parameters"]
-            assert point["bytes"] <= 1.05 * budget * whole["bytes"], way
+            slack = 1.15 if "AdaLoRA" in way else 1.05  # its budget counts directions, whatever their size
+            assert point["bytes"] <= slack * budget * whole["bytes"], way
     adapter_sizes.adapter_sizes(config, ways, [0.5], [0], tmp_path, None)
     assert capsys.readouterr().out.count("is there already") == len(ways)
     assert main(["report", str(tmp_path)]) == 0
     assert (tmp_path / "loss_against_bytes.png").stat().st_size > 10_000
+
+
+def test_a_run_too_short_for_the_papers_rules_is_refused(small_task, tmp_path):
+    config = adapter_sizes.RunConfig("naming", "", 1e-2, 0, steps=3, batch_size=6)
+    with pytest.raises(BenchmarkError, match="3 steps are too few for the paper's rules"):
+        adapter_sizes.adapter_sizes(config, ["paper"], [0.5], [0], tmp_path, None)
 
 
 def test_unknown_ways_and_budgets_are_refused(capsys):
