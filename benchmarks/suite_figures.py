@@ -77,8 +77,8 @@ def _draw_lines(
     """Draw named lines in their looks and the rest in grey; returns one handle for each legend entry."""
     handles = {}
     for label, line in lines.items():
-        markers = {"markevery": max(1, len(line) // _MARKERS)}
-        (handle,) = axis.plot(*zip(*line, strict=True), **looks.get(label, _GREY), **markers)
+        every = max(1, len(line) // _MARKERS)
+        (handle,) = axis.plot(*zip(*line, strict=True), **looks.get(label, _GREY), markevery=every)
         handles[label if label in looks else "others"] = handle
     named = [line for label, line in lines.items() if label in looks]
     _cut_above(axis, named, [line for label, line in lines.items() if label not in looks], shown)
