@@ -47,7 +47,9 @@ def engaged(optimizer):
 
 def accelerated(model, optimizer, accumulate=1):
     accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    # A Trainer in bf16 earlier in this process leaves its precision in accelerate's state and in the environment.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="no", gradient_accumulation_steps=accumulate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     prepared, stepped, scheduler = accelerator.prepare(model, optimizer, scheduler)
     for seed in range(STEPS * accumulate):
