@@ -81,6 +81,14 @@ def _grit(config: RunConfig, model: Any, **options: Any) -> Any:
     return GritOptimizer(_adamw(config, model), model, **options)
 
 
+def _trained(job: Job, model: Any, name: str, **options: Any) -> Path:
+    """Train a model with GRIT and save its adapter under a name in the job's folder."""
+    optimizer = _grit(job.config, model, **options)
+    fit(job, model, optimizer)
+    optimizer.save_adapter(job.folder / name)
+    return job.folder / name
+
+
 def whole_and_cut(job: Job) -> Saved:
     """GRIT without reduction; then that adapter cut, by SVD (peft's ``save_as_lora``) and by the predicted loss."""
     from peft.tuners.lora.conversion import save_as_lora
@@ -117,11 +125,8 @@ def budgeted(job: Job) -> Saved:
     """GRIT with a common budget, reached during training."""
     for budget in job.budgets:
         model = adapted_model(job.config)
-        optimizer = _grit(job.config, model, **budget_options(job.config.steps, budget))
-        fit(job, model, optimizer)
-        place = job.folder / f"budget-{budget}"
-        optimizer.save_adapter(place)
-        yield "grit, rank_budget", budget, place
+        options = budget_options(job.config.steps, budget)
+        yield "grit, rank_budget", budget, _trained(job, model, f"budget-{budget}", **options)
 
 
 def smaller_rank(job: Job) -> Saved:
@@ -129,11 +134,7 @@ def smaller_rank(job: Job) -> Saved:
     for budget in job.budgets:
         rank = job.rank(budget)
         model = adapted_model(replace(job.config, rank=rank, alpha=rank))
-        optimizer = _grit(job.config, model)
-        fit(job, model, optimizer)
-        place = job.folder / f"rank-{rank}"
-        optimizer.save_adapter(place)
-        yield "grit, smaller rank", budget, place
+        yield "grit, smaller rank", budget, _trained(job, model, f"rank-{rank}")
 
 
 def eva(job: Job) -> Saved:

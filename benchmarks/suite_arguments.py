@@ -8,19 +8,9 @@ from typing import Any
 
 from . import arguments as read
 from .files import BenchmarkError
-from .suites import PHASES, QUICK_CONTENDERS, QUICK_SETTINGS, QUICK_TASKS, SUITES, SuiteSettings, choose
+from .suites import PHASES, QUICK_CONTENDERS, QUICK_SETTINGS, QUICK_TASKS, RUN_SETTINGS, SUITES, SuiteSettings, choose
 from .tasks import TASKS
 
-_SETTINGS = (
-    "steps",
-    "batch_size",
-    "rank",
-    "alpha",
-    "weight_decay",
-    "warmup",
-    "eval_every",
-    "precision",
-)  # shared with plain runs
 _SUITE_SETTINGS = {
     "explore_steps": (read.positive_int, "steps of the runs that first search the learning rate"),
     "extensions": (read.whole, "rates that a search may add before it gives up as not bracketed"),
@@ -75,7 +65,7 @@ def settings(arguments: argparse.Namespace) -> SuiteSettings:
     """The suite's sizes, with what the command line says on top."""
     from .runner import resolve_device
 
-    given: dict[str, Any] = {name: getattr(arguments, name) for name in (*_SETTINGS, *_SUITE_SETTINGS)}
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in (*RUN_SETTINGS, *_SUITE_SETTINGS)}
     given = {name: value for name, value in given.items() if value is not None}
     if "rank" in given:
         given.setdefault("alpha", given["rank"])

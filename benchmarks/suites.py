@@ -60,19 +60,10 @@ class SuiteSettings:
         return sorted(lengths | {self.steps})
 
 
+# Those that a suite's runs share with plain ones.
+RUN_SETTINGS = ("steps", "batch_size", "rank", "alpha", "weight_decay", "warmup", "eval_every", "precision")
 # What two stays in one folder must share; the rest only says how far the search goes.
-FIXED_SETTINGS = (
-    "steps",
-    "explore_steps",
-    "batch_size",
-    "rank",
-    "alpha",
-    "weight_decay",
-    "warmup",
-    "eval_every",
-    "device",
-    "precision",
-)
+FIXED_SETTINGS = (*RUN_SETTINGS, "explore_steps", "device")
 # One seed, so exploring at the full budget is cheapest: the runs are then those that the narrowing needs.
 QUICK_SETTINGS = SuiteSettings(batch_size=16, seeds=(0,), budget_grid=0.1, cost_steps=20)
 

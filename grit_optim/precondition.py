@@ -204,16 +204,14 @@ class Eigenbasis(Preconditioner):
 
     def as_the_base_sees(self, held: Held, gradient: Tensor) -> Tensor:
         """Turned into the eigenbasis."""
-        basis = held.curvature.operator(held.group.side)
-        return held.group.apply(basis.mT if held.group.side == "A" else basis, gradient)
+        return held.curvature.to_eigenbasis(held.group, gradient)
 
     def after(self, held: Held) -> None:
         """Turn the base's step out of the eigenbasis and add it to the weights as they were."""
         assert held.weights is not None
         assert held.rotated is not None
-        group, basis = held.group, held.curvature.operator(held.group.side)
-        outward = basis if group.side == "A" else basis.mT
-        step = group.apply(outward, group.stack(group.parameters) - held.rotated)
+        group = held.group
+        step = held.curvature.from_eigenbasis(group, group.stack(group.parameters) - held.rotated)
         group.write(held.weights + step)
 
     def abandon(self, held: Held) -> None:
@@ -263,9 +261,8 @@ class Steer(Preconditioner):
         target = self._length(held, step_size)
         length = target / size
         turned = held.ready & length.isfinite()
-        held.cosine = torch.where(
-            turned | cosine.isnan(), cosine, 1.0
-        )  # a step that stays as it is has not been turned
+        # A step that stays as it is has not been turned.
+        held.cosine = torch.where(turned | cosine.isnan(), cosine, 1.0)
         held.without, held.turned = step_size, torch.where(turned, target, step_size)
         group.write(torch.where(turned, decayed - length * direction, taken))
 
