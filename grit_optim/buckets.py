@@ -42,7 +42,7 @@ class Group:
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
         """The m tensors as one tensor of matrices ``[m, rows, columns]``, in fp32 or better."""
-        stacked = torch.stack([t.detach().flatten(1) for t in tensors])
+        stacked = torch.stack([t if t.dim() == 2 else t.flatten(1) for t in tensors]).detach()
         return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 
     def unstack(self, stacked: Tensor) -> list[Tensor]:

@@ -9,6 +9,7 @@ stepped or cleared since, and yet the weights were changed in place or the gradi
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -32,17 +33,19 @@ class BypassWatch:
         self._rounds = 0
         self._version = -1
 
-    def forward(self, position: int, site: Site, fired: int, inner: Tensor | None) -> None:
+    def watches(self, position: int) -> bool:
+        """Whether a forward pass of the site at that place is of interest."""
+        return not self._finished and self._position in (None, position)
+
+    def forward(self, position: int, site: Site, fired: int, inner: Callable[[], Tensor | None]) -> None:
         """Compare with the last forward pass, and warn after ``PATIENCE`` steps of somebody else's.
 
         Args:
-            position: the site's place among all.
+            position: the site's place among all, one that is watched.
             site: the site.
             fired: backward passes since the optimizer stepped or cleared.
-            inner: Σ h·δ of those, or None; not finite after an overflow, which is why a GradScaler skips a step.
+            inner: gives Σ h·δ of those, or None; not finite after an overflow, which is why a GradScaler skips a step.
         """
-        if self._finished or (self._position is not None and position != self._position):
-            return
         self._position = position
         weight, last = site.a, self._version
         self._version = weight._version
@@ -52,7 +55,8 @@ class BypassWatch:
         if self._rounds < PATIENCE:
             return
         self._rounds = 0
-        if inner is not None and not bool(inner.isfinite()):
+        seen = inner()
+        if seen is not None and not bool(seen.isfinite()):
             return
         self._finished = True
         warnings.warn(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,23 @@ STASH_LIMIT = 8
 COPIED_STRIDE = 4
 """From one row in so many on, the rows are copied, so that the whole activation can be freed before the step."""
 
-# A site's place in its bucket, its rows of h and δ, and out of how many each row was taken.
-_Rows = tuple[int, Tensor, Tensor, int]
+
+class _Seen(NamedTuple):
+    """One backward pass through one call of a site's ``lora_A``.
+
+    Attributes:
+        position: the site.
+        h: as it came; or, if ``copied``, the rows taken of it ``[rows, r]``.
+        delta: likewise.
+        stride: out of how many rows one is taken.
+        copied: whether ``h`` and ``delta`` are the rows taken.
+    """
+
+    position: int
+    h: Tensor
+    delta: Tensor
+    stride: int
+    copied: bool
 
 
 class Tap:
@@ -57,8 +72,6 @@ class Capture:
     Attributes:
         active: whether rows are recorded; taps that fire are counted in any case.
         fired: how often each site's tap has seen a gradient since the last :meth:`collect`, in the order of ``sites``.
-        inner: Σ over tokens of h·δ per site since the last :meth:`collect`, or None where nothing was recorded.
-        rounding: the machine epsilon of the coarsest dtype that h or δ came in since then (autocast).
     """
 
     def __init__(
@@ -85,14 +98,15 @@ class Capture:
         """Forget what was gathered since the last :meth:`collect`."""
         self.bypass.stepped()
         self.fired = [0] * len(self.sites)
-        self.inner: list[Tensor | None] = [None] * len(self.sites)
-        self.rounding = torch.finfo(torch.float32).eps
-        self._stash: list[list[_Rows]] = [[] for _ in self.buckets]
+        self._dtypes = {torch.float32}
+        self._inner: list[Tensor | None] = [None] * len(self.sites)  # of what is no longer in the stash as it came
+        self._stash: list[list[_Seen]] = [[] for _ in self.buckets]
         self._sums = [Sums.zeros(len(b.sites), b.rank, b.device) for b in self.buckets]
 
     def watch(self, position: int, output: Tensor) -> None:
         """Take note of h and ask for its gradient."""
-        self.bypass.forward(position, self.sites[position], self.fired[position], self.inner[position])
+        if self.bypass.watches(position):
+            self.bypass.forward(position, self.sites[position], self.fired[position], partial(self.inner, position))
         if not self.active:
             output.register_hook(partial(self._count, position))
             return
@@ -106,23 +120,56 @@ class Capture:
         self.fired[position] += 1
 
     def _record(self, position: int, h: Tensor, delta: Tensor) -> None:
-        """Take the rows of one backward pass through one call of a site's ``lora_A``."""
-        site = self.sites[position]
+        """Take note of one backward pass, and leave the work to :meth:`_reduce`, which does it for all sites at once."""
         self.fired[position] += 1
-        self.rounding = max(self.rounding, torch.finfo(h.dtype).eps, torch.finfo(delta.dtype).eps)
-        inner = torch.dot(h.reshape(-1).float(), delta.reshape(-1).float())
-        known = self.inner[position]
-        self.inner[position] = inner if known is None else known + inner.to(known.device)
-        bucket, slot = self._slots[position]
-        h, delta = (t.movedim(site.channel_dim, -1).reshape(-1, site.rank) for t in (h, delta))
-        stride = self._stride(h.shape[0])
-        if stride > 1:
-            h, delta = (t[self.offset % stride :: stride] for t in (h, delta))
+        self._dtypes.update((h.dtype, delta.dtype))
+        bucket, _ = self._slots[position]
+        stride = self._stride(delta.numel() // self.buckets[bucket].rank)
+        seen = _Seen(position, h, delta, stride, copied=False)
         if stride >= COPIED_STRIDE:
-            h, delta = h.clone(), delta.clone()
-        self._stash[bucket].append((slot, h, delta, stride))
+            self._add_inner(seen)
+            h, delta = self._rows(seen)
+            seen = _Seen(position, h.clone(), delta.clone(), stride, copied=True)
+        self._stash[bucket].append(seen)
         if len(self._stash[bucket]) >= STASH_LIMIT * len(self.buckets[bucket].sites):
+            for waiting in self._stash[bucket]:
+                self._add_inner(waiting)
             self._reduce(bucket)
+
+    def _rows(self, seen: _Seen) -> tuple[Tensor, Tensor]:
+        """The rows of h and δ that are taken, ``[rows, r]`` each."""
+        if seen.copied:
+            return seen.h, seen.delta
+        site, tensors = self.sites[seen.position], (seen.h, seen.delta)
+        if site.channel_dim != -1:
+            tensors = (seen.h.movedim(site.channel_dim, -1), seen.delta.movedim(site.channel_dim, -1))
+        h, delta = (t.reshape(-1, site.rank) for t in tensors)
+        if seen.stride > 1:
+            h, delta = (t[self.offset % seen.stride :: seen.stride] for t in (h, delta))
+        return h, delta
+
+    def _add_inner(self, seen: _Seen) -> None:
+        """Keep Σ h·δ of what will not be there any more in whole."""
+        if seen.copied:
+            return
+        known, inner = self._inner[seen.position], _inner(seen)
+        self._inner[seen.position] = inner if known is None else known + inner.to(known.device)
+
+    def inner(self, position: int) -> Tensor | None:
+        """Σ over tokens of h·δ of a site since the last :meth:`collect`, or None where nothing was recorded.
+
+        Worked out when asked for as far as h and δ are still there, which they are until the step unless there are many rows.
+        """
+        total = self._inner[position]
+        for seen in self._stash[self._slots[position][0]]:
+            if seen.position == position and not seen.copied:
+                total = _inner(seen) if total is None else total + _inner(seen).to(total.device)
+        return total
+
+    @property
+    def rounding(self) -> float:
+        """The machine epsilon of the coarsest dtype that h or δ came in since the last :meth:`collect` (autocast)."""
+        return max(torch.finfo(dtype).eps for dtype in self._dtypes)
 
     def _stride(self, rows: int) -> int:
         """Every how many rows to take one, so that a step's calls together stay within ``max_tokens`` per site."""
@@ -134,14 +181,16 @@ class Capture:
     def _reduce(self, bucket: int) -> None:
         """Add the stashed rows of a bucket to its sums, one batched product for all sites with equally many rows."""
         entries, self._stash[bucket] = self._stash[bucket], []
-        by_shape: dict[tuple[Any, ...], list[_Rows]] = {}
-        for entry in entries:
-            by_shape.setdefault((entry[1].shape, entry[1].dtype, entry[2].dtype, entry[3]), []).append(entry)
+        by_shape: dict[tuple[Any, ...], list[tuple[int, Tensor, Tensor]]] = {}
+        for seen in entries:
+            h, delta = self._rows(seen)
+            members = by_shape.setdefault((h.shape, h.dtype, delta.dtype, seen.stride), [])
+            members.append((self._slots[seen.position][1], h, delta))
         sums, device = self._sums[bucket], self.buckets[bucket].device
         for (*_, stride), members in by_shape.items():
             index = self._index(bucket, tuple(slot for slot, *_ in members))
-            h = torch.stack([h.to(device) for _, h, _, _ in members]).float()
-            delta = torch.stack([delta.to(device) for _, _, delta, _ in members]).float()
+            h = torch.stack([h.to(device) for _, h, _ in members]).float()
+            delta = torch.stack([delta.to(device) for *_, delta in members]).float()
             # Padding, and tokens after which nothing is predicted, have δ = 0 but h ≠ 0: they say nothing of the loss.
             matters = torch.linalg.vecdot(delta, delta)[..., None] != 0
             h = torch.where(matters, h, 0.0)
@@ -178,6 +227,11 @@ class Capture:
             hook.remove()
         self._hooks.clear()
         self.discard()
+
+
+def _inner(seen: _Seen) -> Tensor:
+    """Σ h·δ over one backward pass that is there as it came."""
+    return torch.dot(seen.h.reshape(-1).float(), seen.delta.reshape(-1).float())
 
 
 def _remove_inert_taps(module: nn.Module) -> None:

@@ -57,7 +57,7 @@ def inspect(capture: Capture, compare: bool = True) -> list[SiteReport]:
             the gradients are averaged over all.
     """
     measured = [
-        _measure(site, capture.fired[i], capture.inner[i], capture.rounding) for i, site in enumerate(capture.sites)
+        _measure(site, capture.fired[i], capture.inner(i), capture.rounding) for i, site in enumerate(capture.sites)
     ]
     ratios = [m.a_inner / m.tap_inner for m, _ in measured if m.a_inner and m.tap_inner]
     ratios = [ratio for ratio in ratios if math.isfinite(ratio)]

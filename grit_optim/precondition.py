@@ -30,7 +30,8 @@ class Held:
         curvature: of the bucket that the group belongs to.
         group: the parameters that have a gradient in this step, m of them.
         originals: their own gradients, given back after the step.
-        gradient: what the base will see, ``[m, rows, columns]``.
+        loss_gradient: these stacked, ``[m, rows, columns]``.
+        gradient: what the base will see, ``[m, rows, columns]``; the same tensor while nothing has changed it.
         weights: the matrices before the step ``[m, rows, columns]``, for the modes that need them.
         rotated: the matrices as the base saw them, for the mode that turns them.
         gradient_norm: Frobenius norm of each gradient of the loss, ``[m, 1, 1]``.
@@ -44,6 +45,7 @@ class Held:
     curvature: Curvature
     group: Group
     originals: list[Tensor]
+    loss_gradient: Tensor
     gradient: Tensor
     weights: Tensor | None = None
     rotated: Tensor | None = None
@@ -68,7 +70,8 @@ def hold_gradients(curvatures: Iterable[Curvature]) -> list[Held]:
         for group in curvature.bucket.groups:
             part = group.with_gradient()
             if part is not None:
-                held.append(Held(curvature, part, part.gradients(), part.stack(part.gradients())))
+                stacked = part.stack(part.gradients())
+                held.append(Held(curvature, part, part.gradients(), stacked, stacked))
     finite = all_finite([h.gradient for h in held])
     if finite.device.type == "cpu" and finite:  # the usual case; looking costs nothing on the host
         return held
@@ -81,8 +84,9 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Whether no entry of any tensor is infinite or NaN: a boolean scalar on the first tensor's device."""
     if not tensors:
         return torch.tensor(True)
-    flags = [torch.isfinite(t).all().to(tensors[0].device) for t in tensors]
-    return torch.stack(flags).all()
+    # The largest entry shows it in one pass: it is NaN if any entry is.
+    largest = [torch.linalg.vector_norm(t, torch.inf).to(tensors[0].device) for t in tensors]
+    return torch.stack(largest).isfinite().all()
 
 
 def clip(held: Sequence[Held], max_norm: float) -> None:
@@ -97,8 +101,10 @@ def clip(held: Sequence[Held], max_norm: float) -> None:
 
 
 def hand_over(held: Iterable[Held]) -> None:
-    """Let the base see the held gradients."""
+    """Let the base see the held gradients, where they are others than the parameters' own."""
     for h in held:
+        if h.gradient is h.loss_gradient:
+            continue
         for parameter, gradient in zip(h.group.parameters, h.group.unstack(h.gradient), strict=True):
             parameter.grad = gradient
 
@@ -106,6 +112,8 @@ def hand_over(held: Iterable[Held]) -> None:
 def give_back(held: Iterable[Held]) -> None:
     """Restore the parameters' own gradients."""
     for h in held:
+        if h.gradient is h.loss_gradient:
+            continue
         for parameter, original in zip(h.group.parameters, h.originals, strict=True):
             parameter.grad = original
 
@@ -253,7 +261,7 @@ class Steer(Preconditioner):
         group = held.group
         taken = group.stack(group.parameters)
         decay = transport.decoupled_decay(self.base, self.base.param_groups[group.param_group])
-        decayed = held.weights * (1 - decay)
+        decayed = held.weights if isinstance(decay, float) and decay == 0 else held.weights * (1 - decay)
         step = taken - decayed
         direction = self._cautious(held, self.direction(held, self._scaled_moment(held)))
         step_size, size = norm(step), norm(direction)

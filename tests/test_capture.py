@@ -238,6 +238,17 @@ def test_of_two_adapters_the_active_one_is_seen():
     assert_sums_agree(optimizer, expected)
 
 
+@pytest.mark.parametrize("limit", [1, capture.STASH_LIMIT])
+@pytest.mark.parametrize("max_tokens", [None, 20, 3])
+def test_the_identity_is_of_all_rows_whatever_is_kept_of_them(monkeypatch, max_tokens, limit):
+    monkeypatch.setattr(capture, "STASH_LIMIT", limit)
+    model = warm(llama())
+    optimizer = still(model, max_tokens=max_tokens)
+    for seed in range(3):
+        loss_of(model, seed).backward()
+    assert_identity(optimizer, FP32_IDENTITY)
+
+
 @pytest.mark.parametrize("micro_batches", [3, 9])
 def test_adding_up_early_gives_the_same(monkeypatch, micro_batches):
     model = warm(llama())
