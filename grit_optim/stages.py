@@ -18,6 +18,7 @@ from grit_optim.budget import BudgetSchedule
 from grit_optim.capture import Capture
 from grit_optim.curvature import Curvature
 from grit_optim.fisher import gradient_unit, loss_tokens
+from grit_optim.held import Held, clip, give_back, hand_over, hold_gradients, norm
 from grit_optim.moments import mean_square
 from grit_optim.pace import Pace
 from grit_optim.presets import BALANCING_DAMPING
@@ -241,18 +242,18 @@ class StagedOptimizer(OptimizerWrapper):
         penalty = schedule.ramp(self._steps, self.options.regularizer_warmup_steps) if self._penalised else 0.0
         needed = mode.holds_gradients or self.options.max_grad_norm is not None or penalty > 0
         with self._times("precondition"):
-            held = modes.hold_gradients(self._curvatures) if needed else []
+            held = hold_gradients(self._curvatures) if needed else []
         try:
             with self._times("precondition"):
                 for h in held:
-                    h.gradient_norm = modes.norm(h.gradient)
+                    h.gradient_norm = norm(h.gradient)
                     extra = regularizers.gradient(h.curvature, h.group, penalty) if penalty else None
                     mode.before(h)
                     if extra is not None:  # after the preconditioner, which so never sees it
                         h.gradient = h.gradient + mode.as_the_base_sees(h, extra)
                 if self.options.max_grad_norm is not None:
-                    modes.clip(held, self.options.max_grad_norm)
-                modes.hand_over(held)
+                    clip(held, self.options.max_grad_norm)
+                hand_over(held)
             with self._times("base"):
                 self.base.step()
             with self._times("precondition"):
@@ -263,7 +264,7 @@ class StagedOptimizer(OptimizerWrapper):
                 mode.abandon(h)
             raise
         finally:
-            modes.give_back(held)
+            give_back(held)
         if self._reduced:
             with self._times("reproject"):
                 for curvature in self._curvatures:
@@ -329,7 +330,7 @@ class StagedOptimizer(OptimizerWrapper):
         self._capture.active = schedule.capture_due(self._steps, self.options.cov_update_freq)
 
 
-def _outcome(held: modes.Held, bucket: int) -> Outcome:
+def _outcome(held: Held, bucket: int) -> Outcome:
     """What is kept of a group's step until the next one, a number per matrix."""
     flat = [t if t is None else t.flatten() for t in (held.gradient_norm, held.without, held.turned, held.cosine)]
     assert flat[0] is not None

@@ -11,8 +11,8 @@ ROOT = Path(grit_optim.__file__).parent
 LAYERS = [
     {"_checks", "buckets", "bypass", "folder", "hostcopy", "linalg", "presets", "sites", "spectra", "wrapper"},
     {
-        *{"budget", "curvature", "fisher", "moments", "pairs", "precondition", "rank", "regularizers", "reprojection"},
-        *{"schedule", "transport"},
+        *{"budget", "curvature", "fisher", "held", "moments", "pairs", "precondition", "rank", "regularizers"},
+        *{"reprojection", "schedule", "transport"},
     },
     {
         *{"adapter_config", "capture", "checkpoint", "diagnosis", "export", "losses", "pace", "ranks", "recording"},
@@ -39,6 +39,7 @@ BESIDE = {
     ("export", "ranks"),
     ("shrink", "adapter_config"),
     ("figures", "runs"),
+    ("held", "curvature"),
     ("pairs", "curvature"),
     ("pairs", "rank"),
     ("pairs", "reprojection"),
@@ -48,6 +49,7 @@ BESIDE = {
     ("snapshot", "telemetry"),
     ("spectra", "linalg"),
     ("precondition", "curvature"),
+    ("precondition", "held"),
     ("precondition", "pairs"),
     ("precondition", "reprojection"),
     ("precondition", "transport"),
