@@ -46,7 +46,8 @@ def qlora(folder, kind, checkpointing=True):
         model, checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None
     )
     torch.manual_seed(1)
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"))
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"))
+    return model.train()  # otherwise nothing is checkpointed, and bitsandbytes packs the weights as for inference
 
 
 def paged(model):
@@ -74,7 +75,7 @@ def test_qlora_trains_and_its_taps_agree(folder, kind, make):
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_qlora_in_the_trainer_resumes_exactly(folder, kind, tmp_path):
-    from test_hf_trainer import Stop, run
+    from hf import Stop, run
 
     saving = {"save_strategy": "steps", "save_steps": 3}
 
