@@ -16,9 +16,9 @@ def examples(count=32):
 
 
 def settings(folder, kind="", **arguments):
-    arguments = {"max_steps": 6, "per_device_train_batch_size": 4, "save_strategy": "no", **arguments}
+    usual = {"max_steps": 6, "per_device_train_batch_size": 4, "save_strategy": "no", "logging_steps": 1, "use_cpu": True}
     return getattr(transformers, f"{kind}TrainingArguments")(
-        output_dir=str(folder), report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=1, **arguments
+        output_dir=str(folder), report_to="none", disable_tqdm=True, **{**usual, **arguments}
     )
 
 
