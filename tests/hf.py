@@ -63,8 +63,11 @@ def assert_close(one, other, **tolerance):
 
 
 def scrambled(model):
-    """The same base model with another adapter, as in a new process that is to load a checkpoint."""
-    with torch.no_grad():
+    """The same base model with another adapter, as in a new process that is to load a checkpoint.
+
+    The generator is left as it was: the Trainer seeded it, and draws the order of the data from it.
+    """
+    with torch.no_grad(), torch.random.fork_rng():
         for p in tiny.trained(model):
             p.normal_()
     return model
