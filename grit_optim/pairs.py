@@ -73,6 +73,22 @@ def _typical_row_norm(stacked: Tensor, rank: Tensor) -> Tensor:
     return torch.where(total > 0, total.sqrt(), _START_NORM)[:, None, None]
 
 
+def settle_rank(curvature: Curvature) -> None:
+    """Let the rank be what A and B use: all coordinates up to the last that is not zero in both.
+
+    The optimizer leaves it so itself; weights that were loaded since, from another checkpoint or without the optimizer's state,
+    may use more or less. Where they use more, the factors describe other coordinates than theirs, and start anew.
+    """
+    used = torch.zeros_like(curvature.mask)
+    for group in curvature.bucket.groups:
+        there = (group.stack(group.parameters) != 0).any(3 - group.rank_dim)
+        used[group.index] = used[group.index] | there
+    position = torch.arange(1, curvature.bucket.rank + 1, device=used.device)
+    rank = (used * position).amax(-1)
+    curvature.factors.forget(rank > curvature.rank)
+    curvature.rank = rank
+
+
 def clear_given_up(curvature: Curvature) -> None:
     """Set what was given up to zero once more, whatever the base made of it.
 

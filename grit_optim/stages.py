@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from grit_optim import budget, checkpoint, diagnosis, pairs, regularizers, schedule
 from grit_optim import precondition as modes
-from grit_optim._checks import Options, check_parameters, listed, several_processes
+from grit_optim._checks import PAPER_PROJECTIONS, Options, check_parameters, listed, several_processes
 from grit_optim.buckets import build_buckets
 from grit_optim.budget import BudgetSchedule
 from grit_optim.capture import Capture
@@ -58,6 +58,7 @@ class StagedOptimizer(OptimizerWrapper):
         self._closed = False
         # Whether coordinates may have been given up; whether they have, the device alone knows.
         self._reduced = False
+        self._versions: list[int] | None = None
         self._curvatures: list[Curvature] = []
         self._capture = Capture([], [], None, self._times)
         self._removed: dict[str, float] = {}
@@ -121,6 +122,7 @@ class StagedOptimizer(OptimizerWrapper):
                 "model's trainable parameters"
             )
         self._capture.close()
+        self._versions = None
         buckets = build_buckets(sites, group_of)
         self._sites = sites
         self._weights = [(site.a, site.b, site.a.device) for site in sites]
@@ -134,6 +136,8 @@ class StagedOptimizer(OptimizerWrapper):
         same = [site.holds(a, b) for site, (a, b, _) in zip(self._sites, self._weights, strict=True)]
         moved = any(a.device != device for a, _, device in self._weights)
         if all(same) and not moved:
+            if self._versions is not None and self._versions != self._weight_versions():
+                self._settle_ranks()
             return
         replaced = [site.name for site, is_same in zip(self._sites, same, strict=True) if not is_same]
         if replaced:
@@ -144,6 +148,16 @@ class StagedOptimizer(OptimizerWrapper):
                 stacklevel=3,
             )
         self._attach([site for site, is_same in zip(self._sites, same, strict=True) if is_same])
+
+    def _weight_versions(self) -> list[int]:
+        """How often each A was changed in place: whoever loads weights changes them too."""
+        return [a._version for a, _, _ in self._weights]
+
+    def _settle_ranks(self) -> None:
+        """Let the ranks be those of the weights as they are now; the paper's projections give none up."""
+        if self.options.reprojection not in PAPER_PROJECTIONS:
+            for curvature in self._curvatures:
+                pairs.settle_rank(curvature)
 
     def check_capture(self) -> list[diagnosis.SiteReport]:
         """Whether the taps see what the gradients saw, per site; call it after ``backward()`` and before :meth:`step`.
@@ -294,6 +308,7 @@ class StagedOptimizer(OptimizerWrapper):
 
     def _balance(self) -> None:
         """Take balanced coordinates everywhere, with the ranks that the budget or each site's own spectrum leaves."""
+        self._settle_ranks()
         found = [pairs.coordinates(curvature, BALANCING_DAMPING) for curvature in self._curvatures]
         if self._budget is not None and self._steps >= self._budget.first:
             ranks = self._ranks_within(found, self._budget.advance(self._steps), self.options.rank_regrowth)
@@ -326,6 +341,7 @@ class StagedOptimizer(OptimizerWrapper):
         """The first half of stage 6."""
         self._steps += 1
         self._pace.take(loss)
+        self._versions = self._weight_versions() if self._reduced else None
         self._capture.active = schedule.capture_due(self._steps, self.options.cov_update_freq)
 
 

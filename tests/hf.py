@@ -16,7 +16,13 @@ def examples(count=32):
 
 
 def settings(folder, kind="", **arguments):
-    usual = {"max_steps": 6, "per_device_train_batch_size": 4, "save_strategy": "no", "logging_steps": 1, "use_cpu": True}
+    usual = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "use_cpu": True,
+    }
     return getattr(transformers, f"{kind}TrainingArguments")(
         output_dir=str(folder), report_to="none", disable_tqdm=True, **{**usual, **arguments}
     )
@@ -36,6 +42,13 @@ def run(folder, model, optimizers=(None, None), kind="", callbacks=(), trainer=N
 
 def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@torch.no_grad()
+def loss_on_data(model):
+    """Of all examples that the Trainer draws its batches from."""
+    ids = tiny.tokens(0, batch=32).to(model.device)
+    return model(input_ids=ids, labels=ids).loss.item()
 
 
 def of_trainer(trainer):

@@ -43,7 +43,9 @@ def test_a_trainers_run_is_logged(tmp_path):
         ("end", 4),
     ]
     assert "eigenvalues_a" in records[1]["sites"]
-    assert records[1]["loss"] == pytest.approx(at_first, abs=0.2), "from the model's output, without any help of the Trainer"
+    assert records[1]["loss"] == pytest.approx(at_first, abs=0.2), (
+        "from the model's output, without any help of the Trainer"
+    )
     ranks = json.loads((tmp_path / "grit_ranks.json").read_text())
     assert ranks["parameters"] == sum(p.numel() for p in tiny.trained(model))
     logged = [entry for entry in run.state.log_history if "loss" in entry]

@@ -6,7 +6,6 @@ import weakref
 import pytest
 import tiny
 import torch
-from torch import nn
 
 from grit_optim import GritOptimizer, for_trainer
 
@@ -31,7 +30,11 @@ from hf import (  # noqa: E402
 from grit_optim.callback import GritCallback  # noqa: E402
 
 BUDGET = {"reprojection": "balanced", "reprojection_freq": 2, "rank_budget": 0.5, "min_lora_rank": 0}
-MODES = {"spectral": {}, "eigenbasis": {"precondition": "eigenbasis"}, "rank budget": {**BUDGET, "rank_budget_steps": 4}}
+MODES = {
+    "spectral": {},
+    "eigenbasis": {"precondition": "eigenbasis"},
+    "rank budget": {**BUDGET, "rank_budget_steps": 4},
+}
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 
 
@@ -138,7 +141,7 @@ def test_the_rate_of_a_search_reaches_an_optimizer_that_create_optimizer_builds(
 def test_model_init_and_a_ready_optimizer_exclude_each_other(tmp_path):
     """Two ways to get it wrong: the Trainer refuses one, and drops the other, which GritCallback says."""
     _, optimizer = built()
-    with pytest.raises(RuntimeError, match="model_init.*incompatible"):
+    with pytest.raises(RuntimeError, match=r"model_init.*incompatible"):
         run(tmp_path, None, given={"model_init": initial, "optimizers": (optimizer, None)})
     trainer = run(tmp_path, None, given={"model_init": initial}, callbacks=[GritCallback()])
     trainer.optimizer = for_trainer(trainer.model, **KEYWORDS)

@@ -4,8 +4,6 @@ transformers and accelerate give no scaler to a run on the CPU, so there it is p
 everything from there on is what they run on a GPU.
 """
 
-import warnings
-
 import pytest
 import tiny
 import torch
@@ -150,9 +148,7 @@ def test_lightning_skips_overflows(tmp_path, device):
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
         plugins=[MixedPrecision("16-mixed", device, scaler)],
     )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(GRIT|Grit).*")
-        trainer.fit(module, torch.utils.data.DataLoader(range(8)))
+    trainer.fit(module, torch.utils.data.DataLoader(range(8)))
     steps, sites = engaged(module.grit)
     assert 0 < steps < 8
     assert scaler.get_scale() == 2.0 ** (40 - 15 * (8 - steps))
