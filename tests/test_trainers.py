@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from hf import assert_close, assert_same, built, engaged, restarted  # noqa: E402
+from hf import assert_close, assert_same, built, engaged, restarted
 
 STEPS = 4
 CLIP = 1e-3
