@@ -80,7 +80,7 @@ def trainer_of(folder, model, optimizer, task, callbacks):
 
 @torch.no_grad()
 def heldout_loss(model, task):
-    """In training mode, which changes nothing without dropout: for inference bitsandbytes packs weights on some CPUs, not this width."""
+    """In training mode: for inference bitsandbytes packs weights on some CPUs, which it cannot at this width."""
     return model.train()(**collate([Data(task.heldout)[i] for i in range(48)])).loss.item()
 
 
