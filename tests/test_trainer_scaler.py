@@ -99,7 +99,6 @@ def test_a_scaled_run_learns_what_an_fp32_run_learns_and_resumes_exactly(tmp_pat
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_accelerate_loop_skips_overflows(device, clip):
     model, optimizer = built()
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(cpu=device == "cpu", mixed_precision="fp16")
     scaler = with_scaler(accelerator, device, OVERFLOWS)
     prepared, stepped = accelerator.prepare(model, optimizer)
@@ -119,7 +118,6 @@ def test_an_accelerate_loop_skips_overflows(device, clip):
     # Here zero_grad() is the optimizer's, which discards what the taps gathered: no fold has to be dropped.
     assert optimizer.telemetry(per_site=False)["dropped_folds"] == 0
     assert all(statuses == {"ok"} for statuses in seen[skipped + 1 :])
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -36,8 +36,6 @@ class Accelerated:
     def __init__(self, model, optimizer, accumulate=1):
         import accelerate
 
-        # A Trainer in bf16 earlier in this process leaves its precision in accelerate's state and in the environment.
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
         self.accelerator = accelerate.Accelerator(
             cpu=True, mixed_precision="no", gradient_accumulation_steps=accumulate
         )
