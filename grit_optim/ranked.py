@@ -86,7 +86,7 @@ class RankedOptimizer(StagedOptimizer):
 
     def _kept(self) -> dict[str, int]:
         """Directions kept, by site; sites that :meth:`shrink_` took out come last, with 0."""
-        self._settle_ranks()
+        pairs.settle_ranks(self._curvatures)
         kept = {
             name: rank
             for curvature in self._curvatures
@@ -103,7 +103,7 @@ class RankedOptimizer(StagedOptimizer):
         }
 
     def _coordinates(self) -> list[Coordinates]:
-        self._settle_ranks()
+        pairs.settle_ranks(self._curvatures)
         return [pairs.coordinates(curvature, BALANCING_DAMPING) for curvature in self._curvatures]
 
     def _report(self, kept: Mapping[str, int], found: Sequence[Coordinates], costs: Mapping[str, float]) -> RankReport:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from grit_optim import budget, checkpoint, diagnosis, pairs, regularizers, schedule
 from grit_optim import precondition as modes
-from grit_optim._checks import PAPER_PROJECTIONS, Options, check_parameters, listed, several_processes
+from grit_optim._checks import Options, check_parameters, listed, several_processes
 from grit_optim.buckets import build_buckets
 from grit_optim.budget import BudgetSchedule
 from grit_optim.capture import Capture
@@ -136,8 +136,8 @@ class StagedOptimizer(OptimizerWrapper):
         same = [site.holds(a, b) for site, (a, b, _) in zip(self._sites, self._weights, strict=True)]
         moved = any(a.device != device for a, _, device in self._weights)
         if all(same) and not moved:
-            if self._versions is not None and self._versions != self._weight_versions():
-                self._settle_ranks()
+            if self._versions not in (None, self._weight_versions()):  # somebody has loaded weights since the last step
+                pairs.settle_ranks(self._curvatures)
             return
         replaced = [site.name for site, is_same in zip(self._sites, same, strict=True) if not is_same]
         if replaced:
@@ -148,16 +148,6 @@ class StagedOptimizer(OptimizerWrapper):
                 stacklevel=3,
             )
         self._attach([site for site, is_same in zip(self._sites, same, strict=True) if is_same])
-
-    def _weight_versions(self) -> list[int]:
-        """How often each A was changed in place: whoever loads weights changes them too."""
-        return [a._version for a, _, _ in self._weights]
-
-    def _settle_ranks(self) -> None:
-        """Let the ranks be those of the weights as they are now; the paper's projections give none up."""
-        if self.options.reprojection not in PAPER_PROJECTIONS:
-            for curvature in self._curvatures:
-                pairs.settle_rank(curvature)
 
     def check_capture(self) -> list[diagnosis.SiteReport]:
         """Whether the taps see what the gradients saw, per site; call it after ``backward()`` and before :meth:`step`.
@@ -222,6 +212,9 @@ class StagedOptimizer(OptimizerWrapper):
         if any(r.status == "silent" for r in reports) or suspects & self._suspects:
             self._unverified = 0
             diagnosis.warn_of(reports)
+
+    def _weight_versions(self) -> list[int]:
+        return [a._version for a, _, _ in self._weights]
 
     def _in_use(self) -> bool:
         return self._steps >= self.options.ng_warmup_steps
@@ -308,7 +301,7 @@ class StagedOptimizer(OptimizerWrapper):
 
     def _balance(self) -> None:
         """Take balanced coordinates everywhere, with the ranks that the budget or each site's own spectrum leaves."""
-        self._settle_ranks()
+        pairs.settle_ranks(self._curvatures)
         found = [pairs.coordinates(curvature, BALANCING_DAMPING) for curvature in self._curvatures]
         if self._budget is not None and self._steps >= self._budget.first:
             ranks = self._ranks_within(found, self._budget.advance(self._steps), self.options.rank_regrowth)
