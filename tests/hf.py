@@ -4,6 +4,7 @@ import tiny
 import torch
 import transformers
 from packaging.version import Version
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
 from grit_optim import GritOptimizer
 
@@ -129,3 +130,28 @@ class Agreement(transformers.TrainerCallback):
         assert len(self.seen) == steps
         assert set(self.seen[0]) <= {"ok", "unknown"}
         assert {status for statuses in self.seen[1:] for status in statuses} == {"ok"}
+
+
+QUANTIZED = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    },
+    "int8": {"load_in_8bit": True},
+}
+
+
+def qlora(folder, kind, rank=4, checkpointing=True):
+    """The base model in ``folder`` in 4 or 8 bits, prepared as PEFT prepares it, with an adapter on every linear layer."""
+    quantization = transformers.BitsAndBytesConfig(**QUANTIZED[kind])
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantization, device_map="cpu", dtype=torch.bfloat16
+    )
+    model = prepare_model_for_kbit_training(
+        model, checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None
+    )
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
+    return model.train()  # otherwise nothing is checkpointed, and bitsandbytes packs the weights as for inference

@@ -1,8 +1,8 @@
 """QLoRA as one would train it: the embedded model in 4 and 8 bits, real examples, checkpointed activations, paged AdamW."""
 
 import pytest
+import tiny
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
 from benchmarks.base_model import FOLDER
 from benchmarks.objective import IGNORED
@@ -12,17 +12,9 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-STEPS, BATCH = 6, 8
-QUANTIZED = {
-    "nf4": {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16,
-    },
-    "int8": {"load_in_8bit": True},
-}
+from hf import QUANTIZED, Agreement, Stop, assert_same, engaged, qlora  # noqa: E402
 
+STEPS, BATCH = 6, 8
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:.*(GRIT|Grit).*")]
 
 
@@ -52,18 +44,8 @@ def collate(rows):
 
 
 def built(kind):
-    """Model and optimizer as the README's recipe makes them."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        FOLDER,
-        quantization_config=transformers.BitsAndBytesConfig(**QUANTIZED[kind]),
-        dtype=torch.bfloat16,
-        device_map="cpu",
-    )
-    model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
-    torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return model, GritOptimizer(bitsandbytes.optim.PagedAdamW8bit(trained, lr=5e-3), model)
+    model = qlora(FOLDER, kind, rank=16)
+    return model, GritOptimizer(bitsandbytes.optim.PagedAdamW8bit(tiny.trained(model), lr=5e-3), model)
 
 
 def trainer_of(folder, model, optimizer, task, callbacks):
@@ -86,8 +68,6 @@ def heldout_loss(model, task):
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_qlora_on_the_embedded_model(kind, naming_task, tmp_path):
-    from hf import Agreement, Stop, assert_same, engaged
-
     whole, optimizer = built(kind)
     agreement = Agreement()
     trainer = trainer_of(tmp_path / "whole", whole, optimizer, naming_task, [agreement])
