@@ -95,7 +95,9 @@ def _settle(curvature: Curvature) -> None:
         used[group.index] = used[group.index] | there
     position = torch.arange(1, curvature.bucket.rank + 1, device=used.device)
     rank = (used * position).amax(-1)
-    curvature.factors.forget(rank > curvature.rank)
+    regained = rank > curvature.rank
+    curvature.factors.forget(regained)
+    curvature.dropped = torch.where(regained & (rank == curvature.bucket.rank), 0.0, curvature.dropped)
     curvature.rank = rank
 
 

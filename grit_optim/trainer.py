@@ -29,7 +29,7 @@ def for_trainer(model: nn.Module | None = None, **keywords: Any) -> Any:
     ``Trainer(..., optimizer_cls_and_kwargs=(for_trainer, {"lr": 2e-4}))``: transformers from 5.2 on calls it as
     ``for_trainer()(model, **kwargs)`` once the model has its adapter. Older ones hand over parameter groups instead of the
     model: there, ``trainer.optimizer = for_trainer(trainer.model, lr=2e-4)`` before ``train()``, or the same in an override of
-    ``create_optimizer``; both work in every version.
+    ``create_optimizer``; both work in either.
 
     Args:
         model: the PEFT model, or None for the factory.

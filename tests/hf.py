@@ -11,6 +11,13 @@ from grit_optim import GritOptimizer
 HANDS_OVER_THE_MODEL = Version(transformers.__version__) >= Version("5.2")
 """Whether the Trainer calls a factory in ``optimizer_cls_and_kwargs`` with the model; before, with parameter groups."""
 
+BEST = {
+    "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+}  # fmt: skip
+HALF = {"reprojection": "balanced", "reprojection_freq": 2, "rank_budget": 0.5, "min_lora_rank": 0}
+"""GritOptimizer's options for a budget of half the parameters."""
+
 
 def examples(count=32):
     return [{"input_ids": ids, "labels": ids} for ids in tiny.tokens(0, batch=count)]
@@ -114,13 +121,12 @@ class Agreement(transformers.TrainerCallback):
         ratios: gradients over taps of the first site, a number per step in which there was something to compare.
     """
 
-    def __init__(self, optimizer=None):
-        self._optimizer = optimizer
+    def __init__(self):
         self.seen = []
         self.ratios = []
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        reports = (self._optimizer or optimizer.optimizer).check_capture()
+        reports = optimizer.optimizer.check_capture()
         self.seen.append([report.status for report in reports])
         if reports[0].tap_inner and reports[0].a_inner:
             self.ratios.append(reports[0].a_inner / reports[0].tap_inner)

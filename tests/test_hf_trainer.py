@@ -13,6 +13,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from hf import (  # noqa: E402
+    BEST,
+    HALF,
     HANDS_OVER_THE_MODEL,
     Agreement,
     Stop,
@@ -29,11 +31,10 @@ from hf import (  # noqa: E402
 
 from grit_optim.callback import GritCallback  # noqa: E402
 
-BUDGET = {"reprojection": "balanced", "reprojection_freq": 2, "rank_budget": 0.5, "min_lora_rank": 0}
 MODES = {
     "spectral": {},
     "eigenbasis": {"precondition": "eigenbasis"},
-    "rank budget": {**BUDGET, "rank_budget_steps": 4},
+    "rank budget": {**HALF, "rank_budget_steps": 4},
 }
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 
@@ -229,12 +230,6 @@ def test_bf16_autocast(tmp_path):
     trainer.train()
     assert engaged(optimizer) == (6, 7)
     assert losses(trainer)[-1] < losses(trainer)[0]
-
-
-BEST = {
-    "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True,
-    "metric_for_best_model": "loss",
-}  # fmt: skip
 
 
 def test_the_best_model_comes_back(tmp_path):

@@ -166,6 +166,7 @@ def test_ranks_follow_weights_that_lost_or_regained_directions():
     assert min(seen.values()) > 0
     set_directions(optimizer, some, 0.3)
     assert set(optimizer.ranks().values()) == {4}
+    assert optimizer.ranks().predicted_loss == 0
     assert optimizer.telemetry()["samples"] == {name: 0 if name in some else count for name, count in seen.items()}
 
 

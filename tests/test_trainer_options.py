@@ -11,7 +11,7 @@ from packaging.version import Version
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from hf import Agreement, Stop, assert_close, built, engaged, loss_on_data, restarted, run  # noqa: E402
+from hf import BEST, HALF, Agreement, Stop, assert_close, built, engaged, loss_on_data, restarted, run  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 
 from grit_optim.callback import GritCallback  # noqa: E402
@@ -102,11 +102,9 @@ def test_a_batch_that_does_not_fit_is_tried_smaller(tmp_path):
 
 # -------------------------------------------------------------------- checkpoints that are not whole
 
-HALF = {"reprojection": "balanced", "reprojection_freq": 2, "rank_budget": 0.5, "min_lora_rank": 0}
-
 
 def in_use(model):
-    """Per site, how many directions of A and B are not zero, and the count of parameters in them."""
+    """Per site, how many directions of A and B are not zero."""
     layers = {f"{name}.default": layer for name, layer in model.named_modules() if getattr(layer, "lora_A", None)}
     pairs = {name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for name, layer in layers.items()}
     return {name: int(((a != 0).any(1) | (b != 0).any(0)).sum()) for name, (a, b) in pairs.items()}
@@ -141,12 +139,6 @@ def test_ranks_that_a_checkpoint_had_given_up_are_not_counted_again(tmp_path):
     assert fresh.ranks() == in_use(second) == in_use(first) == interrupted.ranks()
 
 
-BEST = {
-    "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True,
-    "metric_for_best_model": "loss",
-}  # fmt: skip
-
-
 def test_the_best_model_has_its_own_ranks(tmp_path):
     """It was saved before the budget was met; ranks, shrinking, saving and going on to train all keep what it has."""
     model, optimizer = built(**{**HALF, "reprojection_freq": 4, "rank_adaptation_start_step": 4})
@@ -163,14 +155,16 @@ def test_the_best_model_has_its_own_ranks(tmp_path):
     assert loss_on_data(model) == pytest.approx(best, rel=1e-6)
 
 
-def test_weights_loaded_in_the_middle_of_training_are_not_cut_by_the_ranks_of_others(tmp_path):
+def test_weights_loaded_in_the_middle_of_training_are_not_cut_by_the_ranks_of_others():
     """As the best model, when training goes on: without the optimizer's state, and with no reprojection in between."""
     model, optimizer = built(**{**HALF, "reprojection_freq": 4})
     tiny.train(model, optimizer, 1)
     whole = copy.deepcopy(model.state_dict())
     tiny.train(model, optimizer, 4, first=1)
     assert sum(in_use(model).values()) < 28
+    assert optimizer.ranks().predicted_loss > 0
     model.load_state_dict(whole)
     tiny.train(model, optimizer, 2, first=5)
     assert set(in_use(model).values()) == {4}
     assert share(optimizer) == 1
+    assert optimizer.ranks().predicted_loss == 0
