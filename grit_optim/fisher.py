@@ -7,7 +7,7 @@ a LoRA pair restricted to its rank, Wu et al. 2016 for the running means).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 
 import torch
@@ -77,6 +77,12 @@ class Factors:
         """Factors that have seen nothing."""
         matrix, scalar = torch.zeros(sites, rank, rank, device=device), torch.zeros(sites, device=device)
         return cls(matrix, matrix.clone(), scalar, *(scalar.clone() for _ in range(4)))
+
+    def forget(self, sites: Tensor) -> None:
+        """Let the chosen sites ``[S]`` (boolean) be as if nothing had been seen of them."""
+        for known in fields(self):
+            value = getattr(self, known.name)
+            setattr(self, known.name, torch.where(sites.view(-1, *[1] * (value.dim() - 1)), 0.0, value))
 
     def ready(self, min_samples: int) -> tuple[Tensor, Tensor]:
         """Which sites' Σ_a and Σ_g have at least ``min_samples`` tokens: two boolean tensors ``[S]``."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from grit_optim import linalg, reprojection, transport
+from grit_optim._checks import PAPER_PROJECTIONS
 from grit_optim.curvature import Curvature
 from grit_optim.rank import RankPolicy
 
@@ -71,6 +74,31 @@ def _typical_row_norm(stacked: Tensor, rank: Tensor) -> Tensor:
     """Root mean square norm of the leading ``rank`` ``[m]`` rows of ``[m, r, d]``, or that of a new A where there is none."""
     total = stacked.square().sum((1, 2)) / rank.clamp_min(1)
     return torch.where(total > 0, total.sqrt(), _START_NORM)[:, None, None]
+
+
+def settle_ranks(curvatures: Sequence[Curvature]) -> None:
+    """Let the ranks be what A and B use: all coordinates up to the last that is not zero in both.
+
+    The optimizer leaves them so itself; weights that were loaded since, from another checkpoint or without the optimizer's
+    state, may use more or less. Where they use more, the factors describe other coordinates than theirs, and start anew. The
+    paper's projections give no coordinate up, so the weights say nothing of their ranks.
+    """
+    for curvature in curvatures:
+        if curvature.options.reprojection not in PAPER_PROJECTIONS:
+            _settle(curvature)
+
+
+def _settle(curvature: Curvature) -> None:
+    used = torch.zeros_like(curvature.mask)
+    for group in curvature.bucket.groups:
+        there = (group.stack(group.parameters) != 0).any(3 - group.rank_dim)
+        used[group.index] = used[group.index] | there
+    position = torch.arange(1, curvature.bucket.rank + 1, device=used.device)
+    rank = (used * position).amax(-1)
+    regained = rank > curvature.rank
+    curvature.factors.forget(regained)
+    curvature.dropped = torch.where(regained & (rank == curvature.bucket.rank), 0.0, curvature.dropped)
+    curvature.rank = rank
 
 
 def clear_given_up(curvature: Curvature) -> None:

@@ -86,6 +86,7 @@ class RankedOptimizer(StagedOptimizer):
 
     def _kept(self) -> dict[str, int]:
         """Directions kept, by site; sites that :meth:`shrink_` took out come last, with 0."""
+        pairs.settle_ranks(self._curvatures)
         kept = {
             name: rank
             for curvature in self._curvatures
@@ -102,6 +103,7 @@ class RankedOptimizer(StagedOptimizer):
         }
 
     def _coordinates(self) -> list[Coordinates]:
+        pairs.settle_ranks(self._curvatures)
         return [pairs.coordinates(curvature, BALANCING_DAMPING) for curvature in self._curvatures]
 
     def _report(self, kept: Mapping[str, int], found: Sequence[Coordinates], costs: Mapping[str, float]) -> RankReport:
@@ -275,6 +277,7 @@ class RankedOptimizer(StagedOptimizer):
     def _load_ranks(self, own: dict[str, Any]) -> None:
         """Restore what a saved state says of ranks beside the sites' own; ``own`` may be without."""
         self._removed = dict(own.get("removed", {}))
+        self._versions = None
         self._budget = None
         if own.get("origin"):
             self._remember([], {name: Origin(*values) for name, values in own["origin"].items()})

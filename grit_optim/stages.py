@@ -59,6 +59,7 @@ class StagedOptimizer(OptimizerWrapper):
         self._closed = False
         # Whether coordinates may have been given up; whether they have, the device alone knows.
         self._reduced = False
+        self._versions: list[int] | None = None
         self._curvatures: list[Curvature] = []
         self._capture = Capture([], [], None, self._times)
         self._removed: dict[str, float] = {}
@@ -122,6 +123,7 @@ class StagedOptimizer(OptimizerWrapper):
                 "model's trainable parameters"
             )
         self._capture.close()
+        self._versions = None
         buckets = build_buckets(sites, group_of)
         self._sites = sites
         self._weights = [(site.a, site.b, site.a.device) for site in sites]
@@ -135,6 +137,8 @@ class StagedOptimizer(OptimizerWrapper):
         same = [site.holds(a, b) for site, (a, b, _) in zip(self._sites, self._weights, strict=True)]
         moved = any(a.device != device for a, _, device in self._weights)
         if all(same) and not moved:
+            if self._versions not in (None, self._weight_versions()):  # somebody has loaded weights since the last step
+                pairs.settle_ranks(self._curvatures)
             return
         replaced = [site.name for site, is_same in zip(self._sites, same, strict=True) if not is_same]
         if replaced:
@@ -209,6 +213,9 @@ class StagedOptimizer(OptimizerWrapper):
         if any(r.status == "silent" for r in reports) or suspects & self._suspects:
             self._unverified = 0
             diagnosis.warn_of(reports)
+
+    def _weight_versions(self) -> list[int]:
+        return [a._version for a, _, _ in self._weights]
 
     def _in_use(self) -> bool:
         return self._steps >= self.options.ng_warmup_steps
@@ -295,6 +302,7 @@ class StagedOptimizer(OptimizerWrapper):
 
     def _balance(self) -> None:
         """Take balanced coordinates everywhere, with the ranks that the budget or each site's own spectrum leaves."""
+        pairs.settle_ranks(self._curvatures)
         found = [pairs.coordinates(curvature, BALANCING_DAMPING) for curvature in self._curvatures]
         if self._budget is not None and self._steps >= self._budget.first:
             ranks = self._ranks_within(found, self._budget.advance(self._steps), self.options.rank_regrowth)
@@ -327,6 +335,7 @@ class StagedOptimizer(OptimizerWrapper):
         """The first half of stage 6."""
         self._steps += 1
         self._pace.take(loss)
+        self._versions = self._weight_versions() if self._reduced else None
         self._capture.active = schedule.capture_due(self._steps, self.options.cov_update_freq)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -13,12 +13,49 @@ from grit_optim._checks import OPTION_NAMES
 from grit_optim.optimizer import GritOptimizer
 
 
-def for_trainer() -> Callable[..., GritOptimizer]:
-    """The factory for ``Trainer(..., optimizer_cls_and_kwargs=(for_trainer, {"lr": 2e-4}))``.
+@overload
+def for_trainer() -> Callable[..., GritOptimizer]: ...
 
-    transformers (5.2 and later) calls it, as TRL's trainers do, as ``for_trainer()(model, **kwargs)`` once the model has its
-    adapter; see :func:`build` for the keywords.
+
+@overload
+def for_trainer(
+    model: nn.Module, *, lr: float, base: Callable[..., Optimizer] = ..., **keywords: Any
+) -> GritOptimizer: ...
+
+
+def for_trainer(model: nn.Module | None = None, **keywords: Any) -> Any:
+    """A GritOptimizer for a trainer: built by the trainer, or built now on the model that the trainer has made.
+
+    ``Trainer(..., optimizer_cls_and_kwargs=(for_trainer, {"lr": 2e-4}))``: transformers from 5.2 on calls it as
+    ``for_trainer()(model, **kwargs)`` once the model has its adapter. Older ones hand over parameter groups instead of the
+    model: there, ``trainer.optimizer = for_trainer(trainer.model, lr=2e-4)`` before ``train()``, or the same in an override of
+    ``create_optimizer``; both work in either.
+
+    Args:
+        model: the PEFT model, or None for the factory.
+        **keywords: with a model, those of :func:`build`.
+
+    Returns:
+        :func:`build` itself without a model, else the GritOptimizer that it builds.
+
+    Raises:
+        TypeError: keywords without a model, or something that is no model.
+        ValueError: the model has nothing to train, or no LoRA pair.
     """
+    if isinstance(model, nn.Module):
+        return build(model, **keywords)
+    if model is not None:
+        raise TypeError(
+            f"for_trainer() got a {type(model).__name__} where the model is needed: transformers before 5.2 hands parameter "
+            "groups, not the model, to optimizer_cls_and_kwargs. Set `trainer.optimizer = "
+            "grit_optim.for_trainer(trainer.model, lr=...)` before train(); with model_init, do so in an override of "
+            "Trainer.create_optimizer"
+        )
+    if keywords:
+        raise TypeError(
+            f"for_trainer() got {', '.join(keywords)} and no model; pass the pair optimizer_cls_and_kwargs="
+            "(grit_optim.for_trainer, {'lr': ...}), or the model first: grit_optim.for_trainer(model, lr=...)"
+        )
     return build
 
 

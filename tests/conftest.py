@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 import torch
@@ -17,11 +18,18 @@ def _one_thread():
 
 
 @pytest.fixture(autouse=True)
-def _own_precision():
-    """transformers' TrainingArguments leave a run's precision in the environment, where the next Accelerator finds it."""
-    name = "ACCELERATE_MIXED_PRECISION"
-    before = os.environ.pop(name, None)
+def _own_accelerate():
+    """TrainingArguments leave precision and compilation in the environment and in accelerate's state, where others find it."""
+    before = _accelerates_variables()
+    for name in before:
+        del os.environ[name]
     yield
-    os.environ.pop(name, None)
-    if before is not None:
-        os.environ[name] = before
+    for name in _accelerates_variables():
+        del os.environ[name]
+    os.environ.update(before)
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _accelerates_variables():
+    return {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}

@@ -1,5 +1,8 @@
 """transformers' Trainer: what it trains with GritOptimizer is what a hand-written loop trains, and it resumes exactly."""
 
+import gc
+import weakref
+
 import pytest
 import tiny
 import torch
@@ -9,167 +12,142 @@ from grit_optim import GritOptimizer, for_trainer
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-MODES = {"spectral": {}, "eigenbasis": {"precondition": "eigenbasis"}}
+from hf import (  # noqa: E402
+    BEST,
+    HALF,
+    HANDS_OVER_THE_MODEL,
+    Agreement,
+    Stop,
+    assert_close,
+    assert_same,
+    built,
+    engaged,
+    losses,
+    of_trainer,
+    restarted,
+    run,
+    scrambled,
+)
 
+from grit_optim.callback import GritCallback  # noqa: E402
 
-def examples(count=32):
-    return [{"input_ids": ids, "labels": ids} for ids in tiny.tokens(0, batch=count)]
-
-
-def run(folder, model, optimizers=(None, None), kind="", factory=None, callbacks=(), **arguments):
-    arguments = {"max_steps": 6, "per_device_train_batch_size": 4, "save_strategy": "no", **arguments}
-    settings = getattr(transformers, f"{kind}TrainingArguments")(
-        output_dir=str(folder), report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=1, **arguments
-    )
-    given = {"optimizer_cls_and_kwargs": factory} if factory else {"optimizers": optimizers}
-    return getattr(transformers, f"{kind}Trainer")(
-        model=model,
-        args=settings,
-        train_dataset=examples(),
-        eval_dataset=examples(4),
-        callbacks=list(callbacks),
-        **given,
-    )
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def engaged(optimizer):
-    told = optimizer.telemetry(per_site=False)
-    return told["steps"], told["engaged_sites"]
-
-
-def assert_same(one, other):
-    ours, theirs = tiny.weights(one), tiny.weights(other)
-    assert len(ours) == 14
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
-
-
-def restarted():
-    """The same base model with another adapter, as in a new process that is to load a checkpoint."""
-    model = tiny.llama(layers=1)
-    with torch.no_grad():
-        for p in tiny.trained(model):
-            p.normal_()
-    return model
-
-
-def built(model=None, **options):
-    model = model or tiny.llama(layers=1)
-    return model, tiny.grit(model, **options)
-
-
-class Stop(transformers.TrainerCallback):
-    """An interruption: the run was to go on, so its schedule is the whole run's."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
+MODES = {
+    "spectral": {},
+    "eigenbasis": {"precondition": "eigenbasis"},
+    "rank budget": {**HALF, "rank_budget_steps": 4},
+}
+SAVING = {"save_strategy": "steps", "save_steps": 3}
 
 
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys())
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, options):
-    saving = {"save_strategy": "steps", "save_steps": 3, "warmup_steps": 2, "gradient_accumulation_steps": 2}
+    saving = {**SAVING, "warmup_steps": 2, "gradient_accumulation_steps": 2}
     whole, optimizer = built(**options)
     run(tmp_path / "whole", whole, (optimizer, None), **saving).train()
-    assert engaged(optimizer) == (6, 7)
     first, interrupted = built(**options)
     run(tmp_path / "part", first, (interrupted, None), callbacks=[Stop(3)], **saving).train()
     second, fresh = built(restarted(), **options)
     run(tmp_path / "part", second, (fresh, None), **saving).train(resume_from_checkpoint=True)
-    assert engaged(fresh) == (6, 7)
+    assert engaged(fresh) == engaged(optimizer)
+    assert engaged(fresh)[0] == 6
+    assert fresh.ranks() == optimizer.ranks()
+    assert (fresh.ranks().parameters < fresh.ranks().parameters_before) == ("rank_budget" in options)
     assert_same(second, whole)
 
 
-def test_a_factory_resumes_too_and_equals_the_optimizer_that_was_handed_over(tmp_path):
-    keywords = {"lr": 1e-2, "weight_decay": 0.01, "kfac_min_samples": 8}
+# -------------------------------------------------------------------- built by, or for, the trainer
+
+KEYWORDS = {"lr": 1e-2, "weight_decay": 0.01, "kfac_min_samples": 8}
+needs_factories = pytest.mark.skipif(
+    not HANDS_OVER_THE_MODEL, reason="transformers before 5.2 does not hand the model to a factory"
+)
+
+
+class BuildsItself(transformers.Trainer):
+    """The way of every version, for models that the Trainer builds: its own rate is the optimizer's."""
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            self.optimizer = for_trainer(self.model, **{**KEYWORDS, "lr": self.args.learning_rate})
+        return self.optimizer
+
+
+def by_factory(folder, model, model_init=None, **more):
+    given = {"optimizer_cls_and_kwargs": (for_trainer, KEYWORDS), "model_init": model_init}
+    return run(folder, model, given=given, **more)
+
+
+def by_attribute(folder, model, **more):
+    trainer = run(folder, model, **more)
+    trainer.optimizer = for_trainer(trainer.model, **KEYWORDS)
+    return trainer
+
+
+def by_override(folder, model, model_init=None, **more):
+    more = {"learning_rate": KEYWORDS["lr"], **more}
+    return run(folder, model, trainer=BuildsItself, given={"model_init": model_init}, **more)
+
+
+WAYS = [pytest.param(by_factory, marks=needs_factories), by_attribute, by_override]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_factory_resumes_too_and_equals_the_optimizer_that_was_handed_over(tmp_path, way):
     whole, optimizer = built()
     run(tmp_path / "a", whole, (optimizer, None)).train()
-    saving = {"save_strategy": "steps", "save_steps": 3}
-    run(tmp_path / "b", tiny.llama(layers=1), factory=(for_trainer, keywords), callbacks=[Stop(3)], **saving).train()
+    way(tmp_path / "b", tiny.llama(layers=1), callbacks=[Stop(3)], **SAVING).train()
     again = restarted()
-    trainer = run(tmp_path / "b", again, factory=(for_trainer, keywords), **saving)
+    trainer = way(tmp_path / "b", again, **SAVING)
     trainer.train(resume_from_checkpoint=True)
-    assert engaged(trainer.optimizer.optimizer) == (6, 7)
+    assert engaged(of_trainer(trainer)) == (6, 7)
     assert_same(again, whole)
 
 
-def test_model_init_works_with_the_factory(tmp_path):
-    trainer = run(tmp_path, tiny.llama(layers=1), factory=(for_trainer, {"lr": 1e-2, "kfac_min_samples": 8}))
-    trainer.model_init = lambda: tiny.llama(layers=1)
+@pytest.mark.skipif(HANDS_OVER_THE_MODEL, reason="transformers from 5.2 on hands the model to a factory")
+def test_a_factory_that_gets_no_model_says_what_to_do(tmp_path):
+    with pytest.raises(TypeError, match=r"got a list .*trainer\.optimizer = .*create_optimizer"):
+        by_factory(tmp_path, tiny.llama(layers=1)).train()
+
+
+def initial():
+    return tiny.llama(layers=1)
+
+
+@pytest.mark.parametrize("way", [WAYS[0], by_override])
+def test_model_init_builds_model_and_optimizer_anew(tmp_path, way):
+    """As a search does: train() again is another model and another optimizer, and nothing is left of the first."""
+    trainer = way(tmp_path, None, model_init=initial)
     trainer.train()
-    optimizer = trainer.optimizer.optimizer
-    assert engaged(optimizer) == (6, 7)
-    trained = {id(p) for p in tiny.trained(trainer.model)}
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
-
-
-def test_a_schedule_of_ones_own(tmp_path):
-    model, optimizer = built()
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    run(tmp_path, model, (optimizer, schedule)).train()
-    assert optimizer.base.param_groups[0]["lr"] == pytest.approx(1e-2 / 7)
-    assert engaged(optimizer) == (6, 7)
-
-
-@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-def test_checkpointed_activations_change_nothing(tmp_path, reentrant):
-    plain, optimizer = built()
-    run(tmp_path, plain, (optimizer, None)).train()
-    model, checkpointed = built()
-    model.enable_input_require_grads()
-    run(
-        tmp_path, model, (checkpointed, None), gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
-    ).train()  # fmt: skip
-    assert engaged(checkpointed) == (6, 7)
-    for name, value in tiny.weights(model).items():
-        torch.testing.assert_close(value, tiny.weights(plain)[name], rtol=1e-3, atol=1e-4)
-
-
-def test_evaluation_and_clipping_in_between(tmp_path):
-    """Evaluation enters nothing; clipping scales the gradients, and the taps are not said to disagree."""
-    plain, optimizer = built()
-    run(tmp_path, plain, (optimizer, None)).train()
-    model, evaluated = built()
-    run(tmp_path, model, (evaluated, None), eval_strategy="steps", eval_steps=2).train()
-    assert_same(model, plain)
-    clipped, other = built()
-    run(tmp_path, clipped, (other, None), max_grad_norm=1e-3).train()
-    assert engaged(other) == (6, 7)
-
-
-def test_bf16_autocast(tmp_path):
-    model, optimizer = built()
-    trainer = run(tmp_path, model, (optimizer, None), bf16=True)
+    once, first = tiny.weights(trainer.model), weakref.ref(of_trainer(trainer))
+    assert engaged(first()) == (6, 7)
     trainer.train()
+    optimizer = of_trainer(trainer)
+    assert optimizer is not first()
     assert engaged(optimizer) == (6, 7)
-    assert losses(trainer)[-1] < losses(trainer)[0]
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == set(map(id, tiny.trained(trainer.model)))
+    assert all(torch.equal(w, once[n]) for n, w in tiny.weights(trainer.model).items())
+    del optimizer
+    gc.collect()
+    assert first() is None
 
 
-def test_the_best_model_comes_back(tmp_path):
-    model, optimizer = built()
-    trainer = run(
-        tmp_path, model, (optimizer, None), eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
-        load_best_model_at_end=True, metric_for_best_model="loss",
-    )  # fmt: skip
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-4)
-    assert engaged(optimizer) == (6, 7)
+def test_the_rate_of_a_search_reaches_an_optimizer_that_create_optimizer_builds(tmp_path):
+    trainer = by_override(tmp_path, None, model_init=initial)
+    for rate in (1e-2, 3e-3):
+        trainer.args.learning_rate = rate
+        trainer.train()
+        assert {group["initial_lr"] for group in of_trainer(trainer).param_groups} == {rate}
 
 
-def test_seq2seq_trainer(tmp_path):
-    model, optimizer = built()
-    trainer = run(tmp_path, model, (optimizer, None), kind="Seq2Seq")
-    trainer.train()
-    plain, other = built()
-    run(tmp_path, plain, (other, None)).train()
-    assert_same(model, plain)
+def test_model_init_and_a_ready_optimizer_exclude_each_other(tmp_path):
+    """Two ways to get it wrong: the Trainer refuses one, and drops the other, which GritCallback says."""
+    _, optimizer = built()
+    with pytest.raises(RuntimeError, match=r"model_init.*incompatible"):
+        run(tmp_path, None, given={"model_init": initial, "optimizers": (optimizer, None)})
+    trainer = run(tmp_path, None, given={"model_init": initial}, callbacks=[GritCallback()])
+    trainer.optimizer = for_trainer(trainer.model, **KEYWORDS)
+    with pytest.raises(TypeError, match="no GritOptimizer in it"):
+        trainer.train()
 
 
 def test_the_factory_splits_its_keywords():
@@ -187,5 +165,114 @@ def test_the_factory_splits_its_keywords():
         for_trainer()(model, lr=3e-3, weight_decai=0.1)
     with pytest.raises(TypeError, match="lr"):
         for_trainer()(model)
+    with pytest.raises(TypeError, match=r"got lr and no model; pass the pair"):
+        for_trainer(lr=3e-3)
+    with pytest.raises(TypeError, match=r"got a list where the model is needed"):
+        for_trainer([{"params": tiny.trained(model)}], lr=3e-3)
     with pytest.raises(ValueError, match="requires a gradient"):
         for_trainer()(model.requires_grad_(False), lr=1e-3)
+
+
+# -------------------------------------------------------------------- what a Trainer does besides
+
+
+def test_a_schedule_of_ones_own(tmp_path):
+    model, optimizer = built()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    run(tmp_path, model, (optimizer, schedule)).train()
+    assert optimizer.base.param_groups[0]["lr"] == pytest.approx(1e-2 / 7)
+    assert engaged(optimizer) == (6, 7)
+
+
+@pytest.mark.parametrize("kind", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+def test_checkpointed_activations_change_nothing(tmp_path, kind):
+    """None is the version's own default: reentrant in transformers 4, not so in 5."""
+    plain, optimizer = built()
+    accumulating = {"gradient_accumulation_steps": 2}
+    run(tmp_path, plain, (optimizer, None), **accumulating).train()
+    model, checkpointed = built()
+    model.enable_input_require_grads()
+    agreement, calls = Agreement(), []
+    model.get_base_model().model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    run(
+        tmp_path, model, (checkpointed, None), callbacks=[agreement], gradient_checkpointing=True,
+        gradient_checkpointing_kwargs=kind, **accumulating,
+    ).train()  # fmt: skip
+    assert len(calls) == 2 * 12  # 12 micro-batches, each computed twice
+    assert engaged(checkpointed) == (6, 7)
+    agreement.assert_whole(6)
+    assert_close(model, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_in_between_changes_no_bit(tmp_path):
+    plain, optimizer = built()
+    run(tmp_path, plain, (optimizer, None)).train()
+    model, evaluated = built()
+    run(tmp_path, model, (evaluated, None), eval_strategy="steps", eval_steps=2).train()
+    assert_same(model, plain)
+
+
+def test_clipping_scales_the_gradients_and_the_taps_still_agree(tmp_path):
+    model, optimizer = built()
+    agreement = Agreement()
+    trainer = run(tmp_path, model, (optimizer, None), callbacks=[agreement], max_grad_norm=1e-3)
+    trainer.train()
+    assert engaged(optimizer) == (6, 7)
+    agreement.assert_whole(6)
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert min(norms) > 1e-3
+    assert agreement.ratios == pytest.approx([1e-3 / norm for norm in norms[-len(agreement.ratios) :]], rel=1e-2)
+
+
+def test_bf16_autocast(tmp_path):
+    model, optimizer = built()
+    trainer = run(tmp_path, model, (optimizer, None), bf16=True)
+    trainer.train()
+    assert engaged(optimizer) == (6, 7)
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_the_best_model_comes_back(tmp_path):
+    model, optimizer = built()
+    trainer = run(tmp_path, model, (optimizer, None), **BEST)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-4)
+    assert engaged(optimizer) == (6, 7)
+
+
+# -------------------------------------------------------------------- Seq2SeqTrainer
+
+
+def t5():
+    """An encoder-decoder of 16 sites: 6 in the encoder, 10 in the decoder with its cross-attention."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=24, num_layers=1, num_decoder_layers=1, num_heads=2, vocab_size=tiny.VOCABULARY,
+        dropout_rate=0.0, decoder_start_token_id=0,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config)
+    lora = LoraConfig(r=4, lora_alpha=4, target_modules=["q", "k", "v", "o", "wi", "wo"], task_type="SEQ_2_SEQ_LM")
+    return get_peft_model(model, lora)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_seq2seq_trainer(tmp_path):
+    """A real encoder-decoder, generating in between, resumes to the weights of the run that neither stopped nor generated."""
+    whole, optimizer = built(t5())
+    agreement = Agreement()
+    run(tmp_path / "whole", whole, (optimizer, None), kind="Seq2Seq", callbacks=[agreement], **SAVING).train()
+    assert engaged(optimizer) == (6, 16)
+    agreement.assert_whole(6)
+    generating = {**SAVING, "predict_with_generate": True, "eval_strategy": "steps", "eval_steps": 2}
+    first, interrupted = built(t5())
+    stop = [Stop(3)]
+    run(tmp_path / "part", first, (interrupted, None), kind="Seq2Seq", callbacks=stop, **generating).train()
+    second, fresh = built(scrambled(t5()))
+    trainer = run(tmp_path / "part", second, (fresh, None), kind="Seq2Seq", **generating)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same(second, whole, matrices=32)
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(evaluated) == 3
+    assert evaluated == sorted(evaluated, reverse=True)

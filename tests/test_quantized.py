@@ -5,7 +5,6 @@ import warnings
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
 from grit_optim import GritOptimizer
 
@@ -13,15 +12,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-QUANTIZED = {
-    "nf4": {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16,
-    },
-    "int8": {"load_in_8bit": True},
-}
+from hf import QUANTIZED, Stop, assert_same, qlora, run  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +26,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("base")
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     return path
-
-
-def qlora(folder, kind, checkpointing=True):
-    quantization = transformers.BitsAndBytesConfig(**QUANTIZED[kind])
-    model = transformers.LlamaForCausalLM.from_pretrained(
-        folder, quantization_config=quantization, device_map="cpu", dtype=torch.bfloat16
-    )
-    model = prepare_model_for_kbit_training(
-        model, checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None
-    )
-    torch.manual_seed(1)
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"))
 
 
 def paged(model):
@@ -74,8 +53,6 @@ def test_qlora_trains_and_its_taps_agree(folder, kind, make):
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_qlora_in_the_trainer_resumes_exactly(folder, kind, tmp_path):
-    from test_hf_trainer import Stop, run
-
     saving = {"save_strategy": "steps", "save_steps": 3}
 
     def started():
@@ -88,7 +65,5 @@ def test_qlora_in_the_trainer_resumes_exactly(folder, kind, tmp_path):
     run(tmp_path / "part", first, (interrupted, None), callbacks=[Stop(3)], **saving).train()
     second, fresh = started()
     run(tmp_path / "part", second, (fresh, None), **saving).train(resume_from_checkpoint=True)
-    ours, theirs = tiny.weights(second), tiny.weights(whole)
-    assert len(ours) == 14
-    assert [n for n in ours if not torch.equal(ours[n], theirs[n])] == []
+    assert_same(second, whole)
     assert fresh.telemetry(per_site=False)["steps"] == 6

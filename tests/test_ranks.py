@@ -135,3 +135,54 @@ def test_what_cannot_be_read_is_said_in_one_line(adapter, tmp_path, capsys, spoi
 def test_a_threshold_that_is_none(adapter, capsys):
     assert main(["ranks", str(adapter[0]), "--threshold", "1.5"]) == 2
     assert "--threshold must be in (0, 1]" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------- ranks of weights that were loaded
+
+
+def balanced(**options):
+    model = tiny.llama(layers=1)
+    return model, tiny.grit(
+        model, **{"reprojection": "balanced", "reprojection_freq": 100, "min_lora_rank": 0, **options}
+    )
+
+
+def set_directions(optimizer, sites, value):
+    """Fill the last two directions of A and B of the named sites."""
+    with torch.no_grad():
+        for site in optimizer._sites:
+            if site.name in sites:
+                site.a[2:], site.b[:, 2:] = value, value
+
+
+def test_ranks_follow_weights_that_lost_or_regained_directions():
+    """Both ways, on a part of the sites; the factors of those that regained some start anew, and only theirs."""
+    model, optimizer = balanced()
+    tiny.train(model, optimizer, 4)
+    some = [site.name for site in optimizer._sites][:3]
+    set_directions(optimizer, some, 0.0)
+    assert dict(optimizer.ranks()) == {name: 2 if name in some else 4 for name in optimizer.ranks()}
+    seen = optimizer.telemetry()["samples"]
+    assert min(seen.values()) > 0
+    set_directions(optimizer, some, 0.3)
+    assert set(optimizer.ranks().values()) == {4}
+    assert optimizer.ranks().predicted_loss == 0
+    assert optimizer.telemetry()["samples"] == {name: 0 if name in some else count for name, count in seen.items()}
+
+
+def test_directions_that_regrew_with_a_zero_b_are_in_use():
+    model, optimizer = balanced(
+        rank_budget=0.5, rank_budget_start=0.4, rank_regrowth=True, rank_budget_steps=4, reprojection_freq=2
+    )
+    tiny.train(model, optimizer, 9)
+    told = {name: int(rank) for c in optimizer._curvatures for name, rank in zip(c.bucket.names(), c.rank, strict=True)}
+    assert dict(optimizer.ranks()) == told
+
+
+def test_the_paper_gives_no_rank_up_so_none_is_taken_from_the_weights():
+    model, optimizer = balanced(reprojection="two_sided", reprojection_k=3, reprojection_freq=2)
+    tiny.train(model, optimizer, 5)
+    assert set(optimizer.ranks().values()) == {3}
+    assert {int((site.a != 0).any(1).sum()) for site in optimizer._sites} == {4}
+    tiny.train(model, optimizer, 1, first=5)
+    assert set(optimizer.ranks().values()) == {3}

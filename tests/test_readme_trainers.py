@@ -10,16 +10,38 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")
-ROWS = re.findall(r"^\| (.+?) \| (\w+) ([\d.]+) \| .+ \| (tests/\w+\.py)::(\w+) \|$", README, flags=re.MULTILINE)
+ROWS = re.findall(r"^\| (.+?) \| (\w+) ([\d.]+) \| .+ \| (tests/[\w/]+\.py)::(\w+) \|$", README, flags=re.MULTILINE)
+EXTRAS = ("bench", "peers", "trainers", "trainers4")
+
+
+def pins():
+    """Package to the versions that the extras pin."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf8")
+    found = {}
+    for extra in EXTRAS:
+        listed = re.search(rf"^{extra} = \[\n(.+?)^\]", text, flags=re.MULTILINE | re.DOTALL).group(1)
+        for package, version in re.findall(r'"([\w-]+)==([\d.]+)"', listed):
+            found.setdefault(package, set()).add(version)
+    return found
 
 
 def test_every_row_names_a_pinned_version_and_a_test_that_exists():
-    pins = dict(re.findall(r'"([\w-]+)==([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf8")))
-    assert len(ROWS) == 19
+    assert len(ROWS) == 34
+    assert {version for _, package, version, *_ in ROWS if package == "transformers"} == pins()["transformers"]
     for client, package, version, path, name in ROWS:
-        assert pins[package] == version, client
+        assert version in pins()[package], client
         functions = {n.name for n in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(n, ast.FunctionDef)}
         assert name in functions, client
+
+
+def test_the_versions_that_exclude_each_other_are_run_by_the_files_of_their_rows():
+    """The command for the other environment names every file that a row for it names."""
+    command = re.search(r"^\.venv4/bin/python -m pytest (.+)$", README, flags=re.MULTILINE).group(1)
+    files = {path.relative_to(ROOT).as_posix() for pattern in command.split() for path in ROOT.glob(pattern)}
+    older = {path for _, package, version, path, _ in ROWS if (package, version) == ("transformers", "4.57.6")}
+    assert len(older) == 4
+    assert older <= files
+    assert all(next(ROOT.glob(pattern), None) for pattern in command.split())
 
 
 def test_the_qlora_recipe_runs(tmp_path):
