@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks {pretrain,run,report,tasks,cost,truncation,sizes,main}`."""
+"""Command line: `python -m benchmarks {pretrain,run,train,report,tasks,cost,truncation,sizes,main}`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from . import arguments as read
 from . import suite_arguments
 from .files import REPOSITORY, BenchmarkError
+from .finetune import arguments as finetune_arguments
 from .optimizers import OPTIMIZERS, check_optimizer
 from .results import PRECISIONS, RunConfig
 from .tasks import TASKS, check_task
@@ -269,6 +270,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_pretrain, _add_run, _add_report, _add_tasks, _add_cost, _add_truncation, _add_sizes, _add_main):
         add(commands)
+    finetune_arguments.add(commands)
     return parser
 
 
