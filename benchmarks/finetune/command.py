@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import statistics
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from . import card, output
 from .config import MAX_LENGTH, FinetuneConfig, check, steps_of
 from .data import FinetuneData, Origin, load
 from .model import Source, load_model, load_tokenizer, model_fingerprint, positions
-from .session import Record, Session
+from .session import Record, Session, unreadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,6 +112,8 @@ def _train(session: Session, order: Order, checkpoint: Path | None) -> None:
     try:
         session.begin()
         train(session, order.out, order.save_every, checkpoint)
+    except pickle.UnpicklingError as error:  # the loop and the Trainer both load what is safe and nothing else
+        raise BenchmarkError(f"{unreadable(session.config.optimizer)}; start anew with --overwrite") from error
     except KeyboardInterrupt:
         found = output.checkpoints(order.out)
         kept = f"{found[-1].name} is kept" if found else "there was no checkpoint yet"

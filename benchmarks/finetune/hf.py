@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME
 
 from ..tasks import Example
 from .batches import token_mean
@@ -47,7 +48,9 @@ class _Bridge(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Complete the checkpoint with the record."""
-        self._session.record.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self._session.record.save(folder)
+        self._session.saved(folder / OPTIMIZER_NAME)
 
 
 def _arguments(session: Session, folder: Path) -> TrainingArguments:

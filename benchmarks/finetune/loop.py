@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +73,7 @@ def _save(session: Session, folder: Path) -> None:
     session.record.save(unfinished)
     shutil.rmtree(place, ignore_errors=True)
     os.replace(unfinished, place)
+    session.saved(place / _STATE)
     for old in checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
 
@@ -94,9 +94,4 @@ def _read(path: Path, session: Session) -> dict[str, Any]:
     except (OSError, RuntimeError) as error:
         raise BenchmarkError(
             f"cannot read {path} ({error}); delete its folder and --resume from the one before"
-        ) from error
-    except pickle.UnpicklingError as error:
-        raise BenchmarkError(
-            f"{path}: optimizer {session.config.optimizer!r} keeps objects in its state that torch does not load safely, so "
-            f"its runs cannot be resumed; start anew with --overwrite ({error})"
         ) from error
