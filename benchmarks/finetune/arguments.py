@@ -10,10 +10,11 @@ from .. import arguments as read
 from ..files import BenchmarkError
 from ..optimizers import OPTIMIZERS
 from ..tasks.external import DATA
-from .config import MAX_LENGTH, PRECISIONS, QUANTIZATIONS, SCHEDULES, TRAINERS, FinetuneConfig
+from .config import MAX_LENGTH, PRECISIONS, QUANTIZATIONS, RECIPES, SCHEDULES, TRAINERS, FinetuneConfig
 
 _SETTINGS = (
     "train_examples",
+    "alpha",
     "eval_examples",
     "generate_examples",
     "max_new_tokens",
@@ -88,6 +89,11 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
+    group.add_argument(
+        "--recipe",
+        choices=tuple(RECIPES),
+        help="other defaults: those of the GRIT library's examples, or of the QLoRA study (docs/finetune.md)",
+    )
     _setting(group, "trainer", str, "transformers' Trainer or the hand-written loop", choices=TRAINERS)
     _setting(group, "optimizer", str, f"known: {', '.join(OPTIMIZERS)}", metavar="NAME")
     _setting(group, "base", str, "what grit wraps: any of the others", metavar="NAME")
@@ -134,8 +140,16 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(call=call)
 
 
+def _fill_in(arguments: argparse.Namespace) -> None:
+    """Give what was left out the recipe's value."""
+    for name, value in RECIPES.get(arguments.recipe, {}).items():
+        if name != "default_length" and getattr(arguments, name) is None and not (name == "epochs" and arguments.steps):
+            setattr(arguments, name, value)
+
+
 def _config(arguments: argparse.Namespace, model: str, dataset: str, device: str) -> FinetuneConfig:
     given = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
+    given.setdefault("alpha", given.get("rank", FinetuneConfig.rank))
     precision = arguments.precision or ("bf16" if device == "cuda" and given.get("quantize") != "nf4" else "fp32")
     return FinetuneConfig(
         model,
@@ -143,7 +157,6 @@ def _config(arguments: argparse.Namespace, model: str, dataset: str, device: str
         revision=arguments.revision,
         device=device,
         precision=precision,
-        alpha=arguments.alpha or arguments.rank or FinetuneConfig.rank,
         options=dict(arguments.option or []),
         **given,
     )
@@ -156,6 +169,7 @@ def call(arguments: argparse.Namespace) -> None:
     from .data import parse_origin
     from .model import Source, check_source
 
+    _fill_in(arguments)
     source = Source(arguments.model, arguments.revision, arguments.trust_remote_code)
     check_source(source)
     origin = parse_origin(arguments.dataset, arguments.eval_data)
@@ -171,6 +185,7 @@ def call(arguments: argparse.Namespace) -> None:
         arguments.resume,
         arguments.overwrite,
         arguments.threads,
+        RECIPES.get(arguments.recipe, {}).get("default_length", MAX_LENGTH),
     )
     config = _config(arguments, source.name, origin.name, resolve_device(arguments.device))
     print(f"metrics: {finetune(config, order)}; adapter, tokenizer and model card beside it")

@@ -35,7 +35,7 @@ class Order:
 
     Attributes:
         epochs: passes over the training examples, in place of the configuration's steps.
-        max_length: None: as long as the model reads, at most the default.
+        max_length: None: as long as the model reads, at most `default_length`.
     """
 
     source: Source
@@ -47,6 +47,7 @@ class Order:
     resume: bool = False
     overwrite: bool = False
     threads: int | None = None
+    default_length: int = MAX_LENGTH
 
 
 def _length(order: Order) -> tuple[int, int | None]:
@@ -54,7 +55,7 @@ def _length(order: Order) -> tuple[int, int | None]:
     limit = positions(order.source)
     if order.max_length and limit and order.max_length > limit:
         raise BenchmarkError(f"--max-length {order.max_length}: {order.source.name} reads at most {limit} tokens")
-    return order.max_length or min(MAX_LENGTH, limit or MAX_LENGTH), limit
+    return order.max_length or min(order.default_length, limit or order.default_length), limit
 
 
 def finetune(config: FinetuneConfig, order: Order) -> Path:

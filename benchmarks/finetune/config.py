@@ -1,4 +1,4 @@
-"""What decides a fine-tuning run. Where a default comes from: docs/finetune.md."""
+"""What decides a fine-tuning run, and the settings of the systems that came before."""
 
 from __future__ import annotations
 
@@ -13,6 +13,24 @@ PRECISIONS = ("fp32", "bf16")
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # transformers' names
 ALL_LINEAR = "all-linear"
 MAX_LENGTH = 2048
+RECIPES: dict[str, dict[str, Any]] = {
+    # The GRIT library's five example scripts: their configuration's defaults, and transformers' where they set none.
+    "library": {
+        "optimizer": "grit-paper",
+        "alpha": 32,
+        "lr": 2e-5,
+        "weight_decay": 0.0,
+        "warmup": 0,
+        "epochs": 3.0,
+        "default_length": 1024,
+    },
+    # The comparison of 8-bit AdamW and GRIT under QLoRA; clipping is transformers' default, which it leaves alone.
+    "study": {"quantize": "nf4", "batch_size": 2, "clip": 1.0, "seed": 3407},
+}
+"""Defaults that take the place of the configuration's, by name; what is given on the command line goes before both.
+
+`default_length` stands for `--max-length` where the model reads so many tokens.
+"""
 
 
 @dataclass(frozen=True)
