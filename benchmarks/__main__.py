@@ -282,8 +282,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; what is finished is kept, the same command goes on from there", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped; what is finished is kept, the same command goes on from there", file=sys.stderr)
         return 130
     return 0
 

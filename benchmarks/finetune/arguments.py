@@ -78,7 +78,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("precision and adapter")
     _setting(group, "quantize", str, "nf4: QLoRA, 4-bit base weights with double quantization", choices=QUANTIZATIONS)
-    group.add_argument("--precision", choices=PRECISIONS, help="by default bf16 on a GPU, fp32 on a CPU and for nf4")
+    group.add_argument("--precision", choices=PRECISIONS, help="by default bf16 on a GPU, fp32 on a CPU")
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory for more time")
     _setting(group, "rank", read.positive_int, "LoRA's r")
     group.add_argument("--alpha", type=read.positive_int, help="LoRA's alpha; the rank by default")
@@ -150,7 +150,7 @@ def _fill_in(arguments: argparse.Namespace) -> None:
 def _config(arguments: argparse.Namespace, model: str, dataset: str, device: str) -> FinetuneConfig:
     given = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
     given.setdefault("alpha", given.get("rank", FinetuneConfig.rank))
-    precision = arguments.precision or ("bf16" if device == "cuda" and given.get("quantize") != "nf4" else "fp32")
+    precision = arguments.precision or ("bf16" if device == "cuda" else "fp32")
     return FinetuneConfig(
         model,
         dataset,

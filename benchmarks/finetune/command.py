@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -65,6 +65,8 @@ def finetune(config: FinetuneConfig, order: Order) -> Path:
         BenchmarkError: A setting, model, data or folder that cannot be used, or a run that diverged.
     """
     check_base(check_optimizer(config.optimizer), config.base)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BenchmarkError("train runs in one process; start it without torchrun or accelerate launch")
     output.check(order.out, order.resume, order.overwrite)
     if order.threads:
         torch.set_num_threads(order.threads)
@@ -93,11 +95,11 @@ def _start(
     """The session, the checkpoint that it goes on from, and what identifies data and model."""
     model = load_model(order.source, config)
     fingerprints = {"data": data.task.fingerprint, "model": model_fingerprint(order.source, model)}
+    session = Session(model, tokenizer, data, config, limit)
     if order.overwrite and order.out.exists():
         output.clear(order.out)
     order.out.mkdir(parents=True, exist_ok=True)
     output.begin(order.out, config, fingerprints, order.resume)
-    session = Session(model, tokenizer, data, config, limit)
     found = output.checkpoints(order.out)
     if order.resume:
         print(f"going on from {found[-1].name}" if found else "there is no checkpoint yet; starting at the beginning")
@@ -118,8 +120,7 @@ def _train(session: Session, order: Order, checkpoint: Path | None) -> None:
     except KeyboardInterrupt:
         found = output.checkpoints(order.out)
         kept = f"{found[-1].name} is kept" if found else "there was no checkpoint yet"
-        print(f"stopped at step {session.record.steps}; {kept}, --resume goes on", file=sys.stderr)
-        raise
+        raise KeyboardInterrupt(f"stopped at step {session.record.steps}; {kept}, --resume goes on") from None
     finally:
         session.end()
 

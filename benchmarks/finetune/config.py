@@ -45,7 +45,8 @@ class FinetuneConfig:
         generate_examples: held-out questions that are answered by generation, where the data call for it.
         dropout: LoRA's; drawn anew at every step from the seed and the step alone.
         target_modules: "all-linear", or the names of the layers, separated by commas.
-        precision: of the forward pass; "bf16" keeps the frozen weights in it, and the adapters in fp32.
+        precision: of the forward pass; "bf16" keeps the frozen weights in it, and the adapters in fp32. Products with nf4
+            weights are in bf16 in either.
         steps: updates; each takes `batch_size` × `accumulation` examples.
         warmup: steps over which the rate rises from 0.
         clip: bound on the gradient's norm; 0: none.
@@ -112,5 +113,3 @@ def check(config: FinetuneConfig) -> None:
             f"--warmup {config.warmup} leaves no step at the full rate in a run of {config.steps} steps; lower it, or "
             "raise --steps"
         )
-    if config.quantize == "nf4" and config.precision == "bf16" and config.device == "cpu":
-        raise BenchmarkError("--quantize nf4 computes in bf16 already; on a CPU leave --precision out")

@@ -122,10 +122,6 @@ REFUSED = {
     ),
     "dropout": (["--model", "embedded", "--dataset", "dolly", "--dropout", "1"], "not below 1"),
     "revision": (["--model", "embedded", "--dataset", "dolly", "--revision", "main"], "for a model from the hub"),
-    "precision": (
-        ["--model", "embedded", "--dataset", "dolly", "--quantize", "nf4", "--precision", "bf16", "--device", "cpu"],
-        "computes in bf16 already",
-    ),
 }
 
 
@@ -133,6 +129,12 @@ REFUSED = {
 def test_what_is_refused(refusal, tmp_path, arguments, message):
     assert message in refusal(["train", *arguments, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_several_processes_are_refused(refusal, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = refusal(["train", "--model", "embedded", "--dataset", "dolly", "--out", str(tmp_path / "out")])
+    assert "runs in one process" in said
 
 
 @pytest.mark.parametrize(
@@ -197,6 +199,8 @@ def test_a_folder_with_a_run_is_only_touched_when_asked(refusal, tiny_model, tmp
     assert "exclude each other" in refusal([*command, "--resume", "--overwrite"])
     assert train(tiny_model, data, out, "--resume") == first
     assert "finished; nothing is left to do" in capsys.readouterr().out
+    assert "cannot be built" in refusal([*command, "--overwrite", "--option", "no_such=1"])
+    assert (out / "adapter_model.safetensors").exists()
     again = train(tiny_model, data, out, "--overwrite", "--seed", "7")
     assert again["config"]["seed"] == 7
     (out / "metrics.json").unlink()
