@@ -75,9 +75,10 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from . import adapter_sizes_report, truncation_report
+    from .finetune import report as finetune_report
     from .report import report
 
-    for kind in (truncation_report, adapter_sizes_report):
+    for kind in (truncation_report, adapter_sizes_report, finetune_report):
         if kind.is_folder(arguments.folder):
             kind.report(arguments.folder)
             return

@@ -400,3 +400,27 @@ def test_the_documents_defaults_are_the_ones_in_the_code():
         for cell, config in zip(cells[row], columns, strict=True):
             expected = [str(getattr(config, name)) for name in names]
             assert re.sub(r" \(.*", "", cell).split(", ") == expected, row
+
+
+# ---------------------------------------------------------------- a comparison
+
+
+def test_report_takes_each_optimizer_at_its_best_rate(tiny_model, tmp_path, capsys, refusal):
+    from benchmarks.__main__ import main
+
+    data, runs, found = local_copies(tmp_path, "dolly"), tmp_path / "runs", {}
+    for optimizer in ("adamw", "grit"):
+        for rate in ("1e-3", "1e-2", "1e-1"):
+            metrics = train(tiny_model, data, runs / f"{optimizer}-{rate}", "--optimizer", optimizer, "--lr", rate)
+            found[optimizer, float(rate)] = metrics["curve"][-1]["loss"]
+    capsys.readouterr()
+    assert main(["report", str(runs)]) == 0
+    said = capsys.readouterr().out
+    rows = {line.split(" | ")[0].strip("| "): line for line in said.splitlines() if line.startswith("| ")}
+    for optimizer, name in (("adamw", "adamw"), ("grit", "grit over adamw")):
+        best = min((loss, rate) for (method, rate), loss in found.items() if method == optimizer)
+        end = " (at the end of the rates)" if best[1] != 1e-2 else ""
+        assert f"| {best[1]:g}{end} | {best[0]:.4f} (n=1) |" in rows[name]
+    assert (runs / "table.md").read_text().strip() == said.strip()
+    train(tiny_model, data, runs / "other", "--optimizer", "adamw", "--dropout", "0.1")
+    assert "differ in dropout; only alike ones can be compared" in refusal(["report", str(runs)])
