@@ -70,7 +70,8 @@ def finetune(config: FinetuneConfig, order: Order) -> Path:
     output.check(order.out, order.resume, order.overwrite)
     if order.threads:
         torch.set_num_threads(order.threads)
-    memory.keep_freed_memory()
+    if config.device == "cpu":
+        memory.keep_freed_memory()
     if not order.epochs:
         check(config)
     tokenizer = load_tokenizer(order.source)
@@ -80,6 +81,7 @@ def finetune(config: FinetuneConfig, order: Order) -> Path:
     print(data.task.note)
     config = replace(config, steps=steps_of(order.epochs, len(data.task.train), config)) if order.epochs else config
     check(config)
+    next(data.task.batches(config.seed, config.batch_size))  # refuses a batch that is larger than the data
     code = environment.commit()  # as it is now, not when the run ends
     session, checkpoint, fingerprints = _start(config, order, tokenizer, data, limit)
     if output.is_finished(order.out):

@@ -11,7 +11,7 @@ from typing import Any
 from ..files import BenchmarkError, write_json
 from .config import FinetuneConfig
 
-RUN, METRICS, RECORD, LOG = "run.json", "metrics.json", "progress.json", "grit.jsonl"
+RUN, METRICS, RECORD = "run.json", "metrics.json", "progress.json"
 """What is to be run, written first; what came out, written last; a checkpoint's record, which makes it whole."""
 KEPT = 2
 """Checkpoints that are kept: if writing the newest is interrupted, the one before it is whole."""
@@ -37,6 +37,8 @@ def check(folder: Path, resume: bool, overwrite: bool) -> None:
     """
     if resume and overwrite:
         raise BenchmarkError("--resume and --overwrite exclude each other")
+    if folder.exists() and not folder.is_dir():
+        raise BenchmarkError(f"--out {folder} is a file; name a folder")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not (folder / RUN).exists():
@@ -52,7 +54,7 @@ def clear(folder: Path) -> None:
     """Delete what this command has written there, and nothing else."""
     for path in [*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*.tmp")]:
         shutil.rmtree(path)
-    for name in (METRICS, *_ADAPTER, LOG, RUN):
+    for name in (METRICS, *_ADAPTER, RUN):
         (folder / name).unlink(missing_ok=True)
 
 

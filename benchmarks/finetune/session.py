@@ -119,7 +119,7 @@ class Session:
 
     def begin_step(self) -> None:
         """Start the clock; what the step draws at random depends on seed and step alone, in a resumed run too."""
-        torch.manual_seed(self.config.seed * 1_000_003 + self.record.steps)
+        torch.manual_seed((self.config.seed * 1_000_003 + self.record.steps) % 2**63)
         self._parts = []
         self._synchronize()
         self._begun = time.perf_counter()

@@ -84,11 +84,11 @@ OBJECTS_IN_STATE = {"shampoo-full", "shampoo-rank", "singd"}
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"grit", "adamw", "adamw8bit"}))
 def test_every_optimizer_of_the_registry_trains_and_resumes_or_says_that_it_cannot(tiny_model, tmp_path, name, capsys):
     data = local_copies(tmp_path, "dolly", train=20, test=4)
-    arguments = ["--optimizer", name, "--trainer", "loop", "--lr", "1e-3", "--save-every", "2"]
+    arguments = ["--optimizer", name, "--trainer", "loop", "--lr", "1e-3", "--steps", "2", "--save-every", "1"]
     whole = train(tiny_model, data, tmp_path / "out", *arguments)
     assert not whole["diverged"]
     (tmp_path / "out" / "metrics.json").unlink()
-    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
     assert ("its runs cannot be resumed" in capsys.readouterr().out) == (name in OBJECTS_IN_STATE)
     if name in OBJECTS_IN_STATE:
         train(tiny_model, data, tmp_path / "out", *arguments, "--resume", status=2)
@@ -215,6 +215,7 @@ def test_a_folder_with_other_files_is_left_alone(refusal, tiny_model, tmp_path):
     command = ["train", "--model", str(tiny_model), "--dataset", local_copies(tmp_path, "dolly"), "--overwrite"]
     assert "holds no run of this command" in refusal([*command, "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
+    assert "is a file; name a folder" in refusal([*command, "--out", str(tmp_path / "out" / "README.md")])
 
 
 # ---------------------------------------------------------------- evaluation
@@ -411,7 +412,8 @@ def test_report_takes_each_optimizer_at_its_best_rate(tiny_model, tmp_path, caps
     data, runs, found = local_copies(tmp_path, "dolly"), tmp_path / "runs", {}
     for optimizer in ("adamw", "grit"):
         for rate in ("1e-3", "1e-2", "1e-1"):
-            metrics = train(tiny_model, data, runs / f"{optimizer}-{rate}", "--optimizer", optimizer, "--lr", rate)
+            arguments = ["--optimizer", optimizer, "--lr", rate, "--steps", "2", "--trainer", "loop"]
+            metrics = train(tiny_model, data, runs / f"{optimizer}-{rate}", *arguments)
             found[optimizer, float(rate)] = metrics["curve"][-1]["loss"]
     capsys.readouterr()
     assert main(["report", str(runs)]) == 0
@@ -422,5 +424,5 @@ def test_report_takes_each_optimizer_at_its_best_rate(tiny_model, tmp_path, caps
         end = " (at the end of the rates)" if best[1] != 1e-2 else ""
         assert f"| {best[1]:g}{end} | {best[0]:.4f} (n=1) |" in rows[name]
     assert (runs / "table.md").read_text().strip() == said.strip()
-    train(tiny_model, data, runs / "other", "--optimizer", "adamw", "--dropout", "0.1")
+    train(tiny_model, data, runs / "other", "--steps", "2", "--trainer", "loop", "--dropout", "0.1")
     assert "differ in dropout; only alike ones can be compared" in refusal(["report", str(runs)])

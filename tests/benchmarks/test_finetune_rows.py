@@ -55,7 +55,8 @@ def test_text_is_trained_on_from_its_second_token(encoded, tokenizer):
     assert len(tokenizer(prompt)["input_ids"]) == 1
 
 
-def test_every_answer_in_a_conversation_is_trained_on_with_what_came_before(encoded):
+def test_every_answer_in_a_conversation_is_trained_on_with_what_came_before(encoded, tokenizer):
+    assert len(tokenizer("</s>")["input_ids"]) == 1  # so special tokens in the text are no text
     assert encoded({"messages": TALK}) == [
         ("<s>[user]Hi[assistant]", "Hello.</s>"),
         ("<s>[user]Hi[assistant]Hello.</s>[user]And?[assistant]", "No.</s>"),
