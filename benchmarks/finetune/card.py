@@ -41,6 +41,29 @@ def _table(curve: list[dict[str, Any]]) -> str:
     return "\n".join(["| held out | before | after |", "| --- | --- | --- |", *rows])
 
 
+def _front_matter(name: str, metrics: dict[str, Any], config: FinetuneConfig) -> str:
+    """What Hugging Face reads, as YAML."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    hub, last = metrics["data"]["hub"], metrics["curve"][-1]
+    found = {kind: last[key] for key, kind in _METRICS.items() if last.get(key) is not None}
+    tags = ["lora", "grit" if config.optimizer.startswith("grit") else config.optimizer]
+    data = ModelCardData(
+        base_model=config.model,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        datasets=[hub] if hub else None,
+        metrics=list(found),
+        tags=[*tags, "qlora"] if config.quantize != "none" else tags,
+        model_name=name,
+        eval_results=[
+            EvalResult("text-generation", hub or config.dataset, config.dataset, kind, value, dataset_split="held out")
+            for kind, value in found.items()
+        ],
+    )
+    return data.to_yaml()
+
+
 def write(folder: Path, metrics: dict[str, Any], config: FinetuneConfig) -> None:
     """Write README.md: what Hugging Face reads in front, then what was trained, how, and what came out.
 
@@ -49,40 +72,23 @@ def write(folder: Path, metrics: dict[str, Any], config: FinetuneConfig) -> None
         metrics: what `metrics.json` holds.
         config: the run's.
     """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
-    hub, last = metrics["data"]["hub"], metrics["curve"][-1]
     name = f"{config.model.rpartition('/')[2]}-{config.dataset}-{config.optimizer}"
-    results = [
-        EvalResult("text-generation", hub or config.dataset, config.dataset, kind, last[key], dataset_split="held out")
-        for key, kind in _METRICS.items()
-        if last.get(key) is not None
-    ]
-    data = ModelCardData(
-        base_model=config.model,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        datasets=[hub] if hub else None,
-        metrics=[kind for key, kind in _METRICS.items() if last.get(key) is not None],
-        tags=["lora", "grit" if config.optimizer.startswith("grit") else config.optimizer]
-        + (["qlora"] if config.quantize != "none" else []),
-        model_name=name,
-        eval_results=results,
-    )
-    versions = ", ".join(f"{package} {version}" for package, version in metrics["versions"].items() if version)
     base = f" over {config.base}" if config.optimizer.startswith("grit") else ""
+    weights = "NF4" if config.quantize == "nf4" else config.precision
+    batch = f"{config.batch_size} × {config.accumulation}"
+    hardware = metrics["hardware"]["gpu"] or metrics["hardware"]["cpu"]
+    versions = ", ".join(f"{package} {version}" for package, version in metrics["versions"].items() if version)
     text = f"""---
-{data.to_yaml()}
+{_front_matter(name, metrics, config)}
 ---
 
 # {name}
 
-A LoRA adapter (rank {config.rank}, alpha {config.alpha}, {config.target_modules}) for `{config.model}`, trained on {
-        config.dataset
-    } with
-`{config.optimizer}`{base} at a learning rate of {config.lr:g}: {config.steps} steps of {config.batch_size} × {
-        config.accumulation
-    } examples, base weights {"in NF4" if config.quantize == "nf4" else f"in {config.precision}"}.
+A LoRA adapter (rank {config.rank}, alpha {config.alpha}, {config.target_modules}) for `{config.model}`
+with base weights in {weights}, trained on {config.dataset} with `{config.optimizer}`{base}
+at a learning rate of {config.lr:g}: {config.steps} steps of {batch} examples.
 
 {_table(metrics["curve"])}
 
@@ -92,8 +98,6 @@ A LoRA adapter (rank {config.rank}, alpha {config.alpha}, {config.target_modules
 {command_line(config, metrics["data"]["argument"])}
 ```
 
-`metrics.json` holds the whole curve, the hardware ({
-        metrics["hardware"]["gpu"] or metrics["hardware"]["cpu"]
-    }) and the settings. {versions}.
+`metrics.json` holds the whole curve and the settings. {hardware}; {versions}.
 """
     ModelCard(text).save(folder / "README.md")

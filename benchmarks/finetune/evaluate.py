@@ -108,10 +108,9 @@ class Evaluator:
     def _final_numbers(self) -> dict[str, float | int | None]:
         count = min(self.config.generate_examples, len(self.data.task.heldout))
         prompts = [example.prompt for example in self.data.task.heldout[:count]]
-        right = [
-            final_number(said) == final_number(wanted)
-            for said, wanted in zip(self.generate(prompts), self.data.heldout.answers[:count], strict=True)
-        ]
+        wanted = [final_number(answer) for answer in self.data.heldout.answers[:count]]
+        said = [final_number(answer) for answer in self.generate(prompts)]
+        right = [one is not None and one == other for one, other in zip(wanted, said, strict=True)]
         return {"final_number_exact_match": sum(right) / count, "generated": count}
 
     def generate(self, prompts: Sequence[Sequence[int]]) -> list[str]:

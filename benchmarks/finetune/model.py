@@ -138,7 +138,7 @@ def _keep_trainable(model: Any) -> None:
     """Forbid bitsandbytes' fast path for inference on CPUs that have AVX512-BF16.
 
     Its first use, in evaluation, repacks a layer's weights for good, and the packed product passes no gradient on: training
-    would go on with wrong gradients and say nothing. Nor does it take layers whose width is no multiple of 32.
+    would go on with wrong gradients. Nor does it take layers whose width is no multiple of 32.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

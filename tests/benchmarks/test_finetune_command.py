@@ -296,6 +296,8 @@ def test_final_numbers_are_compared_in_the_examples_order(evaluator, monkeypatch
     monkeypatch.setattr(Evaluator, "generate", lambda self, prompts: ["#### 0", *(wanted[p] for p in prompts[1:])])
     found = judge.measure(True)
     assert (found["final_number_exact_match"], found["generated"]) == (0.75, 4)
+    monkeypatch.setattr(Evaluator, "generate", lambda self, prompts: ["no number"] * len(prompts))
+    assert judge.measure(True)["final_number_exact_match"] == 0
     assert "final_number_exact_match" not in judge.measure(False)
 
 
