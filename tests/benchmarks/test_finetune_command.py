@@ -428,3 +428,15 @@ def test_report_takes_each_optimizer_at_its_best_rate(tiny_model, tmp_path, caps
     assert (runs / "table.md").read_text().strip() == said.strip()
     train(tiny_model, data, runs / "other", "--steps", "2", "--trainer", "loop", "--dropout", "0.1")
     assert "differ in dropout; only alike ones can be compared" in refusal(["report", str(runs)])
+
+
+def test_the_comparisons_table_is_the_one_that_was_printed():
+    from benchmarks.files import REPOSITORY
+    from benchmarks.finetune import report
+
+    folder = REPOSITORY / "benchmarks" / "results" / "qlora"
+    found = report.read(folder)
+    printed = report.table(found).strip()
+    assert (folder / "table.md").read_text(encoding="utf-8").strip() == printed
+    assert printed in (REPOSITORY / "docs" / "finetune.md").read_text(encoding="utf-8")
+    assert {metrics["code"]["dirty"] for metrics in found} == {False}
