@@ -69,11 +69,10 @@ def table(found: list[dict[str, Any]]) -> str:
             f"{best:g}{mark}",
             f"{losses[best]:.4f} (n={len(runs)})",
             tried,
-            f"{min(run['step_seconds_median'] for run in runs):.2f} s",
             f"{runs[0]['optimizer_state_bytes'] / 1e6:.2f} MB",
         ]
         rows.append((losses[best], "| " + " | ".join(cells) + " |"))
-    heads = ["optimizer", "best rate", "held-out loss", "at each rate", "step", "optimizer state"]
+    heads = ["optimizer", "best rate", "held-out loss", "at each rate", "optimizer state"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads), *(row for _, row in sorted(rows))]
     return "\n".join([*lines, "", _note(found)]) + "\n"
 
@@ -87,7 +86,7 @@ def _note(found: list[dict[str, Any]]) -> str:
     return (
         f"Loss in nats per answer token, mean over n seeds; before training {first['curve'][0]['loss']:.4f}. {len(found)} runs "
         f"of {examples}, model {config['model']} ({weights}), rank {config['rank']}. {first['data']['note']}. "
-        f"{hardware}; commit {commits}. Step: median over a run; the runs came one after another."
+        f"{hardware}; commit {commits}. Step times are in the files; `cost` compares them fairly."
     )
 
 
