@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks {pretrain,run,report,tasks,cost,truncation,sizes,main}`."""
+"""Command line: `python -m benchmarks {pretrain,run,train,report,tasks,cost,truncation,sizes,main}`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from . import arguments as read
 from . import suite_arguments
 from .files import REPOSITORY, BenchmarkError
+from .finetune import arguments as finetune_arguments
 from .optimizers import OPTIMIZERS, check_optimizer
 from .results import PRECISIONS, RunConfig
 from .tasks import TASKS, check_task
@@ -74,9 +75,10 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from . import adapter_sizes_report, truncation_report
+    from .finetune import report as finetune_report
     from .report import report
 
-    for kind in (truncation_report, adapter_sizes_report):
+    for kind in (truncation_report, adapter_sizes_report, finetune_report):
         if kind.is_folder(arguments.folder):
             kind.report(arguments.folder)
             return
@@ -269,6 +271,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_pretrain, _add_run, _add_report, _add_tasks, _add_cost, _add_truncation, _add_sizes, _add_main):
         add(commands)
+    finetune_arguments.add(commands)
     return parser
 
 
@@ -280,8 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; what is finished is kept, the same command goes on from there", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped; what is finished is kept, the same command goes on from there", file=sys.stderr)
         return 130
     return 0
 

@@ -57,5 +57,9 @@ def in_share(parts: Iterable[str], percent: int) -> bool:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Hex digest of a file's bytes, which need not fit in memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

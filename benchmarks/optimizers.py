@@ -20,13 +20,13 @@ def _adamw(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
 
 
 def _grit(**fixed: Any) -> Factory:
-    """GRIT around AdamW; `fixed` are the keywords that make the variant, the settings' options come on top."""
+    """GRIT around the settings' base; `fixed` are the keywords that make the variant, the settings' options come on top."""
 
     def factory(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
         """The variant over the model's trainable parameters."""
         from grit_optim import GritOptimizer
 
-        base = _adamw(model, Settings(settings.lr, settings.betas, settings.weight_decay))
+        base = make_optimizer(settings.base, model, Settings(settings.lr, settings.betas, settings.weight_decay))
         return GritOptimizer(base, model, **{**fixed, **settings.options})
 
     return factory
@@ -56,6 +56,17 @@ def check_optimizer(name: str) -> str:
     if name not in OPTIMIZERS:
         raise BenchmarkError(f"unknown optimizer {name!r}; known: {', '.join(sorted(OPTIMIZERS))}")
     return name
+
+
+def check_base(optimizer: str, base: str) -> str:
+    """The base's name itself, or an error: only GRIT wraps another optimizer, and not itself."""
+    if base != Settings.base and not optimizer.startswith("grit"):
+        raise BenchmarkError(
+            f"optimizer {optimizer!r} wraps no other, so it cannot have the base {base!r}; only grit can"
+        )
+    if check_optimizer(base).startswith("grit"):
+        raise BenchmarkError(f"the base {base!r} is GRIT itself; name what it is to wrap, such as adamw or adamw8bit")
+    return base
 
 
 def make_optimizer(name: str, model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:

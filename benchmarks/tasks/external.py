@@ -25,7 +25,7 @@ class Source:
     """Where data come from and how a row becomes an example.
 
     `test` is the split that is reported on: the one with public labels; None where there is none, and a share of the
-    training split, chosen by a hash of the prompt, is kept apart instead.
+    training split, chosen by a hash of the prompt, is kept apart instead. `labels` are the only answers there are.
     """
 
     hub: str
@@ -35,19 +35,23 @@ class Source:
     fields: tuple[str, ...]
     texts: Callable[[formats.Row], formats.Texts]
     metric: str | None
+    labels: tuple[str, ...] = ()
 
+
+_ALPACA, _YES_NO = ("instruction", "input", "output"), ("Yes", "No")
 
 DATA = {
-    "alpaca": Source(
-        "tatsu-lab/alpaca", None, "train", None, ("instruction", "input", "output"), formats.alpaca, None
+    "alpaca": Source("tatsu-lab/alpaca", None, "train", None, _ALPACA, formats.alpaca, None),
+    "alpaca-gpt4": Source("vicgalle/alpaca-gpt4", None, "train", None, _ALPACA, formats.alpaca, None),
+    "boolq": Source(
+        "google/boolq", None, "train", "validation", ("question", "answer"), formats.boolq, "accuracy", _YES_NO
     ),
-    "boolq": Source("google/boolq", None, "train", "validation", ("question", "answer"), formats.boolq, "accuracy"),
     "dolly": Source(
         "databricks/databricks-dolly-15k", None, "train", None, ("instruction", "context", "response"), formats.dolly, None
     ),
     "gsm8k": Source("openai/gsm8k", "main", "train", "test", ("question", "answer"), formats.gsm8k, "exact match"),
     "qnli": Source(
-        "nyu-mll/glue", "qnli", "train", "validation", ("question", "sentence", "label"), formats.qnli, "accuracy"
+        "nyu-mll/glue", "qnli", "train", "validation", ("question", "sentence", "label"), formats.qnli, "accuracy", _YES_NO
     ),
 }  # fmt: skip
 
@@ -67,6 +71,11 @@ class Text:
     prompt: str
     answer: str
 
+    @property
+    def key(self) -> str:
+        """What texts share that must not stand on both sides of a split."""
+        return self.prompt or self.answer
+
 
 def check_data(name: str) -> str:
     """The name itself, or an error that lists the known ones."""
@@ -85,25 +94,26 @@ def _parse_line(line: str, where: str) -> formats.Row:
     return row
 
 
-def read_jsonl(path: Path) -> list[formats.Row]:
-    """The rows of a jsonl file; blank lines do not count."""
+def read_jsonl(
+    path: Path, needed: str = "the folder must hold NAME_train.jsonl and NAME_test.jsonl"
+) -> dict[str, formats.Row]:
+    """The rows of a jsonl file by `file:line`; blank lines do not count."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise BenchmarkError(
-            f"cannot read {path} ({error}); the folder must hold NAME_train.jsonl and NAME_test.jsonl"
-        ) from error
-    return [_parse_line(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+        raise BenchmarkError(f"cannot read {path} ({error}); {needed}") from error
+    places = {f"{path}:{number}": line for number, line in enumerate(lines, 1) if line.strip()}
+    return {place: _parse_line(line, place) for place, line in places.items()}
 
 
-def _from_hub(name: str, split: str) -> Iterable[formats.Row]:
-    """One split of the hub's copy, downloaded at the first use."""
+def _from_hub(name: str, split: str, flag: str) -> Iterable[formats.Row]:
+    """One split of the hub's copy, downloaded at the first use; `flag` is the option that named the data."""
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise BenchmarkError(
             f"data {name!r} from the hub need the package datasets: pip install -e '.[data]'; "
-            f"or name a folder with local files: --data {name}=FOLDER"
+            f"or name a folder with local files: {flag} {name}=FOLDER"
         ) from error
     source = DATA[name]
     try:
@@ -111,7 +121,7 @@ def _from_hub(name: str, split: str) -> Iterable[formats.Row]:
     except OSError as error:  # what `datasets` raises for no network, offline mode and missing data alike
         raise BenchmarkError(
             f"cannot get {source.hub} from the hub ({error}); name a folder that holds {name}_train.jsonl and "
-            f"{name}_test.jsonl: --data {name}=FOLDER"
+            f"{name}_test.jsonl: {flag} {name}=FOLDER"
         ) from error
 
 
@@ -134,24 +144,32 @@ def _texts(name: str, split: str, rows: Iterable[formats.Row]) -> list[Text]:
     return made
 
 
-def _is_held_out(text: Text) -> bool:
-    """A share of the prompts; rows with the same prompt stay together."""
-    return in_share([text.prompt], HELDOUT_PERCENT)
+def split_off(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
+    """Training and held-out texts: a share of the prompts is held out; those with the same prompt stay together."""
+    held_out = [in_share([text.key], HELDOUT_PERCENT) for text in texts]
+    sides: tuple[list[Text], list[Text]] = ([], [])
+    for text, held in zip(texts, held_out, strict=True):
+        sides[held].append(text)
+    return sides
 
 
-def _read(name: str, folder: Path | None) -> tuple[list[Text], list[Text]]:
-    """Training and held-out rows, from their own splits where the data have two."""
+def read_splits(name: str, folder: Path | None, flag: str = "--data") -> tuple[list[Text], list[Text]]:
+    """Training and held-out texts, from their own splits where the data have two; `flag` is the option that named them."""
     source = DATA[name]
     if folder is None:
-        train = _texts(name, "train", _from_hub(name, source.train))
-        test = _texts(name, "test", _from_hub(name, source.test)) if source.test else None
+        train = _texts(name, "train", _from_hub(name, source.train, flag))
+        test = _texts(name, "test", _from_hub(name, source.test, flag)) if source.test else None
     else:
-        train = _texts(name, "train", read_jsonl(folder / f"{name}_train.jsonl"))
+        train = _texts(name, "train", read_jsonl(folder / f"{name}_train.jsonl").values())
         path = folder / f"{name}_test.jsonl"
-        test = _texts(name, "test", read_jsonl(path)) if source.test or path.exists() else None
-    if test is None:
-        return [text for text in train if not _is_held_out(text)], [text for text in train if _is_held_out(text)]
-    return train, test
+        test = _texts(name, "test", read_jsonl(path).values()) if source.test or path.exists() else None
+    return split_off(train) if test is None else (train, test)
+
+
+def without_prompts_of(held: Sequence[Text], train: Sequence[Text]) -> list[Text]:
+    """The training texts whose prompts are not held out as well."""
+    asked = {text.key for text in held}
+    return [text for text in train if text.key not in asked]
 
 
 def _encode(texts: Sequence[Text], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], list[str]]:
@@ -185,19 +203,19 @@ def load(name: str, tokenizer: Tokenizer, options: DataOptions) -> Task:
     """
     if options.max_length > MAX_POSITIONS:
         raise BenchmarkError(f"--max-length {options.max_length}: the base model reads at most {MAX_POSITIONS} tokens")
-    train, test = _read(check_data(name), options.folder)
-    asked = {text.prompt for text in test}
-    apart = [text for text in train if text.prompt not in asked]
+    train, test = read_splits(check_data(name), options.folder)
+    apart = without_prompts_of(test, train)
     training, left_out = _encode(apart, tokenizer, options.max_length)
     if len(apart) < len(train):
         left_out.append(f"{len(train) - len(apart):,} that the held-out split asks too")
     heldout, left_out_of_test = _encode(test, tokenizer, options.max_length)
-    note = f"{name}: {_words('training', training, left_out)}; {_words('held-out', heldout, left_out_of_test)}"
+    note = f"{name}: {in_words('training', training, left_out)}; {in_words('held-out', heldout, left_out_of_test)}"
     if not training or not heldout:
         raise BenchmarkError(f"{note}: a split is empty; give a larger --max-length, or more data")
     found = fingerprint({"train": training, "heldout": heldout})
     return Task(name, tuple(training), tuple(heldout), found, DATA[name].metric, note)
 
 
-def _words(split: str, examples: Sequence[Example], left_out: Sequence[str]) -> str:
+def in_words(split: str, examples: Sequence[Example], left_out: Sequence[str]) -> str:
+    """How many examples a split has, and what was left out."""
     return f"{len(examples):,} {split} examples (left out: {', '.join(left_out) or 'none'})"

@@ -89,3 +89,11 @@ def made_up_result():
         return result | changes
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The folder of a tiny Llama with its tokenizer."""
+    from finetuning import save_model
+
+    return save_model(tmp_path_factory.mktemp("tiny_llama"))

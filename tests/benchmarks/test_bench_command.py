@@ -40,7 +40,7 @@ RUN = ["run", "--optimizers", "adamw", "--lrs", "5e-3", "--out", "never"]
         ([*RUN, "--option", "precondition"], "is not of the form key=value"),
         ([*RUN, "--device", "tpu"], "invalid choice: 'tpu'"),
         ([*RUN, "--task", "poetry"], "unknown task 'poetry'; known: naming, packages, prose, signature"),
-        ([*RUN, "--data", "squad"], "unknown data 'squad'; known: alpaca, boolq, dolly, gsm8k, qnli"),
+        ([*RUN, "--data", "squad"], "unknown data 'squad'; known: alpaca, alpaca-gpt4, boolq, dolly, gsm8k, qnli"),
         ([*RUN, "--data", "gsm8k="], "'gsm8k=' is not of the form NAME or NAME=FOLDER"),
         ([*RUN, "--data", "gsm8k=no/such/folder"], "cannot read no/such/folder/gsm8k_train.jsonl"),
         ([*RUN, "--data", "gsm8k", "--task", "naming"], "not allowed with argument"),

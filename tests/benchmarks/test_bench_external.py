@@ -19,6 +19,7 @@ from benchmarks.tasks.external import DATA, DataOptions
 
 ROWS = {
     "alpaca": {"instruction": "Name {n} birds.", "input": "", "output": "A wren and {n} owls."},
+    "alpaca-gpt4": {"instruction": "Name {n} birds.", "input": "", "output": "A wren and {n} owls."},
     "boolq": {"question": "is {n} a prime number", "answer": "true"},
     "dolly": {"instruction": "What is {n}?", "context": "Numbers.", "response": "A number.", "category": "qa"},
     "gsm8k": {"question": "What is {n} + 1?", "answer": "{n} + 1 is <<{n}+1>>.\n#### {n}1"},
@@ -115,7 +116,11 @@ def test_local_files(name, tmp_path, tokenizer):
 
 def test_metrics_are_accuracy_where_answers_are_labels_and_nothing_where_they_are_free_text():
     found = {name: source.metric for name, source in DATA.items()}
-    assert found == {"alpaca": None, "boolq": "accuracy", "dolly": None, "gsm8k": "exact match", "qnli": "accuracy"}
+    assert found == {
+        **dict.fromkeys(("alpaca", "alpaca-gpt4", "dolly")),
+        **dict.fromkeys(("boolq", "qnli"), "accuracy"),
+        "gsm8k": "exact match",
+    }
 
 
 def test_train_is_trained_on_and_test_is_reported_on(tmp_path, tokenizer):
@@ -213,6 +218,7 @@ def hub(monkeypatch):
     ("name", "expected"),
     [
         ("alpaca", [("tatsu-lab/alpaca", None, "train")]),
+        ("alpaca-gpt4", [("vicgalle/alpaca-gpt4", None, "train")]),
         ("boolq", [("google/boolq", None, "train"), ("google/boolq", None, "validation")]),
         ("dolly", [("databricks/databricks-dolly-15k", None, "train")]),
         ("gsm8k", [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")]),

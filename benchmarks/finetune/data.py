@@ -1,0 +1,186 @@
+"""Training and held-out examples of a fine-tuning run, in the model's own tokens."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from ..files import BenchmarkError
+from ..tasks import Example, Task
+from ..tasks.external import DATA, Text, fingerprint, in_words, read_splits, split_off, without_prompts_of
+from .rows import Turn, read
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .config import FinetuneConfig
+
+_CHUNK = 512  # texts tokenized at a time
+_SELECTION_SEED = 0  # which examples are drawn depends on the data alone, so that runs of all seeds share them
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where data come from: a name with the hub's copy or a folder of local ones, or a file of the user's own."""
+
+    name: str
+    file: Path | None = None
+    folder: Path | None = None
+    heldout: Path | None = None
+
+    @property
+    def hub(self) -> str | None:
+        """The hub's id of data known by name, whichever copy is read."""
+        return None if self.file else DATA[self.name].hub
+
+    @property
+    def argument(self) -> str:
+        """What `--dataset` was told, without paths of this machine."""
+        if self.file:
+            return self.file.name
+        return f"{self.name}=FOLDER" if self.folder else self.name
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """What held-out answers are judged by beside their loss.
+
+    Attributes:
+        answers: the right answers as text, in the order of the task's held-out examples.
+        labels: token ids of every answer there is, the end token included; empty where answers are free.
+        is_number: whether an answer ends in a number after "####".
+    """
+
+    answers: tuple[str, ...]
+    labels: tuple[tuple[int, ...], ...] = ()
+    is_number: bool = False
+
+
+@dataclass(frozen=True)
+class FinetuneData:
+    """The examples, and how held-out ones are judged."""
+
+    task: Task
+    heldout: Heldout
+
+
+def parse_origin(dataset: str, heldout: Path | None) -> Origin:
+    """What `--dataset` and `--eval-data` name.
+
+    Raises:
+        BenchmarkError: Neither known data nor a file that exists.
+    """
+    name, separator, folder = dataset.partition("=")
+    if name in DATA and not (separator and not folder):
+        if heldout:
+            raise BenchmarkError(f"--eval-data is for a file of your own; {name} has a held-out part of its own")
+        if folder and not Path(folder).is_dir():
+            raise BenchmarkError(f"--dataset {dataset}: no such folder: {folder}")
+        return Origin(name, folder=Path(folder) if folder else None)
+    for path in (Path(dataset), *([heldout] if heldout else [])):
+        if not path.is_file():
+            raise BenchmarkError(
+                f"{path} is neither known data ({', '.join(DATA)}) nor a file; give one of these names, NAME=FOLDER with "
+                "NAME_train.jsonl and NAME_test.jsonl, or a jsonl file"
+            )
+    return Origin(Path(dataset).stem, file=Path(dataset), heldout=heldout)
+
+
+def _splits(origin: Origin, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Text], list[Text]]:
+    if origin.file is None:
+        return read_splits(origin.name, origin.folder, "--dataset")
+    train = read(origin.file, tokenizer)
+    return (train, read(origin.heldout, tokenizer)) if origin.heldout else split_off(train)
+
+
+class Encoder:
+    """Texts as examples.
+
+    A prompt begins as the tokenizer begins texts, and an answer ends with the end token. What a chat template has written is
+    taken as it is.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        end = tokenizer.eos_token_id
+        if not isinstance(end, int):
+            raise BenchmarkError("the model's tokenizer has no end token (eos_token), so no answer could ever end")
+        self.end = end
+        self.begin = tuple(token for token in tokenizer("")["input_ids"] if token != end)
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+    def __call__(self, texts: Sequence[Text]) -> list[Example]:
+        """One example per text; the first token of a text without any prompt is given, not asked for."""
+        made = []
+        for text, asked, said in zip(
+            texts, self._ids([t.prompt for t in texts]), self._ids([t.answer for t in texts]), strict=True
+        ):
+            raw = isinstance(text, Turn)
+            prompt, answer = (*(() if raw else self.begin), *asked), (*said, *(() if raw else (self.end,)))
+            if not prompt:
+                prompt, answer = answer[:1], answer[1:]
+            made.append(Example(tuple(prompt), tuple(answer)))
+        return made
+
+    def label(self, text: str) -> tuple[int, ...]:
+        """The ids of an answer, the end token included."""
+        return self([Text("x", text)])[0].answer
+
+
+def _chosen(
+    texts: Sequence[Text], encoder: Encoder, most: int | None, max_length: int, name: str
+) -> tuple[list[Example], list[Text], list[str]]:
+    """Examples that fit, their texts, and in words what was left out; with `most`, so many in a random order."""
+    order: Iterable[Text] = texts if most is None else random.Random(_SELECTION_SEED).sample(texts, len(texts))
+    answered = [text for text in order if text.answer.strip()]
+    examples, kept, seen, long = list[Example](), list[Text](), 0, 0
+    with tqdm(total=len(answered), desc=f"tokenizing {name}", unit="row", leave=False) as bar:
+        while seen < len(answered) and (most is None or len(examples) < most):
+            chunk = answered[seen : seen + (_CHUNK if most is None else min(_CHUNK, most - len(examples)))]
+            for text, example in zip(chunk, encoder(chunk), strict=True):
+                if len(example) > max_length:
+                    long += 1
+                else:
+                    examples.append(example)
+                    kept.append(text)
+            seen += len(chunk)
+            bar.update(len(chunk))
+    counts = {
+        f"of more than {max_length} tokens": long,
+        "without an answer": len(texts) - len(answered),
+        "not drawn": len(answered) - seen,
+    }
+    return examples, kept, [f"{count:,} {what}" for what, count in counts.items() if count]
+
+
+def load(origin: Origin, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig) -> FinetuneData:
+    """The data; the task's note says what was left out.
+
+    Raises:
+        BenchmarkError: Data that cannot be had or read, or of which nothing fits in `max_length` tokens.
+    """
+    encoder = Encoder(tokenizer)
+    train, test = _splits(origin, tokenizer)
+    apart = without_prompts_of(test, train)
+    training, _, left = _chosen(apart, encoder, config.train_examples, config.max_length, "training examples")
+    heldout, texts, left_of_test = _chosen(test, encoder, config.eval_examples, config.max_length, "held-out examples")
+    if len(apart) < len(train):
+        left.append(f"{len(train) - len(apart):,} that the held-out split asks too")
+    note = f"{origin.name}: {in_words('training', training, left)}; {in_words('held-out', heldout, left_of_test)}"
+    if not training or not heldout:
+        raise BenchmarkError(
+            f"{note}: a split is empty; give a larger --max-length, more data, or held-out examples with --eval-data"
+        )
+    source = DATA.get(origin.name) if origin.file is None else None
+    labels = tuple(encoder.label(text) for text in source.labels) if source else ()
+    judged = Heldout(tuple(text.answer for text in texts), labels, bool(source and origin.name == "gsm8k"))
+    found = fingerprint({"train": training, "heldout": heldout})
+    metric = "accuracy" if labels else "exact match of the final number" if judged.is_number else None
+    return FinetuneData(Task(origin.name, tuple(training), tuple(heldout), found, metric, note), judged)

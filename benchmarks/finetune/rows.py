@@ -1,0 +1,137 @@
+"""Rows of a user's own jsonl file as prompts and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import BenchmarkError
+from ..tasks import formats
+from ..tasks.external import Text, read_jsonl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NEEDED = "it must be a jsonl file, one JSON object per line"
+
+
+@dataclass(frozen=True)
+class Turn(Text):
+    """A prompt and an answer that a chat template has written: special tokens are part of the text.
+
+    All turns that open alike stay on one side of a split: a later one's prompt holds the answers before it.
+    """
+
+    opening: str = ""
+
+    @property
+    def key(self) -> str:
+        """The conversation up to its first answer."""
+        return self.opening
+
+
+def _prompt_completion(row: formats.Row) -> Text:
+    """Both as they are."""
+    return Text(row["prompt"], row["completion"])
+
+
+def _instruction(row: formats.Row) -> Text:
+    """Alpaca's prompt; `input` may be missing."""
+    return Text(*formats.alpaca({"input": "", **row}))
+
+
+def _text(row: formats.Row) -> Text:
+    """All of it is trained on."""
+    return Text("", row["text"])
+
+
+FORMS: dict[tuple[str, ...], Callable[[formats.Row], Text]] = {
+    ("prompt", "completion"): _prompt_completion,
+    ("instruction", "output"): _instruction,
+    ("text",): _text,
+}
+MESSAGES = "messages"
+
+
+def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
+    """The prompts and answers of a file; a conversation gives one for each of the assistant's messages.
+
+    All rows have the form of the first: `prompt` and `completion`; `instruction`, `output` and perhaps `input`; `messages`
+    with `role` and `content`; or `text`.
+
+    Raises:
+        BenchmarkError: A row lacks a field, or a field holds something else than text; names file and line.
+    """
+    rows = read_jsonl(path, _NEEDED)
+    if not rows:
+        raise BenchmarkError(f"{path} has no rows; {_NEEDED}")
+    first = next(iter(rows))
+    if MESSAGES in rows[first]:
+        return [turn for place, row in rows.items() for turn in _turns(row, place, tokenizer)]
+    form = _form(rows[first], first)
+    return [_checked(row, place, form) for place, row in rows.items()]
+
+
+def _form(row: formats.Row, place: str) -> tuple[str, ...]:
+    """The fields of the first form that the row has one of."""
+    for fields in FORMS:
+        if any(field in row for field in fields):
+            return fields
+    known = "; ".join(" and ".join(fields) for fields in ((MESSAGES,), *FORMS))
+    raise BenchmarkError(f"{place} has the fields {', '.join(row) or 'none'}; a row needs one of: {known}")
+
+
+def _checked(row: formats.Row, place: str, fields: tuple[str, ...]) -> Text:
+    missing = [field for field in fields if field not in row]
+    if missing:
+        raise BenchmarkError(f"{place} lacks {', '.join(missing)}; every row of this file needs: {', '.join(fields)}")
+    wrong = [field for field in (*fields, "input") if field in row and not isinstance(row[field], str)]
+    if wrong:
+        raise BenchmarkError(f"{place}: {wrong[0]} is {type(row[wrong[0]]).__name__}, not text")
+    return FORMS[fields](row)
+
+
+def _messages(row: formats.Row, place: str) -> list[dict[str, Any]]:
+    """The row's messages, each with a role and a content."""
+    messages = row.get(MESSAGES)
+    if not isinstance(messages, list) or not messages:
+        raise BenchmarkError(f"{place} lacks {MESSAGES}, a list of objects with role and content")
+    for number, message in enumerate(messages, 1):
+        lacking = [key for key in ("role", "content") if not isinstance(message, dict) or not message.get(key)]
+        if lacking:
+            raise BenchmarkError(f"{place}: message {number} lacks {', '.join(lacking)}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BenchmarkError(f"{place} has no message of the role assistant, so there is nothing to train on")
+    return messages
+
+
+def _turns(row: formats.Row, place: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Turn]:
+    """Every message of the assistant as the answer to all before it, as it would be asked for."""
+    if not tokenizer.chat_template:
+        raise BenchmarkError(
+            f"{place} has {MESSAGES}, but the model's tokenizer has no chat template; use a chat model, or rows with "
+            "prompt and completion"
+        )
+    messages, opening = _messages(row, place), ""
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = _rendered(messages[:number], place, tokenizer, True)
+        whole = _rendered(messages[: number + 1], place, tokenizer, False)
+        opening = opening or prompt
+        if not whole.startswith(prompt):
+            raise BenchmarkError(
+                f"{place}: the chat template writes the conversation before message {number + 1} otherwise once that is "
+                "answered, so the answer cannot be told from the prompt; give rows with prompt and completion"
+            )
+        yield Turn(prompt, whole[len(prompt) :], opening)
+
+
+def _rendered(messages: list[dict[str, Any]], place: str, tokenizer: PreTrainedTokenizerBase, asking: bool) -> str:
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking)
+    except Exception as error:  # a template is a program of its author's; jinja has one class per kind of mistake
+        raise BenchmarkError(f"{place}: the tokenizer's chat template refuses it: {error}") from error
+    return str(text)
