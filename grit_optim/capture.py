@@ -21,29 +21,25 @@ from grit_optim.fisher import Sums
 from grit_optim.sites import Site
 from grit_optim.telemetry import StageTimes
 
-STASH_LIMIT = 8
-"""Backward passes per site whose rows are kept before they are added up; bounds memory under long accumulation."""
-
-COPIED_STRIDE = 4
-"""From one row in so many on, the rows are copied, so that the whole activation can be freed before the step."""
+PENDING_LIMIT = 2**22
+"""Numbers in h and δ of a bucket's sites that may wait to be added up: what bounds memory under long accumulation, and still
+lets many sites share one batched product."""
 
 
 class _Seen(NamedTuple):
     """One backward pass through one call of a site's ``lora_A``.
 
     Attributes:
-        position: the site.
-        h: as it came; or, if ``copied``, the rows taken of it ``[rows, r]``.
-        delta: likewise.
-        stride: out of how many rows one is taken.
-        copied: whether ``h`` and ``delta`` are the rows taken.
+        slot: the site's place in its bucket.
+        h: as it came.
+        delta: as it came.
+        stride: out of how many tokens one is taken.
     """
 
-    position: int
+    slot: int
     h: Tensor
     delta: Tensor
     stride: int
-    copied: bool
 
 
 class Tap:
@@ -99,8 +95,11 @@ class Capture:
         self.bypass.stepped()
         self.fired = [0] * len(self.sites)
         self._dtypes = {torch.float32}
-        self._inner: list[Tensor | None] = [None] * len(self.sites)  # of what is no longer in the stash as it came
         self._stash: list[list[_Seen]] = [[] for _ in self.buckets]
+        self._pending = [0] * len(self.buckets)
+        # Σ h·δ of what is no longer in the stash, [S], and of which sites there is any.
+        self._inner = [torch.zeros(len(b.sites), device=b.device) for b in self.buckets]
+        self._added: list[set[int]] = [set() for _ in self.buckets]
         self._sums = [Sums.zeros(len(b.sites), b.rank, b.device) for b in self.buckets]
 
     def watch(self, position: int, output: Tensor) -> None:
@@ -120,50 +119,28 @@ class Capture:
         self.fired[position] += 1
 
     def _record(self, position: int, h: Tensor, delta: Tensor) -> None:
-        """Take note of one backward pass, and leave the work to :meth:`_reduce`, which does it for all sites at once."""
+        """Take note of one backward pass, and leave the work to :meth:`_reduce`, which does it for many sites at once."""
         self.fired[position] += 1
         self._dtypes.update((h.dtype, delta.dtype))
-        bucket, _ = self._slots[position]
+        bucket, slot = self._slots[position]
         stride = self._stride(delta.numel() // self.buckets[bucket].rank)
-        seen = _Seen(position, h, delta, stride, copied=False)
-        if stride >= COPIED_STRIDE:
-            self._add_inner(seen)
-            h, delta = self._rows(seen)
-            seen = _Seen(position, h.clone(), delta.clone(), stride, copied=True)
-        self._stash[bucket].append(seen)
-        if len(self._stash[bucket]) >= STASH_LIMIT * len(self.buckets[bucket].sites):
-            for waiting in self._stash[bucket]:
-                self._add_inner(waiting)
-            self._reduce(bucket)
-
-    def _rows(self, seen: _Seen) -> tuple[Tensor, Tensor]:
-        """The rows of h and δ that are taken, ``[rows, r]`` each."""
-        if seen.copied:
-            return seen.h, seen.delta
-        site, tensors = self.sites[seen.position], (seen.h, seen.delta)
-        if site.channel_dim != -1:
-            tensors = (seen.h.movedim(site.channel_dim, -1), seen.delta.movedim(site.channel_dim, -1))
-        h, delta = (t.reshape(-1, site.rank) for t in tensors)
-        if seen.stride > 1:
-            h, delta = (t[self.offset % seen.stride :: seen.stride] for t in (h, delta))
-        return h, delta
-
-    def _add_inner(self, seen: _Seen) -> None:
-        """Keep Σ h·δ of what will not be there any more in whole."""
-        if seen.copied:
-            return
-        known, inner = self._inner[seen.position], _inner(seen)
-        self._inner[seen.position] = inner if known is None else known + inner.to(known.device)
+        self._stash[bucket].append(_Seen(slot, h, delta, stride))
+        self._pending[bucket] += h.numel() + delta.numel()
+        if self._pending[bucket] > PENDING_LIMIT:
+            self._reduce(bucket, keep_inner=True)
 
     def inner(self, position: int) -> Tensor | None:
         """Σ over tokens of h·δ of a site since the last :meth:`collect`, or None where nothing was recorded.
 
-        Worked out when asked for as far as h and δ are still there, which they are until the step unless there are many rows.
+        Worked out when asked for, as far as h and δ are still there.
         """
-        total = self._inner[position]
-        for seen in self._stash[self._slots[position][0]]:
-            if seen.position == position and not seen.copied:
-                total = _inner(seen) if total is None else total + _inner(seen).to(total.device)
+        bucket, slot = self._slots[position]
+        waiting = [seen for seen in self._stash[bucket] if seen.slot == slot]
+        if not waiting and slot not in self._added[bucket]:
+            return None
+        total = self._inner[bucket][slot]
+        for seen in waiting:
+            total = total + torch.dot(seen.h.reshape(-1).float(), seen.delta.reshape(-1).float()).to(total.device)
         return total
 
     @property
@@ -178,19 +155,16 @@ class Capture:
         per_call = max(1, self.max_tokens // self.calls_per_step)
         return max(1, -(-rows // per_call))
 
-    def _reduce(self, bucket: int) -> None:
-        """Add the stashed rows of a bucket to its sums, one batched product for all sites with equally many rows."""
-        entries, self._stash[bucket] = self._stash[bucket], []
-        by_shape: dict[tuple[Any, ...], list[tuple[int, Tensor, Tensor]]] = {}
+    def _reduce(self, bucket: int, keep_inner: bool) -> None:
+        """Add what waits in a bucket to its sums, one batched product for all sites with equally many tokens."""
+        entries, self._stash[bucket], self._pending[bucket] = self._stash[bucket], [], 0
+        by_shape: dict[tuple[Any, ...], list[_Seen]] = {}
         for seen in entries:
-            h, delta = self._rows(seen)
-            members = by_shape.setdefault((h.shape, h.dtype, delta.dtype, seen.stride), [])
-            members.append((self._slots[seen.position][1], h, delta))
-        sums, device = self._sums[bucket], self.buckets[bucket].device
+            by_shape.setdefault((seen.h.shape, seen.h.dtype, seen.delta.dtype, seen.stride), []).append(seen)
+        sums = self._sums[bucket]
         for (*_, stride), members in by_shape.items():
-            index = self._index(bucket, tuple(slot for slot, *_ in members))
-            h = torch.stack([h.to(device) for _, h, _ in members]).float()
-            delta = torch.stack([delta.to(device) for *_, delta in members]).float()
+            index = self._index(bucket, tuple(seen.slot for seen in members))
+            h, delta = self._stacked(bucket, index, members, keep_inner)
             # Padding, and tokens after which nothing is predicted, have δ = 0 but h ≠ 0: they say nothing of the loss.
             matters = torch.linalg.vecdot(delta, delta)[..., None] != 0
             h = torch.where(matters, h, 0.0)
@@ -199,6 +173,26 @@ class Capture:
             rows = matters.sum((1, 2), dtype=torch.float32)
             sums.rows.index_add_(0, index, rows)
             sums.tokens.index_add_(0, index, rows, alpha=stride)
+
+    def _stacked(self, bucket: int, index: Tensor, members: list[_Seen], keep_inner: bool) -> tuple[Tensor, Tensor]:
+        """The tokens of h and δ that are taken, ``[len(members), tokens, r]`` each, in fp32."""
+        taken = slice(self.offset % members[0].stride, None, members[0].stride)
+        h = [self._by_token(bucket, seen.slot, seen.h) for seen in members]
+        delta = [self._by_token(bucket, seen.slot, seen.delta) for seen in members]
+        if not keep_inner and self.buckets[bucket].device.type == "cpu":  # less to copy; a device wants one copy of all
+            return torch.stack([t[taken] for t in h]).float(), torch.stack([t[taken] for t in delta]).float()
+        all_h, all_delta = torch.stack(h), torch.stack(delta)
+        if keep_inner:
+            self._inner[bucket].index_add_(0, index, (all_h.float() * all_delta.float()).sum((1, 2)))
+            self._added[bucket].update(seen.slot for seen in members)
+        return all_h[:, taken].float(), all_delta[:, taken].float()
+
+    def _by_token(self, bucket: int, slot: int, tensor: Tensor) -> Tensor:
+        """One call's h or δ as ``[tokens, r]`` on the bucket's device."""
+        site = self.buckets[bucket].sites[slot]
+        if site.channel_dim != -1:
+            tensor = tensor.movedim(site.channel_dim, -1)
+        return tensor.reshape(-1, site.rank).to(self.buckets[bucket].device)
 
     def _index(self, bucket: int, slots: tuple[int, ...]) -> Tensor:
         """``slots`` as a tensor; the same few patterns recur in every step, and copying one to a GPU would wait for it."""
@@ -213,7 +207,7 @@ class Capture:
         """The sums over what was gathered since the last call, one entry per bucket; gathering starts anew."""
         for bucket in range(len(self.buckets)):
             if self._stash[bucket]:
-                self._reduce(bucket)
+                self._reduce(bucket, keep_inner=False)
         sums = self._sums
         if any(self.fired):
             self.calls_per_step = max(self.fired)
@@ -227,11 +221,6 @@ class Capture:
             hook.remove()
         self._hooks.clear()
         self.discard()
-
-
-def _inner(seen: _Seen) -> Tensor:
-    """Σ h·δ over one backward pass that is there as it came."""
-    return torch.dot(seen.h.reshape(-1).float(), seen.delta.reshape(-1).float())
 
 
 def _remove_inert_taps(module: nn.Module) -> None:
