@@ -19,14 +19,18 @@ def _adamw(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trainable(model), **settings.adam(), **settings.options)
 
 
+BASES: dict[str, Factory] = {"adamw": _adamw, "adamw8bit": PEERS["adamw8bit"].factory}
+"""What GRIT may be put around here."""
+
+
 def _grit(**fixed: Any) -> Factory:
-    """GRIT around AdamW; `fixed` are the keywords that make the variant, the settings' options come on top."""
+    """GRIT around the settings' base; `fixed` are the keywords that make the variant, the settings' options come on top."""
 
     def factory(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
         """The variant over the model's trainable parameters."""
         from grit_optim import GritOptimizer
 
-        base = _adamw(model, Settings(settings.lr, settings.betas, settings.weight_decay))
+        base = BASES[settings.base](model, Settings(settings.lr, settings.betas, settings.weight_decay))
         return GritOptimizer(base, model, **{**fixed, **settings.options})
 
     return factory

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every factory is given; `options` go to the optimizer's own constructor."""
+    """What every factory is given; `options` go to the optimizer's own constructor, `base` names what GRIT wraps."""
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
+    base: str = "adamw"
 
     def adam(self) -> dict[str, Any]:
         """Rate, betas and weight decay under the names that Adam and most others give them."""

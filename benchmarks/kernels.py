@@ -1,0 +1,73 @@
+"""How many kernels a piece of work launches: on a GPU by PyTorch's profiler, on a CPU the operations that compute."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .counting import Counter, LiveBytes
+
+_LAUNCHED = ("kernel", "gpu_memcpy", "gpu_memset")  # the profiler's categories of what runs on the device
+
+
+def launched(work: Callable[[], Any], device: str) -> dict[str, int]:
+    """Kernels, copies and fills on a GPU; ``{"operations": n}`` on a CPU."""
+    if not device.startswith("cuda"):
+        with Counter("cpu") as counter:
+            work()
+        return {"operations": counter.total().calls}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        trace(work, path, [torch.profiler.ProfilerActivity.CUDA])
+        return counted(json.loads(path.read_text(encoding="utf-8")))
+
+
+def counted(found: dict[str, Any]) -> dict[str, int]:
+    """How many events of each kind a profiler's trace holds that ran on the device."""
+    kinds = [event.get("cat") for event in found["traceEvents"]]
+    return {kind.removeprefix("gpu_"): kinds.count(kind) for kind in _LAUNCHED}
+
+
+def trace(work: Callable[[], Any], path: Path, activities: list[torch.profiler.ProfilerActivity] | None = None) -> None:
+    """Write a Chrome trace (chrome://tracing, Perfetto) of the work; ``.json.gz`` packs it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile(activities=activities) as profile:
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    profile.export_chrome_trace(str(path))
+
+
+class PeakMemory:
+    """The most bytes of tensors that were alive at once inside its ``with`` statement, beyond those alive at its start.
+
+    On a GPU as its allocator counts them; on a CPU as far as they were made inside.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device.startswith("cuda")
+        self._live = None if self._cuda else LiveBytes(device)
+        self._start = 0
+        self.bytes = 0
+
+    def __enter__(self) -> PeakMemory:
+        if self._live is None:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._start = torch.cuda.memory_allocated()
+        else:
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._live is None:
+            torch.cuda.synchronize()
+            self.bytes = torch.cuda.max_memory_allocated() - self._start
+        else:
+            self._live.__exit__(*error)
+            self.bytes = self._live.peak
