@@ -12,9 +12,9 @@ from .results import RunConfig
 from .shapes import QUANTIZATIONS, SHAPES, Workload, check_model
 from .tasks import TASKS, check_task
 
-EMBEDDED_STEPS, EMBEDDED_LR, SHAPE_STEPS = 80, 5e-3, 20
+EMBEDDED_STEPS, EMBEDDED_LR, SHAPE_STEPS, BLOCK = 80, 5e-3, 20, 5
 _WORKLOAD = ("quantize", "rank", "layers", "batch_size", "length", "accumulation", "checkpointing")
-_SHAPE_ONLY = (*_WORKLOAD, "base", "trace", "seconds", "scale", "scale_tokens", "scale_layers")
+_SHAPE_ONLY = (*_WORKLOAD, "base", "trace", "block", "seconds", "scale", "scale_tokens", "scale_layers")
 TOKENS, LAYERS = (512, 1024, 2048, 4096), (2, 4, 8, 16)
 
 
@@ -78,6 +78,7 @@ def _add_cost(commands: argparse._SubParsersAction) -> None:
     shape.add_argument(
         "--base", choices=list(BASES), help="what GRIT is put around and compared with; by default adamw"
     )
+    shape.add_argument("--block", type=read.positive_int, help=f"timed steps in a row, by default {BLOCK}")
     shape.add_argument("--seconds", type=read.positive, help="begin no further pair of rounds after so long")
     shape.add_argument(
         "--trace",
@@ -132,7 +133,7 @@ def _cost_on_shape(arguments: argparse.Namespace) -> None:
     if arguments.scale is None and (arguments.scale_tokens or arguments.scale_layers):
         raise BenchmarkError("--scale-tokens and --scale-layers say what --scale varies; pass that too")
     workload = _workload(arguments, resolve_device(arguments.device))
-    plan = Plan(arguments.steps or SHAPE_STEPS, arguments.seconds, arguments.trace)
+    plan = Plan(arguments.steps or SHAPE_STEPS, arguments.seconds, arguments.trace, arguments.block or BLOCK)
     if arguments.scale:
         sweep = Sweep(arguments.scale_tokens or TOKENS, arguments.scale_layers or LAYERS)
         scale(workload, arguments.optimizers, sweep, plan, arguments.out, arguments.threads)
@@ -162,5 +163,5 @@ def _count(arguments: argparse.Namespace) -> None:
     from .count import KIND, count
 
     workload = _workload(arguments, "meta")
-    name = f"{KIND}-{workload.label()}-{workload.tokens}tokens-{check_optimizer(arguments.optimizer)}.json"
+    name = f"{KIND}-{workload.label()}-{check_optimizer(arguments.optimizer)}.json"
     count(workload, arguments.optimizer, arguments.out / name, dict(arguments.option or []))

@@ -18,7 +18,6 @@ from .results import finite
 from .settings import Settings
 
 WARMUP = 3  # untimed steps at a lane's start: allocations, samples for the curvature, GRIT's comparison of taps and gradients
-BLOCK = 5  # timed steps in a row
 BETWEEN = 1  # untimed steps at the start of each block
 
 
@@ -30,12 +29,14 @@ class Plan:
         steps: timed steps of each optimizer.
         seconds: time after which no further pair of rounds is begun; None for no limit.
         trace: file for a profiler's trace of each optimizer's step, its name put into it; None for none.
+        block: timed steps in a row.
         warmup: untimed steps at a lane's start.
     """
 
     steps: int
     seconds: float | None = None
     trace: Path | None = None
+    block: int = 5
     warmup: int = WARMUP
 
 
@@ -154,7 +155,7 @@ def compare(shared: Shared, names: Sequence[str], settings: Callable[[str], Sett
         except Exception as error:  # whatever a package does wrong, or memory that is used up
             failed(name, error)
     lanes = [one.lane for one in found.values()]
-    take_turns(lanes, plan.steps, BLOCK, BETWEEN, plan.seconds, lambda lane, error: failed(lane.name, error))
+    take_turns(lanes, plan.steps, plan.block, BETWEEN, plan.seconds, lambda lane, error: failed(lane.name, error))
     for name, one in list(found.items()):
         if any(finite(loss) is None for loss in one.lane.losses):
             failed(

@@ -52,6 +52,11 @@ class Device:
     launch: float
     launch_source: str
 
+    def seconds(self, cost: Cost) -> float:
+        """The least time of one operation: its products, or what it moves, whichever takes longer."""
+        computing = sum(amount / self.products[dtype] for dtype, amount in cost.products.items())
+        return max(cost.bytes / self.bandwidth, computing)
+
 
 H100 = Device(
     "H100 SXM 80 GB",
@@ -162,7 +167,7 @@ def counted_step(
     from .counting import Counter, LiveBytes
 
     model = meta_model(workload)
-    counter, live = Counter("meta"), LiveBytes("meta")
+    counter, live = Counter("meta", H100.seconds), LiveBytes("meta")
     try:
         with live:
             optimizer = _meta_optimizer(name, model, options or {})
@@ -198,13 +203,9 @@ def nf4_bytes(model: PeftModel, workload: Workload) -> dict[str, int]:
     return {"weights": weights, "uses": uses, "read": read * uses, "written": 2 * weights * uses}
 
 
-def floor_seconds(cost: Cost, device: Device = H100) -> dict[str, float]:
-    """The least time on the device (memory or products, whichever takes longer) and the host's for its launches."""
-    moving = cost.bytes / device.bandwidth
-    computing = sum(
-        amount / device.products.get(dtype, device.products["float32"]) for dtype, amount in cost.products.items()
-    )
-    return {"device_seconds": max(moving, computing), "launch_seconds": cost.launches * device.launch}
+def _plain(costs: dict[str, Cost]) -> dict[str, dict[str, Any]]:
+    """Costs by stage as JSON takes them, with the host's time for their launches."""
+    return {stage: {**cost.plain(), "launch_seconds": cost.launches * H100.launch} for stage, cost in costs.items()}
 
 
 def count(
@@ -229,8 +230,8 @@ def count(
             "trained": sum(sizes),
             "sites": len(sizes) // 2,
         },
-        "reference": {stage: {**cost.plain(), **floor_seconds(cost)} for stage, cost in plain.items()},
-        "stages": {stage: {**cost.plain(), **floor_seconds(cost)} for stage, cost in costs.items()},
+        "reference": _plain(plain),
+        "stages": _plain(costs),
         "operations": operations,
         "alive_bytes": {"reference": asdict(plain_alive), "optimizer": asdict(alive)},
         "nf4": nf4_bytes(model, workload),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -51,6 +51,8 @@ class Cost:
         elementwise: one for every element of an operation's largest tensor, of all other operations.
         read: bytes.
         written: bytes.
+        device_seconds: the least time on a device that the counter was given: for each operation its products or what it moves,
+            whichever takes longer.
     """
 
     calls: int = 0
@@ -59,6 +61,7 @@ class Cost:
     elementwise: int = 0
     read: int = 0
     written: int = 0
+    device_seconds: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -72,7 +75,7 @@ class Cost:
 
     def add(self, other: Cost) -> None:
         """Add another's amounts."""
-        for name in ("calls", "launches", "elementwise", "read", "written"):
+        for name in ("calls", "launches", "elementwise", "read", "written", "device_seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for dtype, amount in other.products.items():
             self.products[dtype] = self.products.get(dtype, 0) + amount
@@ -193,15 +196,18 @@ def cost_of(function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any],
 class Counter(TorchDispatchMode):
     """Adds up what runs inside its ``with`` statement, by the stage that it runs in.
 
+    ``seconds`` gives an operation's least time on some device.
+
     Attributes:
         stage: the name that costs are booked under now.
         costs: amounts by stage.
         operations: how often each operation ran, by stage.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, seconds: Callable[[Cost], float] = lambda cost: 0.0) -> None:
         super().__init__()
         self._device = device
+        self._seconds = seconds
         self.stage = "other"
         self.costs: dict[str, Cost] = defaultdict(Cost)
         self.operations: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
@@ -215,7 +221,9 @@ class Counter(TorchDispatchMode):
         if name in _VIEWS or name in _EMPTY:
             return out
         if any(t.device.type == self._device for t in _tensors((out, args, kwargs))):
-            self.costs[self.stage].add(cost_of(func, args, kwargs or {}, out))
+            cost = cost_of(func, args, kwargs or {}, out)
+            cost.device_seconds = self._seconds(cost)
+            self.costs[self.stage].add(cost)
             self.operations[self.stage][name] += 1
         return out
 

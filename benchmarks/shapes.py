@@ -76,9 +76,11 @@ class Workload:
         return self.device != "cpu" or self.quantize != "none"
 
     def label(self) -> str:
-        """Model and what sets it apart from the model's usual form, for file names and tables."""
-        parts = [self.model, *(["nf4"] if self.quantize == "nf4" else [])]
-        return "-".join([*parts, *([f"{self.layers}layers"] if self.layers else [])])
+        """Model and size of a step, for file names and tables."""
+        parts = [self.model]
+        parts += ["nf4"] if self.quantize == "nf4" else []
+        parts += [f"{self.layers}layers"] if self.layers else []
+        return "-".join([*parts, f"{self.accumulation}x{self.tokens}tokens"])
 
 
 def check_model(name: str) -> str:

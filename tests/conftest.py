@@ -25,3 +25,12 @@ def _own_precision():
     os.environ.pop(name, None)
     if before is not None:
         os.environ[name] = before
+
+
+def pytest_collection_modifyitems(items):
+    """Leave out what needs a GPU where there is none, and say so."""
+    if not torch.cuda.is_available():
+        without = pytest.mark.skip(reason="needs a CUDA device; run with -m gpu where there is one")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(without)
