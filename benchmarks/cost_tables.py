@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def _sum(costs: Iterable[Result]) -> dict[str, float]:
     """Counted costs added up."""
     costs = list(costs)
     names = ("launches", "elementwise", "read", "written", "device_seconds", "launch_seconds")
-    total: dict[str, float] = {name: sum(cost[name] for cost in costs) for name in names}
+    total: dict[str, float] = {name: math.fsum(cost[name] for cost in costs) for name in names}  # in whatever order
     return {
         **total,
         "flops": sum(sum(cost["products"].values()) for cost in costs),

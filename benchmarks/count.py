@@ -180,12 +180,12 @@ def counted_step(
         raise BenchmarkError(
             f"{name} reads values from the device in its step, so it cannot be counted: {error}"
         ) from error
-    costs = dict(counter.costs)
-    if not hasattr(optimizer, "stage_seconds"):
-        costs["base"] = costs.pop("other")
+    costs, operations = dict(counter.costs), {stage: dict(found) for stage, found in counter.operations.items()}
+    if not hasattr(optimizer, "stage_seconds"):  # no GRIT: all of its step is the base's
+        costs["base"], operations["base"] = costs.pop("other"), operations.pop("other")
     if hasattr(optimizer, "close"):
         optimizer.close()
-    return costs, alive, {stage: dict(found) for stage, found in counter.operations.items()}
+    return costs, alive, operations
 
 
 def nf4_bytes(model: PeftModel, workload: Workload) -> dict[str, int]:
