@@ -23,7 +23,7 @@ cd "$root" || exit 1
 
 python="${PYTHON:-python3}"
 device="${GPU_SH_DEVICE:-cuda}"
-total=530 # seconds for all parts; the rest of the nine minutes is for the summary
+total=500 # seconds for all parts; the rest of the nine minutes is for the summary
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 
 if [ -z "$dry" ]; then
