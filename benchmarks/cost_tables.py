@@ -109,19 +109,26 @@ def count_table(result: Result) -> str:
     return "\n\n".join([head, _rows(_COUNTED, rows), _memory_lines(result), _nf4_line(result, whole)])
 
 
+def _peak_rise(result: Result) -> int:
+    """By how many bytes the peak of a whole step is above the reference's."""
+    theirs, mine = result["alive_bytes"]["reference"], result["alive_bytes"]["optimizer"]
+    peak, plain = (max(alive["peak_of_passes"], alive["peak_of_step"]) for alive in (mine, theirs))
+    return int(peak - plain)
+
+
 def _memory_lines(result: Result) -> str:
     """What GRIT keeps in memory beyond AdamW, at the points of a step."""
     theirs, mine = result["alive_bytes"]["reference"], result["alive_bytes"]["optimizer"]
     more = {name: f"{(mine[name] - theirs[name]) / 1e6:.1f} MB" for name in mine}
     weights = 2 * result["parameters"]["all"] + 2 * result["parameters"]["trained"]  # bf16, adapters in fp32
-    peak, plain = (max(alive["peak_of_passes"], alive["peak_of_step"]) for alive in (mine, theirs))
+    plain, rise = max(theirs["peak_of_passes"], theirs["peak_of_step"]), _peak_rise(result)
     return (
         f"Memory beyond AdamW's: between steps {more['at_rest']}; kept from forward to backward, with the rows of earlier "
         f"passes, {more['after_forward']}; before the optimizer's step {more['before_step']}; at the peak of the passes "
         f"{more['peak_of_passes']} and at that of the optimizer's step {more['peak_of_step']}. AdamW's own peak is "
         f"{_size(theirs['peak_of_passes'])} in the passes and {_size(theirs['peak_of_step'])} in its step, beside "
-        f"{_size(weights)} of weights. So the peak of the whole step rises by {(peak - plain) / 1e6:.1f} MB, "
-        f"{100 * (peak - plain) / (weights + plain):.2g} %."
+        f"{_size(weights)} of weights. So the peak of the whole step rises by {rise / 1e6:.1f} MB, "
+        f"{100 * rise / (weights + plain):.2g} %."
     )
 
 
@@ -250,3 +257,15 @@ def scaling_table(result: Result) -> str:
         )
     hardware = result["hardware"]
     return f"{result['model']} on {hardware['gpu'] or hardware['cpu']}:\n\n" + _rows(header, rows)
+
+
+def count_sentence(result: Result) -> str:
+    """A count in one sentence, for whoever reads no table."""
+    work, own, whole = result["workload"], _sum(own_stages(result).values()), _sum(result["reference"].values())
+    tokens = work["accumulation"] * _tokens(result)
+    return (
+        f"{result['parameters']['sites']} sites and {tokens:,} tokens a step, counted without a GPU, GRIT's stages need at "
+        f"least {_large(1e3 * own['device_seconds'])} ms of an {result['device']['name']} where AdamW's whole step needs "
+        f"{_large(1e3 * whole['device_seconds'])}, launch {own['launches']:,.0f} kernels beside its {whole['launches']:,.0f}, "
+        f"and raise the peak of memory by {_size(_peak_rise(result))}"
+    )
