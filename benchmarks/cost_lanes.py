@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from . import kernels
 from .cost import quartiles
-from .lanes import Lane, Shared, take_turns
+from .lanes import Lane, Shared, allocated, take_turns
 from .results import finite
 from .settings import Settings
 
@@ -63,22 +64,16 @@ def _stages(optimizer: Any) -> dict[str, float]:
     return dict(optimizer.stage_seconds()) if hasattr(optimizer, "stage_seconds") else {}
 
 
-def _allocated(device: str) -> int:
-    """Bytes that the accelerator's allocator has given out; 0 on a CPU."""
-    return torch.cuda.memory_allocated() if device.startswith("cuda") else 0
-
-
-def _memory(lane: Lane, weights: int, before: int) -> dict[str, int]:
+def _memory(lane: Lane, before: int) -> dict[str, int]:
     """Bytes of the optimizer's state, of weights and optimizer at rest, and at the peak of a step.
 
     Args:
         lane: warm.
-        weights: bytes of the model.
         before: what was allocated before the lane was there; that is the model and what other lanes put aside.
     """
     device = lane.shared.workload.device
     state = lane.state_bytes()
-    rest = weights + (_allocated(device) - before if device.startswith("cuda") else state)
+    rest = lane.shared.weight_bytes + (allocated(device) - before if device.startswith("cuda") else state)
     with kernels.PeakMemory(device) as peak:
         lane.train_step()
     return {"state_bytes": state, "rest_bytes": rest, "peak_bytes": rest + peak.bytes}
@@ -110,14 +105,14 @@ def _trace(lane: Lane, path: Path) -> None:
     print(f"written: {target}")
 
 
-def _start(shared: Shared, name: str, settings: Settings, plan: Plan, weights: int) -> Measured:
+def _start(shared: Shared, name: str, settings: Settings, plan: Plan) -> Measured:
     """Build a lane, warm it up, look at memory and kernels, and put it aside."""
-    before = _allocated(shared.workload.device)
+    before = allocated(shared.workload.device)
     lane = Lane(shared, name, settings)
     try:
         for _ in range(plan.warmup):
             lane.train_step()
-        memory, launched = _memory(lane, weights, before), _launched(lane)
+        memory, launched = _memory(lane, before), _launched(lane)
         if plan.trace:
             _trace(lane, plan.trace)
     except BaseException:
@@ -135,7 +130,6 @@ def compare(shared: Shared, names: Sequence[str], settings: Callable[[str], Sett
     An optimizer that fails is named in the outcome, and the others are measured all the same; without the first there are no
     results.
     """
-    weights = sum(t.numel() * t.element_size() for t in [*shared.model.parameters(), *shared.model.buffers()])
     found: dict[str, Measured] = {}
     outcome = Comparison()
 
@@ -145,13 +139,14 @@ def compare(shared: Shared, names: Sequence[str], settings: Callable[[str], Sett
         print(f"{name} failed: {outcome.failures[name]}", file=sys.stderr)
         found.pop(name, None)
         shared.clear()
+        traceback.clear_frames(error.__traceback__)  # they hold on to what was being made
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     for name in names:
         try:
-            found[name] = _start(shared, name, settings(name), plan, weights)
+            found[name] = _start(shared, name, settings(name), plan)
         except Exception as error:  # whatever a package does wrong, or memory that is used up
             failed(name, error)
     lanes = [one.lane for one in found.values()]

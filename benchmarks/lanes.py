@@ -6,6 +6,7 @@ aside and its hooks off the model.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,12 +57,25 @@ class Clock:
         return [b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3 for a, b in pairs]
 
 
+def allocated(device: str) -> int:
+    """Bytes that the accelerator's allocator has given out; 0 on a CPU."""
+    return torch.cuda.memory_allocated() if device.startswith("cuda") else 0
+
+
 class Shared:
-    """The model that the lanes share, its batches, and what its adapters were at the start."""
+    """The model that the lanes share, its batches, and what its adapters were at the start.
+
+    Attributes:
+        weight_bytes: of the model, on a GPU with all that comes with its weights.
+    """
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
+        gc.collect()  # an earlier model that is gone refers to itself
+        before = allocated(workload.device)
         self.model: PeftModel = shapes.adapted_model(workload)
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        self.weight_bytes = allocated(workload.device) - before or sum(t.numel() * t.element_size() for t in weights)
         self.parameters = trainable(self.model)
         self.start = [p.detach().clone() for p in self.parameters]
         self.hooks = self._all_hooks()

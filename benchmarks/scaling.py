@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -71,7 +70,6 @@ def scale(
         packages = {key: value for name in names for key, value in package_version(name).items()}
         about = {**surroundings(REFERENCE, workload.device, load), "optimizer_package": packages}
         write_json(path, {**result, "points": points, **about})
-        gc.collect()  # what the lanes leave refers to itself, and the next model wants the room
 
     if sweep.tokens:
         shared = Shared(replace(workload, batch_size=1, length=max(sweep.tokens)))

@@ -230,8 +230,7 @@ SIZE = ["--rank", "4", "--batch-size", "1", "--length", "16", "--accumulation", 
 COST = ["cost", "--model", "tiny", *SIZE, "--threads", "1", "--device", "cpu"]
 
 
-def test_files_and_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(Plan, "warmup", 2)
+def test_files_and_report(tmp_path):
     trace = tmp_path / "traces" / "t.json"
     assert main([*COST, "--optimizers", "grit,riemannian", "--out", str(tmp_path), "--trace", str(trace)]) == 0
     assert main([*COST, "--quantize", "nf4", "--base", "adamw8bit", "--no-checkpointing", "--out", str(tmp_path)]) == 0
