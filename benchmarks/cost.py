@@ -101,9 +101,10 @@ def show(result: dict[str, Any]) -> None:
         f"all steps together: {result['ratio_of_totals']:.3f}×"
     )
     if result["stage_seconds_per_step"]:
-        stages = Table("stage of the optimizer's step", "ms per step, mean")
+        stages = Table("stage of the optimizer's step", "host, ms per step, mean", "device, ms (capture: per pass)")
+        on_device = result.get("stage_device_seconds", {})
         for name, seconds in result["stage_seconds_per_step"].items():
-            stages.add_row(name, f"{1e3 * seconds:.2f}")
+            stages.add_row(name, f"{1e3 * seconds:.2f}", f"{1e3 * on_device[name]:.2f}" if name in on_device else "–")
         console.print(stages)
 
 

@@ -49,6 +49,7 @@ class Measured:
     stages: dict[str, float]
     memory: dict[str, int]
     launched: dict[str, dict[str, int]]
+    device_seconds: dict[str, float]
 
 
 @dataclass
@@ -79,15 +80,15 @@ def _memory(lane: Lane, before: int) -> dict[str, int]:
     return {"state_bytes": state, "rest_bytes": rest, "peak_bytes": rest + peak.bytes}
 
 
-def _launched(lane: Lane) -> dict[str, dict[str, int]]:
-    """What one pass, and one step of the optimizer, launches."""
+def _launched(lane: Lane) -> tuple[dict[str, dict[str, int]], dict[str, float]]:
+    """What one pass, and one step of the optimizer, launches; and the device's seconds by stage, of a pass and a step."""
     shared, device = lane.shared, lane.shared.workload.device
-    found = {"pass": kernels.launched(lambda: shared.one_pass(0), device)}
+    of_pass, seconds_of_pass = kernels.profiled(lambda: shared.one_pass(0), device)
     lane.optimizer.zero_grad()
     shared.forward_backward(0)
-    found["step"] = kernels.launched(lane.optimizer.step, device)
+    of_step, seconds_of_step = kernels.profiled(lane.optimizer.step, device)
     lane.optimizer.zero_grad()
-    return found
+    return {"pass": of_pass, "step": of_step}, {**seconds_of_pass, **seconds_of_step}
 
 
 def _trace(lane: Lane, path: Path) -> None:
@@ -112,14 +113,14 @@ def _start(shared: Shared, name: str, settings: Settings, plan: Plan) -> Measure
     try:
         for _ in range(plan.warmup):
             lane.train_step()
-        memory, launched = _memory(lane, before), _launched(lane)
+        memory, (launched, seconds) = _memory(lane, before), _launched(lane)
         if plan.trace:
             _trace(lane, plan.trace)
     except BaseException:
         lane.close()
         raise
     lane.forget()
-    measured = Measured(lane, _stages(lane.optimizer), memory, launched)
+    measured = Measured(lane, _stages(lane.optimizer), memory, launched, seconds)
     lane.pause()
     return measured
 
@@ -181,6 +182,7 @@ def _result(reference: Measured, one: Measured) -> dict[str, Any]:
         "ratio": quartiles([a / b for a, b in zip(mine.step_seconds, theirs.step_seconds, strict=False)]),
         "ratio_of_totals": sum(mine.step_seconds[:count]) / sum(theirs.step_seconds[:count]),
         "stage_seconds_per_step": _per_step(one),
+        "stage_device_seconds": one.device_seconds,
         "optimizer_state_bytes": {name: m.memory["state_bytes"] for name, m in both.items()},
         "memory": {name: m.memory for name, m in both.items()},
         "launched": {name: m.launched for name, m in both.items()},

@@ -12,19 +12,21 @@ import torch
 
 from .counting import Counter, LiveBytes
 
+_STAGE = "grit::"  # what GRIT's telemetry puts before a stage's name
 _LAUNCHED = ("kernel", "gpu_memcpy", "gpu_memset")  # the profiler's categories of what runs on the device
 
 
-def launched(work: Callable[[], Any], device: str) -> dict[str, int]:
-    """Kernels, copies and fills on a GPU; ``{"operations": n}`` on a CPU."""
+def profiled(work: Callable[[], Any], device: str) -> tuple[dict[str, int], dict[str, float]]:
+    """Kernels, copies and fills on a GPU, ``{"operations": n}`` on a CPU; and the GPU's seconds by stage of GRIT."""
     if not device.startswith("cuda"):
         with Counter("cpu") as counter:
             work()
-        return {"operations": counter.total().calls}
+        return {"operations": counter.total().calls}, {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
-        trace(work, path, [torch.profiler.ProfilerActivity.CUDA])
-        return counted(json.loads(path.read_text(encoding="utf-8")))
+        trace(work, path)
+        found = json.loads(path.read_text(encoding="utf-8"))
+    return counted(found), device_seconds(found)
 
 
 def counted(found: dict[str, Any]) -> dict[str, int]:
@@ -33,10 +35,21 @@ def counted(found: dict[str, Any]) -> dict[str, int]:
     return {kind.removeprefix("gpu_"): kinds.count(kind) for kind in _LAUNCHED}
 
 
-def trace(work: Callable[[], Any], path: Path, activities: list[torch.profiler.ProfilerActivity] | None = None) -> None:
+def device_seconds(found: dict[str, Any]) -> dict[str, float]:
+    """From the first to the last kernel of each of GRIT's stages, added up, from a profiler's trace (in µs there)."""
+    total: dict[str, float] = {}
+    for event in found["traceEvents"]:
+        name = str(event.get("name", ""))
+        if event.get("cat") == "gpu_user_annotation" and name.startswith(_STAGE):
+            stage = name.removeprefix(_STAGE)
+            total[stage] = total.get(stage, 0.0) + event.get("dur", 0) / 1e6
+    return total
+
+
+def trace(work: Callable[[], Any], path: Path) -> None:
     """Write a Chrome trace (chrome://tracing, Perfetto) of the work; ``.json.gz`` packs it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile() as profile:
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()

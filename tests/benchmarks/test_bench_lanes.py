@@ -204,6 +204,17 @@ def test_events_of_a_trace_are_counted_by_kind():
     assert kernels.counted({"traceEvents": events}) == {"kernel": 2, "memcpy": 1, "memset": 0}
 
 
+def test_the_devices_time_of_stages_is_read_from_a_trace():
+    events = [
+        {"cat": "gpu_user_annotation", "name": "grit::fold", "dur": 30},
+        {"cat": "gpu_user_annotation", "name": "grit::capture", "dur": 5},
+        {"cat": "gpu_user_annotation", "name": "grit::capture", "dur": 7},
+        {"cat": "user_annotation", "name": "grit::capture", "dur": 1000},
+        {"cat": "gpu_user_annotation", "name": "Optimizer.step#AdamW.step", "dur": 400},
+    ]
+    assert kernels.device_seconds({"traceEvents": events}) == pytest.approx({"fold": 30e-6, "capture": 12e-6})
+
+
 # -------------------------------------------------------------------- the command
 
 
