@@ -95,4 +95,6 @@ part report 20 "$python" -m benchmarks report "$out/cost"
 if [ -z "$dry" ]; then
     timeout 30 "$python" -m benchmarks.gpu_summary summary "$out"
     echo "written: $out/summary.md, $out/summary.json"
+    # 0 if every part that there is was done.
+    awk -F'\t' '$2 != "0" && $2 !~ /^left out/ { failed = 1 } END { exit failed }' "$out/parts.tsv"
 fi

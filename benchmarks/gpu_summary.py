@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def _tests_text(found: dict[str, Any] | None) -> str:
     if found is None:
         return "Tests: none were run to their end."
     lines = [f"Tests: {found['passed']} passed, {len(found['failed'])} failed, {len(found['skipped'])} skipped."]
-    lines += [f"- {kind}: {name}: {why}" for kind in ("failed", "skipped") for name, why in found[kind].items()]
+    lines += [f"- failed: {name}: {why}" for name, why in found["failed"].items()]
+    lines += [f"- skipped, {count}: {why}" for why, count in Counter(found["skipped"].values()).items()]
     return "\n".join(lines)
 
 

@@ -151,7 +151,8 @@ def attention_products():
 def test_products_of_the_passes(plain):
     costs, _, _ = plain
     found = sum(costs[name].flops for name in PASSES)
-    assert found == frozen_products() + adapter_products() + attention_products()
+    # To a thousandth: some versions of transformers make the rotary angles by a product, too.
+    assert found == pytest.approx(frozen_products() + adapter_products() + attention_products(), rel=1e-3)
 
 
 def newton_steps(smallest):
