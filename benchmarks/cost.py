@@ -39,8 +39,8 @@ def abba(blocks: int) -> list[int]:
     return [lane for pair in range(blocks) for lane in ((0, 1) if pair % 2 == 0 else (1, 0))]
 
 
-def _stages(optimizer: Any) -> dict[str, float]:
-    """Seconds per stage so far; empty for an optimizer that does not count them."""
+def stages(optimizer: Any) -> dict[str, float]:
+    """Host seconds per stage so far; empty for an optimizer that does not count them."""
     return dict(optimizer.stage_seconds()) if hasattr(optimizer, "stage_seconds") else {}
 
 
@@ -53,7 +53,7 @@ def measure(config: RunConfig, task: Any, steps: int) -> dict[str, Any]:
     for lane in lanes:
         for _ in range(WARMUP):
             lane.train_step()
-    before = _stages(lanes[1].optimizer)
+    before = stages(lanes[1].optimizer)
     blocks = [min(BLOCK, steps - start) for start in range(0, steps, BLOCK)]
     for place, turn in enumerate(abba(len(blocks))):
         for _ in range(blocks[place // 2]):
@@ -64,14 +64,14 @@ def measure(config: RunConfig, task: Any, steps: int) -> dict[str, Any]:
                 f"{lane.config.optimizer} at learning rate {lane.config.lr:g} diverged while it was timed, and the times of a "
                 "diverged run say nothing; choose a lower --lr"
             )
-    stages = {name: seconds - before.get(name, 0.0) for name, seconds in _stages(lanes[1].optimizer).items()}
+    spent = {name: seconds - before.get(name, 0.0) for name, seconds in stages(lanes[1].optimizer).items()}
     adamw, other = (lane.step_seconds[WARMUP:] for lane in lanes)
     return {
         "reference": "plain adamw",
         "step_seconds": {"plain adamw": quartiles(adamw), "optimizer": quartiles(other)},
         "ratio": quartiles([mine / theirs for mine, theirs in zip(other, adamw, strict=True)]),
         "ratio_of_totals": sum(other) / sum(adamw),
-        "stage_seconds_per_step": {name: seconds / steps for name, seconds in stages.items()},
+        "stage_seconds_per_step": {name: seconds / steps for name, seconds in spent.items()},
         "optimizer_state_bytes": {
             "plain adamw": state_bytes(lanes[0].optimizer.state_dict()),
             "optimizer": state_bytes(lanes[1].optimizer.state_dict()),
@@ -101,11 +101,11 @@ def show(result: dict[str, Any]) -> None:
         f"all steps together: {result['ratio_of_totals']:.3f}×"
     )
     if result["stage_seconds_per_step"]:
-        stages = Table("stage of the optimizer's step", "host, ms per step, mean", "device, ms (capture: per pass)")
+        table = Table("stage of the optimizer's step", "host, ms per step, mean", "device, ms (capture: per pass)")
         on_device = result.get("stage_device_seconds", {})
         for name, seconds in result["stage_seconds_per_step"].items():
-            stages.add_row(name, f"{1e3 * seconds:.2f}", f"{1e3 * on_device[name]:.2f}" if name in on_device else "–")
-        console.print(stages)
+            table.add_row(name, f"{1e3 * seconds:.2f}", f"{1e3 * on_device[name]:.2f}" if name in on_device else "–")
+        console.print(table)
 
 
 def prepare(threads: int | None) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import kernels
-from .cost import quartiles
+from .cost import quartiles, stages
 from .lanes import Lane, Shared, allocated, take_turns
 from .results import finite
 from .settings import Settings
@@ -58,11 +58,6 @@ class Comparison:
 
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-
-
-def _stages(optimizer: Any) -> dict[str, float]:
-    """Host seconds per stage so far; empty for an optimizer that does not count them."""
-    return dict(optimizer.stage_seconds()) if hasattr(optimizer, "stage_seconds") else {}
 
 
 def _memory(lane: Lane, before: int) -> dict[str, int]:
@@ -120,7 +115,7 @@ def _start(shared: Shared, name: str, settings: Settings, plan: Plan) -> Measure
         lane.close()
         raise
     lane.forget()
-    measured = Measured(lane, _stages(lane.optimizer), memory, launched, seconds)
+    measured = Measured(lane, stages(lane.optimizer), memory, launched, seconds)
     lane.pause()
     return measured
 
@@ -192,4 +187,4 @@ def _result(reference: Measured, one: Measured) -> dict[str, Any]:
 def _per_step(one: Measured) -> dict[str, float]:
     """Host seconds per stage and step since the lane was warm; untimed steps between the blocks count as well."""
     steps = len(one.lane.losses)
-    return {name: (total - one.stages.get(name, 0.0)) / steps for name, total in _stages(one.lane.optimizer).items()}
+    return {name: (total - one.stages.get(name, 0.0)) / steps for name, total in stages(one.lane.optimizer).items()}

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 KIND, FORMAT = "count", 1
 REFERENCE = "adamw"
 PASSES = ("forward", "backward")  # what the model does; "base" is the base optimizer, all else GRIT's
-WARMUP = (
-    1  # steps before the one that is counted: the base's state is made, and the taps know how many calls a step has
-)
+# Steps before the one that is counted: the base's state is made, and the taps know how many calls a step has.
+WARMUP = 1
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,9 @@ class Device:
 H100 = Device(
     "H100 SXM 80 GB",
     3.35e12,
-    {"bfloat16": 989.5e12, "float32": 67e12},
-    "NVIDIA H100 Tensor Core GPU data sheet: 3.35 TB/s; 1,979 TFLOP/s in bf16 with sparsity, half of that without; 67 in fp32",
+    {"bfloat16": 989.5e12, "float16": 989.5e12, "float32": 67e12, "float64": 67e12},
+    "NVIDIA H100 Tensor Core GPU data sheet: 3.35 TB/s; 1,979 TFLOP/s in bf16 and fp16 with sparsity, half of that without; "
+    "67 in fp32 and, by tensor cores, in fp64",
     5e-6,
     "an assumption: 4 to 6 µs a launch were measured on another card (susun-blog.com, 'From Launch Overhead to CUDA Graph'); "
     "PyTorch's own dispatch comes on top",
@@ -93,9 +93,8 @@ def meta_model(workload: Workload) -> PeftModel:
             """``x Wᵀ``."""
             return torch.nn.functional.linear(given.bfloat16(), self.weight.bfloat16())
 
-    ALL_ATTENTION_FUNCTIONS.register(
-        "counted", _counted_attention
-    )  # one without a mask, whose values would be looked at
+    # Attention under a name of its own gets no mask, whose values would be looked at.
+    ALL_ATTENTION_FUNCTIONS.register("counted", _counted_attention)
     model = adapted_model(replace(workload, device="meta"), attention="counted")
     for module in model.modules():
         if type(module) is torch.nn.Linear and module.weight.requires_grad:

@@ -124,8 +124,10 @@ def list_launches(sizes: Iterable[int], depth: int) -> int:
     return launches + (blocks > 0)
 
 
-def _lists(arguments: tuple[Any, ...]) -> list[list[Tensor]]:
-    """The arguments that are lists of tensors."""
+def _lists(name: str, arguments: tuple[Any, ...]) -> list[list[Tensor]]:
+    """The lists of tensors that an operation goes through, of those that go through lists."""
+    if name not in ("cat", "stack") and not name.startswith("_foreach_"):
+        return []
     return [found for value in arguments if isinstance(value, list | tuple) and (found := _tensors(value))]
 
 
@@ -136,7 +138,7 @@ def _launches(name: str, arguments: tuple[Any, ...]) -> int:
     if name == "eye":
         return 2  # zeros, then the diagonal
     if name.startswith("_foreach_"):
-        lists = _lists(arguments)
+        lists = _lists(name, arguments)
         return list_launches((t.numel() for t in lists[0]), len(lists) + (0 if name.endswith("_") else 1))
     return 1
 
@@ -187,7 +189,7 @@ def cost_of(function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any],
     if products:
         cost.products[str(inputs[0].dtype).removeprefix("torch.")] = products
     else:
-        lists = _lists(arguments)
+        lists = _lists(name, arguments)
         largest = max((t.numel() for t in [*inputs, *outputs]), default=0)
         cost.elementwise = sum(t.numel() for t in lists[0]) if lists else largest
     return cost
