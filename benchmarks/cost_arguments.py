@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from pathlib import Path
+from typing import Any
 
 from . import arguments as read
 from .files import REPOSITORY, BenchmarkError
@@ -96,7 +98,12 @@ def _add_cost(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(call=_cost)
 
 
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def _cost(arguments: argparse.Namespace) -> None:
+    signal.signal(signal.SIGTERM, _interrupt)  # a time limit (timeout, a scheduler) ends it as Ctrl-C does
     for name in arguments.optimizers:
         check_optimizer(name)
     if arguments.model == "embedded":

@@ -148,7 +148,9 @@ def compare(shared: Shared, names: Sequence[str], settings: Callable[[str], Sett
     lanes = [one.lane for one in found.values()]
     take_turns(lanes, plan.steps, plan.block, BETWEEN, plan.seconds, lambda lane, error: failed(lane.name, error))
     for name, one in list(found.items()):
-        if any(finite(loss) is None for loss in one.lane.losses):
+        if not one.lane.step_seconds:
+            failed(name, TimeoutError("stopped before a step of it was timed"))
+        elif any(finite(loss) is None for loss in one.lane.losses):
             failed(
                 name, ArithmeticError("diverged while it was timed, and such times say nothing; choose a lower --lr")
             )

@@ -7,6 +7,7 @@ aside and its hooks off the model.
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -215,7 +216,8 @@ def take_turns(
 ) -> int:
     """Time blocks of steps of every lane in turns; returns how many steps each has.
 
-    Every other round goes backwards, so that a drift of the machine's speed falls on all alike.
+    Every other round goes backwards, so that a drift of the machine's speed falls on all alike. Ctrl-C ends the timing, and
+    what was timed until then counts.
 
     Args:
         lanes: the lanes, warm and paused.
@@ -227,16 +229,19 @@ def take_turns(
     """
     begun, left, done, rounds = time.perf_counter(), list(lanes), 0, 0
     sizes = [min(block, steps - start) for start in range(0, steps, block)]
-    for turn, size in enumerate(sizes):
-        for lane in list(left if turn % 2 == 0 else reversed(left)):
-            try:
-                _block(lane, size, warm)
-            except Exception as error:  # whatever a package does wrong, or memory that is used up; the others go on
-                left.remove(lane)
-                failed(lane, error)
-        done, rounds = done + size, rounds + 1
-        if seconds is not None and rounds % 2 == 0 and time.perf_counter() - begun > seconds:
-            break
+    try:
+        for turn, size in enumerate(sizes):
+            for lane in list(left if turn % 2 == 0 else reversed(left)):
+                try:
+                    _block(lane, size, warm)
+                except Exception as error:  # whatever a package does wrong, or memory that is used up; the others go on
+                    left.remove(lane)
+                    failed(lane, error)
+            done, rounds = done + size, rounds + 1
+            if seconds is not None and rounds % 2 == 0 and time.perf_counter() - begun > seconds:
+                break
+    except KeyboardInterrupt:
+        print(f"stopped; {done} steps of each were timed", file=sys.stderr)
     return done
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -106,13 +108,13 @@ def test_the_clock_forgets_what_was_taken():
 class Fake(Lane):
     """A lane that writes its name into a list."""
 
-    def __init__(self, name, log, breaks_at=None):
-        self.name, self.log, self.breaks_at = name, log, breaks_at
+    def __init__(self, name, log, breaks_at=None, error=RuntimeError):
+        self.name, self.log, self.breaks_at, self.error = name, log, breaks_at, error
         self.forget()
 
     def train_step(self):
         if len(self.step_seconds) == self.breaks_at:
-            raise RuntimeError("out of memory")
+            raise self.error("out of memory")
         self.log.append(self.name)
         self.step_seconds.append(1.0)
         return 0.0
@@ -146,6 +148,31 @@ def test_a_lane_that_fails_is_left_out():
     log = []
     found = turns([Fake("A", log), Fake("B", log, breaks_at=1), Fake("C", log)], 3, 1)
     assert found == (3, {"B": "out of memory"}, "A|B|C|C||A|A|C|")
+
+
+def test_a_stop_keeps_what_was_timed():
+    log = []
+    lanes = [Fake("A", log), Fake("B", log, breaks_at=2, error=KeyboardInterrupt)]
+    assert turns(lanes, 5, 1) == (2, {}, "A|B|B|A|A||")
+    assert [len(lane.step_seconds) for lane in lanes] == [3, 2]
+
+
+def test_a_time_limit_ends_the_command_with_what_was_timed(tmp_path, monkeypatch):
+    """As `timeout` ends it: SIGTERM in the middle of the timing."""
+    step, handler = Lane.train_step, signal.getsignal(signal.SIGTERM)
+
+    def limited(lane):
+        if len(lane.step_seconds) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(lane)
+
+    monkeypatch.setattr(Lane, "train_step", limited)
+    try:
+        assert main([*COST, "--steps", "50", "--out", str(tmp_path)]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    (path,) = tmp_path.glob("cost-*.json")
+    assert json.loads(path.read_text())["timed_steps"] == 7
 
 
 def test_time_ends_after_a_pair_of_rounds():
