@@ -274,10 +274,9 @@ def held(device):
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some objects do not like to be asked for their class
-        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
+    storages = [t.untyped_storage() for t in tensors if t.device.type == device]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 @pytest.mark.parametrize("mode", ["spectral", "eigenbasis"])
@@ -286,7 +285,7 @@ def test_memory_does_not_grow(device, mode):
     train(model, optimizer, 20)
     before = held(device)
     train(model, optimizer, 80, first=20)
-    assert held(device) == before
+    assert held(device) <= before  # what other tests left may go in between
 
 
 def kernels_of_a_step(device, layers, mode):
