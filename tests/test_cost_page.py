@@ -6,7 +6,7 @@ import re
 import pytest
 
 from benchmarks.__main__ import make_parser
-from benchmarks.cost_report import read
+from benchmarks.cost_report import read, table
 from benchmarks.cost_tables import count_sentence, count_table, sizes_table
 from benchmarks.files import REPOSITORY
 
@@ -35,6 +35,10 @@ def test_the_count_at_8b_is_the_one_that_was_made(large):
 def test_so_are_the_other_sizes(counts):
     assert len(counts) >= 3
     assert sizes_table(counts) in PAGE
+
+
+def test_the_folders_table_is_the_one_that_was_printed():
+    assert (RESULTS / "table.md").read_text(encoding="utf8") == table(RESULTS)
 
 
 def test_what_the_readme_says_of_it(large):
