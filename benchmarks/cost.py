@@ -101,7 +101,7 @@ def show(result: dict[str, Any]) -> None:
         f"all steps together: {result['ratio_of_totals']:.3f}×"
     )
     if result["stage_seconds_per_step"]:
-        table = Table("stage, ms", "host, mean of a step", "device (capture: a pass)")
+        table = Table("stage, ms", "host, mean of a step", "device")
         on_device = result.get("stage_device_seconds", {})
         for name, seconds in result["stage_seconds_per_step"].items():
             table.add_row(name, f"{1e3 * seconds:.2f}", f"{1e3 * on_device[name]:.2f}" if name in on_device else "–")

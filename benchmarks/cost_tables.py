@@ -193,7 +193,7 @@ def _peak(result: Result) -> str:
 def _launched(result: Result) -> str:
     """Kernels (on a CPU operations) of the optimizer's step, and of one pass beyond the reference's."""
     found = result.get("launched")
-    if not found:
+    if not found or not all(found.values()):
         return "–"
     mine, theirs = found["optimizer"], found[result["reference"]]
     kind = "kernel" if "kernel" in mine["step"] else "operations"

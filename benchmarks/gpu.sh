@@ -80,7 +80,7 @@ if [ "$device" = cpu ]; then
     cost scaling 120 "${small[@]}" --optimizers grit --scale --scale-tokens 8,16 --scale-layers 1,2
 else
     part environment 25 "$python" -m benchmarks.gpu_summary environment "$out/environment.json"
-    part tests 100 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_devices.py --junitxml "$out/tests.xml"
+    part tests 90 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_devices.py --junitxml "$out/tests.xml"
     cost llama-8b 130 --model llama-3-8b-shape --optimizers grit --steps 8 --block 2 --seconds 30
     if "$python" -c "import bitsandbytes" >/dev/null 2>&1; then
         cost llama-8b-nf4 100 --model llama-3-8b-shape --quantize nf4 --optimizers grit --steps 4 --block 2 --seconds 20
@@ -88,8 +88,8 @@ else
         leave_out llama-8b-nf4 "bitsandbytes is not installed"
     fi
     # One pass a step: the optimizers' own share is the largest there, and many of them fit into the time.
-    cost llama-8b-peers 100 --model llama-3-8b-shape --accumulation 1 --optimizers "$peers" --steps 6 --block 3 --seconds 20
-    cost scaling 70 --model llama-3-8b-shape --layers 4 --accumulation 1 --optimizers grit --scale --steps 6 --block 3 --seconds 3
+    cost llama-8b-peers 115 --model llama-3-8b-shape --accumulation 1 --optimizers "$peers" --steps 4 --block 2 --seconds 15
+    cost scaling 60 --model llama-3-8b-shape --layers 4 --accumulation 1 --optimizers grit --scale --steps 6 --block 3 --seconds 3
     cost llama-1b 50 --model llama-3.2-1b-shape --optimizers grit --steps 10 --seconds 10 --trace "$out/trace-1b.json.gz"
 fi
 part report 20 "$python" -m benchmarks report "$out/cost"

@@ -12,19 +12,23 @@ import torch
 
 from .counting import Counter, LiveBytes
 
+_ACTIVITY = torch.profiler.ProfilerActivity
 _STAGE = "grit::"  # what GRIT's telemetry puts before a stage's name
 _LAUNCHED = ("kernel", "gpu_memcpy", "gpu_memset")  # the profiler's categories of what runs on the device
 
 
-def profiled(work: Callable[[], Any], device: str) -> tuple[dict[str, int], dict[str, float]]:
-    """Kernels, copies and fills on a GPU, ``{"operations": n}`` on a CPU; and the GPU's seconds by stage of GRIT."""
+def profiled(work: Callable[[], Any], device: str, with_stages: bool = True) -> tuple[dict[str, int], dict[str, float]]:
+    """Kernels, copies and fills on a GPU, ``{"operations": n}`` on a CPU; and the GPU's seconds by stage of GRIT.
+
+    For the stages the profiler has to watch the host too, which takes seconds for a large model's pass.
+    """
     if not device.startswith("cuda"):
         with Counter("cpu") as counter:
             work()
         return {"operations": counter.total().calls}, {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
-        trace(work, path)
+        trace(work, path, [*([_ACTIVITY.CPU] if with_stages else []), _ACTIVITY.CUDA])
         found = json.loads(path.read_text(encoding="utf-8"))
     return counted(found), device_seconds(found)
 
@@ -46,10 +50,10 @@ def device_seconds(found: dict[str, Any]) -> dict[str, float]:
     return total
 
 
-def trace(work: Callable[[], Any], path: Path) -> None:
-    """Write a Chrome trace (chrome://tracing, Perfetto) of the work; ``.json.gz`` packs it."""
+def trace(work: Callable[[], Any], path: Path, activities: list[torch.profiler.ProfilerActivity] | None = None) -> None:
+    """Write a Chrome trace (chrome://tracing, Perfetto) of the work; ``.json.gz`` packs it. By default of all that there is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(activities=activities) as profile:
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -13,6 +13,7 @@ from benchmarks.__main__ import main
 from benchmarks.cost import cost_on_shape
 from benchmarks.cost_lanes import Plan, compare
 from benchmarks.cost_report import is_folder, table
+from benchmarks.cost_tables import cost_table
 from benchmarks.files import BenchmarkError
 from benchmarks.lanes import Clock, Lane, Shared, take_turns
 from benchmarks.optimizers import make_optimizer
@@ -219,6 +220,19 @@ def test_what_fails_is_named_and_the_others_go_on(shared, monkeypatch, capsys):
     monkeypatch.setattr(cost_lanes, "compare", lambda *given: cost_lanes.Comparison({}, {"adamw": "no room"}))
     with pytest.raises(BenchmarkError, match="plain adamw failed, so there is nothing to compare with: no room"):
         cost_on_shape(SMALL, ["grit"], QUICK, None)
+
+
+def test_without_a_profiler_there_are_times_all_the_same(shared, monkeypatch, capsys):
+    def fail(*given, **settings):
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
+
+    monkeypatch.setattr(kernels, "profiled", fail)
+    result = compare(shared, ["adamw", "grit"], lambda name: SETTINGS, QUICK).results["grit"]
+    assert result["launched"] == {"plain adamw": {}, "optimizer": {}}
+    assert result["timed_steps"] == 2
+    assert "grit: kernels could not be counted: RuntimeError: CUPTI" in capsys.readouterr().err
+    row = cost_table([{**result, "model": "tiny", "hardware": {"gpu": "a GPU"}}]).splitlines()[2]
+    assert row.endswith("| – | a GPU |")
 
 
 def test_a_diverged_lane_is_no_result(shared):
