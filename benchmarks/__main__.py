@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks {pretrain,run,train,report,tasks,cost,truncation,sizes,main}`."""
+"""Command line: `python -m benchmarks {pretrain,run,train,report,tasks,cost,count,truncation,sizes,main}`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import arguments as read
-from . import suite_arguments
+from . import cost_arguments, suite_arguments
 from .files import REPOSITORY, BenchmarkError
 from .finetune import arguments as finetune_arguments
 from .optimizers import OPTIMIZERS, check_optimizer
@@ -74,11 +74,11 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from . import adapter_sizes_report, truncation_report
+    from . import adapter_sizes_report, cost_report, truncation_report
     from .finetune import report as finetune_report
     from .report import report
 
-    for kind in (truncation_report, adapter_sizes_report, finetune_report):
+    for kind in (truncation_report, adapter_sizes_report, cost_report, finetune_report):
         if kind.is_folder(arguments.folder):
             kind.report(arguments.folder)
             return
@@ -103,14 +103,6 @@ def _tasks(arguments: argparse.Namespace) -> None:
     from .tasks.describe import describe
 
     describe([check_task(name) for name in arguments.task])
-
-
-def _cost(arguments: argparse.Namespace) -> None:
-    from .cost import cost
-
-    task, optimizer = check_task(arguments.task), check_optimizer(arguments.optimizer)
-    path = arguments.out / f"cost-{task}-{optimizer}.json"
-    cost(RunConfig(task, optimizer, arguments.lr, 0), arguments.steps, path, arguments.threads)
 
 
 def _main(arguments: argparse.Namespace) -> None:
@@ -192,17 +184,6 @@ def _add_tasks(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(call=_tasks)
 
 
-def _add_cost(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("cost", help="step time and memory of an optimizer against plain AdamW, in turns")
-    parser.add_argument("--task", default="naming", help=f"known: {', '.join(TASKS)}")
-    parser.add_argument("--optimizer", default="grit", help=_OPTIMIZER_HELP)
-    parser.add_argument("--steps", type=read.positive_int, default=80, help="timed steps of each of the two")
-    parser.add_argument("--lr", type=read.positive, default=5e-3)
-    parser.add_argument("--threads", type=read.positive_int)
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "cost")
-    parser.set_defaults(call=_cost)
-
-
 def _add_truncation(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "truncation", help="what dropping directions of a trained adapter costs: predicted, and measured"
@@ -269,7 +250,16 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_pretrain, _add_run, _add_report, _add_tasks, _add_cost, _add_truncation, _add_sizes, _add_main):
+    for add in (
+        _add_pretrain,
+        _add_run,
+        _add_report,
+        _add_tasks,
+        cost_arguments.add,
+        _add_truncation,
+        _add_sizes,
+        _add_main,
+    ):
         add(commands)
     finetune_arguments.add(commands)
     return parser

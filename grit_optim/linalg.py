@@ -77,7 +77,9 @@ def damped_inverse(factor: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
     sites = torch.arange(factor.shape[0], device=factor.device)
     usable = succeeded.any(0)
     chosen = torch.where(usable[:, None, None], cholesky[first, sites], eye_like(factor))
-    return torch.cholesky_inverse(chosen), torch.where(usable, rungs[first, sites], torch.nan)
+    # On a device cholesky_inverse looks at its error code, and so waits; a triangular solve has none.
+    half = torch.linalg.solve_triangular(chosen, eye_like(chosen), upper=False)
+    return half.mT @ half, torch.where(usable, rungs[first, sites], torch.nan)
 
 
 def damped_power(factor: Tensor, strength: Tensor, power: float) -> tuple[Tensor, Tensor]:

@@ -33,3 +33,12 @@ def _own_accelerate():
 
 def _accelerates_variables():
     return {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+
+
+def pytest_collection_modifyitems(items):
+    """Leave out what needs a GPU where there is none, and say so."""
+    if not torch.cuda.is_available():
+        without = pytest.mark.skip(reason="needs a CUDA device; run with -m gpu where there is one")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(without)

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # On CUDA these look at their error code, and so wait for the device; the forms that end in _ex do not.
 WAITING = (
-    *("linalg_eigh", "linalg_eig", "linalg_svd", "linalg_cholesky.", "linalg_inv."),
+    *("linalg_eigh", "linalg_eig", "linalg_svd", "linalg_cholesky.", "linalg_inv.", "cholesky_inverse"),
     *("nonzero", "masked_select", "local_scalar_dense", "equal"),
 )
 
