@@ -20,7 +20,7 @@ class Held:
         curvature: of the bucket that the group belongs to.
         group: the parameters that have a gradient in this step, m of them.
         originals: their own gradients, given back after the step.
-        loss_gradient: these stacked, ``[m, rows, columns]``.
+        loss_gradient: these stacked, ``[m, rows, columns]``; None once they are replaced.
         gradient: what the base will see, ``[m, rows, columns]``; the same tensor while nothing has changed it.
         weights: the matrices before the step ``[m, rows, columns]``, for the modes that need them.
         rotated: the matrices as the base saw them, for the mode that turns them.
@@ -35,7 +35,7 @@ class Held:
     curvature: Curvature
     group: Group
     originals: list[Tensor]
-    loss_gradient: Tensor
+    loss_gradient: Tensor | None
     gradient: Tensor
     weights: Tensor | None = None
     rotated: Tensor | None = None
@@ -67,6 +67,7 @@ def hold_gradients(curvatures: Iterable[Curvature]) -> list[Held]:
         return held
     for h in held:
         h.gradient = torch.where(finite.to(h.gradient.device), h.gradient, torch.zeros_like(h.gradient))
+        h.loss_gradient = None
     return held
 
 
