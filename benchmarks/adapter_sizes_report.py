@@ -16,7 +16,10 @@ from .plots import LOSS, panels, save, styles
 Point = dict[str, Any]
 Budgets = dict[float | None, list[Point]]  # by budget (None: the way's own rule decides), one point per seed
 Series = dict[str, Budgets]  # by way
+Tasks = dict[str, tuple[Series, dict[str, Any]]]  # by task, with the configuration that its runs have in common
 OURS = "grit, rank_budget"
+SHOWN = 0.49
+"""The budget of the table's first part: with what a file has beside the tensors, half the bytes."""
 AIM = 0.005
 """Rise of the held-out loss that is aimed at, as a share of the whole adapter's."""
 SLACK = 1.03
@@ -88,7 +91,7 @@ def best_setting(points: Sequence[Point]) -> tuple[float, float]:
     return min(losses, key=lambda setting: statistics.fmean(losses[setting][cell] for cell in shared))
 
 
-def read(folder: Path) -> dict[str, tuple[Series, dict[str, Any]]]:
+def read(folder: Path) -> Tasks:
     """By task: every way's points at its best rate, and the configuration of one run for what all have in common."""
     results, tasks = _results(folder), {}
     for task in sorted({result["config"]["task"] for result in results}):
@@ -183,7 +186,31 @@ def section(task: str, series: Series, config: dict[str, Any]) -> str:
     return "\n\n".join([head, "\n".join(lines), *filter(None, ["\n".join(_verdict(series))])])
 
 
-def table(tasks: dict[str, tuple[Series, dict[str, Any]]]) -> str:
+def summary(tasks: Tasks, budget: float) -> str:
+    """At one budget, of every way and task: bytes and held-out loss against the whole adapter, means over its seeds."""
+    ways = list(dict.fromkeys(way for series, _ in tasks.values() for way in series if way != WHOLE))
+    lines = [f"| budget {budget:g} | {' | '.join(tasks)} |", "| --- " * (len(tasks) + 1) + "|"]
+    for way in sorted(ways, key=lambda way: way != OURS):
+        found = [_points_at(series, way, budget) for series, _ in tasks.values()]
+        if any(found):
+            cells = (_short(series, points) for (series, _), points in zip(tasks.values(), found, strict=True))
+            lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _points_at(series: Series, way: str, budget: float) -> list[Point]:
+    """The way's points at a budget, or where its own rule decides."""
+    budgets = series.get(way, {})
+    return budgets.get(budget, budgets.get(None, []))
+
+
+def _short(series: Series, points: Sequence[Point]) -> str:
+    """Bytes and loss against the whole adapter, and over how many seeds."""
+    relative = against_whole(series, points)
+    return "–" if relative is None else f"{relative[0]:+.1%}, **{relative[1]:+.2%}** (n={len(rises(series, points))})"
+
+
+def table(tasks: Tasks, budget: float = SHOWN) -> str:
     """All tasks."""
     legend = (
         "Losses, in nats per token, of the adapters as read back from their files; bytes of adapter_model.safetensors. Each "
@@ -191,10 +218,10 @@ def table(tasks: dict[str, tuple[Series, dict[str, Any]]]) -> str:
         "have one rank it is the nearest, at 0.49 half. The paper's projections leave the file as large as it was; counted is "
         f"the SVD of the projected ΔW. Below each table: ways with a lower mean loss at up to {SLACK - 1:.0%} more bytes."
     )
-    return "\n\n".join([legend, *(section(task, *found) for task, found in tasks.items())])
+    return "\n\n".join([summary(tasks, budget), legend, *(section(task, *found) for task, found in tasks.items())])
 
 
-def figure(tasks: dict[str, tuple[Series, dict[str, Any]]], path: Path) -> Path:
+def figure(tasks: Tasks, path: Path) -> Path:
     """Held-out loss against bytes, a panel per task, a line per way, means over seeds."""
     columns = min(2, len(tasks))
     rows = -(-len(tasks) // columns)
