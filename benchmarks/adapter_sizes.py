@@ -123,12 +123,12 @@ def whole_and_cut(job: Job) -> Saved:
 
 
 def budget_options(steps: int, budget: float) -> dict[str, Any]:
-    """GRIT's options for a budget that is reached at two thirds of the run."""
+    """GRIT's options for a budget that is approached from a third to five sixths of the run (see benchmarks/FINDINGS.md)."""
     return {
         "reprojection": "balanced",
         "reprojection_freq": max(1, steps // 12),
         "rank_budget": budget,
-        "rank_adaptation_start_step": steps // 6,
+        "rank_adaptation_start_step": steps // 3,
         "rank_budget_steps": max(1, steps // 2),
         "min_lora_rank": 0,
     }

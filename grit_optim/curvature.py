@@ -109,12 +109,15 @@ class Curvature:
 
     @property
     def step_rank(self) -> Tensor:
-        """Directions that a step of a fixed length is shared by ``[S]``; under a budget those at first, whatever was given up.
+        """What the square of a step's length grows with, in directions ``[S]``: the rank, or under a budget ``first²/rank``.
 
-        A direction moves by the same amount in each step whatever the rank is, so an adapter that gives directions up would
-        learn less per step. The whole step kept as long as it was, those that stay move by ``√(first rank / rank)`` more.
+        A direction moves by the same amount in each step whatever the rank is, so an adapter that gives directions up learns
+        less per step. Under a budget those that stay move by ``first / rank`` more: the step's singular values, which are all
+        alike in "spectral", add up to what they did before.
         """
-        return self.rank if self.options.rank_budget is None else self.first_rank
+        if self.options.rank_budget is None:
+            return self.rank
+        return self.first_rank.square() / self.rank.clamp_min(1)
 
     def paired_factors(self) -> tuple[Tensor, Tensor]:
         """The factor that belongs to A and the one that belongs to B, each ``[S, r, r]``, on the inversion device.
