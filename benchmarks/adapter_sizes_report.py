@@ -7,11 +7,14 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .adapter_sizes import FORMAT, KIND, WHOLE
 from .files import BenchmarkError, write_text
 from .plots import panels, save, styles
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Point = dict[str, Any]
 Budgets = dict[float | None, list[Point]]  # by budget (None: the way's own rule decides), one point per seed
@@ -233,24 +236,30 @@ def figure(tasks: Tasks, path: Path) -> Path:
     for way in names[7:]:  # where colours and markers come again
         looks[way]["markerfacecolor"] = "white"
     for axis, (task, (series, _)) in zip(axes, tasks.items(), strict=False):
-        for way in (name for name in names if name in series):
-            found = ((points, against_whole(series, points)) for points in series[way].values())
-            cells = sorted((_kilobytes(points), 100 * rise[1]) for points, rise in found if rise is not None)
-            if cells:
-                axis.plot(*zip(*cells, strict=True), label=way, **looks[way])
-        axis.axhline(100 * AIM, color="0.5", linewidth=1, linestyle=":", label=f"{AIM:.1%} above the whole")
-        top = max([1.0, *(y for line in axis.get_lines() for y in line.get_ydata())])
-        axis.set_yscale("symlog", linthresh=2, linscale=2)
-        axis.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
-        axis.set_ylim(-0.3, 1.2 * top)
+        _panel(axis, series, {name: looks[name] for name in names if name in series})
         axis.set_title(task, fontsize=10)
-        axis.set_xlabel("bytes of adapter_model.safetensors (kB)")
-        axis.legend(fontsize=7)
     for axis in axes[::columns]:
         axis.set_ylabel("held-out loss over the whole adapter's (%; linear below 2)")
     for axis in axes[len(tasks) :]:
         axis.set_visible(False)
     return save(drawing, path)
+
+
+def _panel(axis: Axes, series: Series, looks: dict[str, dict[str, Any]]) -> None:
+    """One task's lines; the scale ends a little above the highest point."""
+    top = 1.0
+    for way, look in looks.items():
+        found = ((points, against_whole(series, points)) for points in series[way].values())
+        cells = sorted((_kilobytes(points), 100 * rise[1]) for points, rise in found if rise is not None)
+        if cells:
+            axis.plot(*zip(*cells, strict=True), label=way, **look)
+            top = max(top, *(rise for _, rise in cells))
+    axis.axhline(100 * AIM, color="0.5", linewidth=1, linestyle=":", label=f"{AIM:.1%} above the whole")
+    axis.set_yscale("symlog", linthresh=2, linscale=2)
+    axis.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
+    axis.set_ylim(-0.3, 1.2 * top)
+    axis.set_xlabel("bytes of adapter_model.safetensors (kB)")
+    axis.legend(fontsize=7)
 
 
 def _kilobytes(points: Sequence[Point]) -> float:
