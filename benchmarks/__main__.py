@@ -211,9 +211,12 @@ def _sizes(arguments: argparse.Namespace) -> None:
     from .adapter_sizes import adapter_sizes
     from .runner import resolve_device
 
-    task, device = check_task(arguments.task), resolve_device(arguments.device)
-    config = RunConfig(task, "", arguments.lr, 0, arguments.steps, device=device)
-    adapter_sizes(config, arguments.ways, arguments.budgets, arguments.seeds, arguments.out, arguments.threads)
+    config = RunConfig(
+        check_task(arguments.task), "", 0.0, 0, arguments.steps, beta1=arguments.beta1, eval_every=arguments.steps,
+        device=resolve_device(arguments.device), precision=arguments.precision, options=dict(arguments.option or []),
+    )  # fmt: skip
+    given = (getattr(arguments, name) for name in ("ways", "budgets", "lrs", "seeds", "out", "threads"))
+    adapter_sizes(config, *given)
     print(f"results in {arguments.out}; table and figure: python -m benchmarks report {arguments.out}")
 
 
@@ -223,15 +226,19 @@ def _add_sizes(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--ways",
         type=read.several(str),
-        default=["whole", "budget", "rank", "eva", "adalora", "paper"],
-        help="by default all: whole (GRIT, and the same cut by SVD and by predicted loss), budget, rank, eva, adalora, paper",
+        default=["whole", "budget", "rank", "adamw-rank", "eva", "adalora", "two-sided", "one-sided", "paper"],
+        help="by default all: whole (GRIT, and the same cut by SVD and by predicted loss), budget, rank, adamw-rank, eva, "
+        "adalora, two-sided, one-sided, paper",
     )
     parser.add_argument(
-        "--budgets", type=read.several(read.positive), default=[0.75, 0.5, 0.25], help="shares of the whole adapter"
+        "--budgets", type=read.several(read.positive), default=[0.75, 0.49, 0.25], help="shares of the whole adapter"
     )
     parser.add_argument("--seeds", type=read.several(read.whole), default=[0, 1, 2])
-    parser.add_argument("--lr", type=read.positive, default=1e-2)
+    parser.add_argument("--lrs", type=read.several(read.positive), default=[1e-2], help="report keeps each way's best")
+    parser.add_argument("--beta1", type=read.beta, default=RunConfig.beta1)
     parser.add_argument("--steps", type=read.positive_int, default=RunConfig.steps)
+    parser.add_argument("--precision", choices=PRECISIONS, default=RunConfig.precision)
+    parser.add_argument("--option", type=read.option, action="append", metavar="KEY=VALUE", help="for GRIT")
     parser.add_argument("--threads", type=read.positive_int)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--out", type=Path, required=True)

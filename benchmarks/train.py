@@ -42,11 +42,21 @@ def adapted_model(config: RunConfig) -> PeftModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, nothing that is used here
         adapted = get_peft_model(model, lora)
+    return in_precision(adapted, config).train()
+
+
+def in_precision(model: Any, config: RunConfig) -> Any:
+    """The adapted model on the run's device, its frozen weights as the run keeps them."""
     if config.precision == "bf16":
-        for parameter in adapted.parameters():
-            if not parameter.requires_grad:
+        for name, parameter in model.named_parameters():
+            if "lora_" not in name:
                 parameter.data = parameter.data.bfloat16()
-    return adapted.to(config.device).train()
+    return model.to(config.device)
+
+
+def autocast(config: RunConfig) -> torch.autocast:
+    """The precision of a run's forward passes."""
+    return torch.autocast(config.device.partition(":")[0], torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def learning_rate_scale(step: int, steps: int, warmup: int) -> float:
@@ -78,9 +88,7 @@ class Run:
         self.exact_match: float | None = None
 
     def _autocast(self) -> torch.autocast:
-        """The precision of the forward pass."""
-        device = self.config.device.partition(":")[0]
-        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bf16")
+        return autocast(self.config)
 
     def _synchronize(self) -> None:
         if self.config.device.startswith("cuda"):

@@ -20,6 +20,7 @@ class Curvature:
         factors: Σ_a and Σ_g.
         moments: second moments of the gradients, for the kinds of ``fisher`` that need them, else None.
         rank: rank kept per site ``[S]``, int64.
+        first_rank: rank that the sites had at first ``[S]``, int64.
         dropped: predicted rise of the loss by all that was given up so far ``[S]``, in the loss's unit.
         a_operator: what multiplies the rank side of A's gradient ``[S, r, r]``: an inverse or an eigenbasis.
         b_operator: the same for B.
@@ -38,6 +39,7 @@ class Curvature:
         self.factors = Factors.zeros(size, bucket.rank, device)
         self.moments = None if options.fisher == "kfac" else GradientMoments(options.fisher, bucket)
         self.rank = torch.full((size,), bucket.rank, device=device)
+        self.first_rank = self.rank
         self.dropped = torch.zeros(size, device=device)
         self.reset_operators()
         self.damping_used = torch.full((2, size), torch.nan, device=device)
@@ -104,6 +106,18 @@ class Curvature:
         in_paper = self.options.reprojection in PAPER_PROJECTIONS
         rank = torch.full_like(self.rank, self.bucket.rank) if in_paper else self.rank
         return linalg.leading_mask(rank, self.bucket.rank)
+
+    @property
+    def step_rank(self) -> Tensor:
+        """What the square of a step's length grows with, in directions ``[S]``: the rank, or under a budget ``first²/rank``.
+
+        A direction moves by the same amount in each step whatever the rank is, so an adapter that gives directions up learns
+        less per step. Under a budget those that stay move by ``first / rank`` more: the step's singular values, which are all
+        alike in "spectral", add up to what they did before.
+        """
+        if self.options.rank_budget is None:
+            return self.rank
+        return self.first_rank.square() / self.rank.clamp_min(1)
 
     def paired_factors(self) -> tuple[Tensor, Tensor]:
         """The factor that belongs to A and the one that belongs to B, each ``[S, r, r]``, on the inversion device.

@@ -71,7 +71,8 @@ class GritOptimizer(ReportingOptimizer):
             "steer"; 0 leaves them as they are, 1 drops them. None: 0.7 for "spectral", 0 for "steer".
         step_length: how long a step of "spectral" or "steer" is: root mean square of its entries, in units of the learning
             rate, or ``"base"`` for the length of the step that the base took. None: 0.6 in "spectral" around any kind of
-            Adam, else "base".
+            Adam, else "base". With a ``rank_budget`` it grows by r₀/r where a pair has r of r₀ directions left, so that the
+            step's singular values add up to what they did.
         a_step_ratio: how much longer A's steps are than B's, in "spectral" and "steer". None: 1.5 for "spectral", 1 for
             "steer".
         kfac_inversion_device: where factors are inverted or decomposed; None for where they are.

@@ -180,7 +180,7 @@ class Steer(Preconditioner):
         ratio = options.a_step_ratio if group.side == "A" else 1.0
         if options.step_length == "base":
             return ratio * base_length
-        entries = held.curvature.rank[group.index] * group.width
+        entries = held.curvature.step_rank[group.index] * group.width
         rms = float(options.step_length) * self.base.param_groups[group.param_group]["lr"]
         return ratio * rms * entries.sqrt()[:, None, None] * (base_length > 0)
 

@@ -75,6 +75,13 @@ class StagedOptimizer(OptimizerWrapper):
         self._budget = self._make_budget()
         if self._budget is not None:
             self._budget.load(before)
+        self._note_first_ranks()
+
+    def _note_first_ranks(self) -> None:
+        """Tell the curvatures what rank their sites had at first."""
+        for curvature in self._curvatures:
+            ranks = [self._origin[name].rank for name in curvature.bucket.names()]
+            curvature.first_rank = torch.tensor(ranks, device=curvature.bucket.device)
 
     def _make_budget(self) -> BudgetSchedule | None:
         """The way of the rank budget, or None where there is none; refuses a budget that cannot be met."""
@@ -128,6 +135,7 @@ class StagedOptimizer(OptimizerWrapper):
         self._sites = sites
         self._weights = [(site.a, site.b, site.a.device) for site in sites]
         self._curvatures = [Curvature(bucket, self.options) for bucket in buckets]
+        self._note_first_ranks()
         self._counters.outcomes = []  # these name places in the old buckets
         self._capture = Capture(sites, buckets, self.options.max_tokens, self._times)
         checkpoint.unpack_sites(self._curvatures, known)

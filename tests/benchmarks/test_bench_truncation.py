@@ -1,4 +1,4 @@
-"""Cuts of a trained adapter: the operators, the predictions, the file, its table and figure; and the sizes' comparison."""
+"""Cuts of a trained adapter: the operators, the predictions, the file, its table and figure."""
 
 import json
 
@@ -6,9 +6,8 @@ import pytest
 import tiny
 import torch
 
-from benchmarks import adapter_sizes, adapter_sizes_report, truncation, truncation_report
+from benchmarks import truncation, truncation_report
 from benchmarks.__main__ import main
-from benchmarks.files import BenchmarkError
 from benchmarks.tasks import Example, Task
 from grit_optim.rank import RankPolicy
 from grit_optim.reprojection import paper_projection
@@ -93,8 +92,7 @@ def test_the_first_order_part_is_the_slope_of_the_loss(adapter):
 @pytest.fixture
 def small_task(monkeypatch):
     task = Task("naming", examples(12, 2, 2048), examples(4, 3, 2048), "f" * 64)
-    for module in (truncation, adapter_sizes):
-        monkeypatch.setattr(module, "load_task", lambda name, tokenizer: task)
+    monkeypatch.setattr(truncation, "load_task", lambda name, tokenizer: task)
     return task
 
 
@@ -113,36 +111,6 @@ def test_cuts_are_written_and_report_draws_them(small_task, tmp_path, capsys):
     assert truncation_report.is_folder(tmp_path)
 
 
-def test_sizes_are_measured_on_files_that_were_read_back(small_task, tmp_path, capsys):
-    # The paper's rules look at steps 0, where B is zero, and 15, where the last layer has to see 64 answer tokens.
-    config = adapter_sizes.RunConfig("naming", "", 1e-2, 0, steps=17, batch_size=12)
-    ways = list(adapter_sizes.WAYS)
-    adapter_sizes.adapter_sizes(config, ways, [0.5], [0], tmp_path, None)
-    series, _ = adapter_sizes_report.read(tmp_path)
-    assert len(series) == 8
-    whole = series[adapter_sizes.WHOLE][1.0][0]
-    for way, budgets in series.items():
-        for budget, (point,) in budgets.items():
-            assert point["heldout"] > 0, way
-            assert point["bytes"] > 4 * point["parameters"]
-            slack = 1.15 if "AdaLoRA" in way else 1.05  # its budget counts directions, whatever their size
-            assert point["bytes"] <= slack * budget * whole["bytes"], way
-    adapter_sizes.adapter_sizes(config, ways, [0.5], [0], tmp_path, None)
-    assert capsys.readouterr().out.count("is there already") == len(ways)
-    assert main(["report", str(tmp_path)]) == 0
-    assert (tmp_path / "loss_against_bytes.png").stat().st_size > 10_000
-
-
-def test_a_run_too_short_for_the_papers_rules_is_refused(small_task, tmp_path):
-    config = adapter_sizes.RunConfig("naming", "", 1e-2, 0, steps=3, batch_size=6)
-    with pytest.raises(BenchmarkError, match="3 steps are too few for the paper's rules"):
-        adapter_sizes.adapter_sizes(config, ["paper"], [0.5], [0], tmp_path, None)
-
-
-def test_unknown_ways_and_budgets_are_refused(capsys):
-    assert main(["sizes", "--ways", "magic", "--out", "x"]) == 2
-    assert "unknown way 'magic'" in capsys.readouterr().err
-    assert main(["sizes", "--budgets", "1.5", "--out", "x"]) == 2
-    assert "shares of the whole adapter" in capsys.readouterr().err
+def test_dropping_every_direction_is_refused(capsys):
     assert main(["truncation", "--drops", "16", "--out", "x"]) == 2
     assert "leaves nothing of rank 16" in capsys.readouterr().err
