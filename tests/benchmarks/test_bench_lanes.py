@@ -198,10 +198,8 @@ def test_what_is_found_of_each(shared):
     assert memory["optimizer"]["peak_bytes"] > memory["plain adamw"]["peak_bytes"] > memory["plain adamw"]["rest_bytes"]
     found = grit["launched"]
     assert found["optimizer"]["step"]["operations"] > found["plain adamw"]["step"]["operations"] + 100
-    assert (
-        found["optimizer"]["pass"]["operations"] >= found["plain adamw"]["pass"]["operations"] + 14
-    )  # Σ h·δ of each site
-    assert found["optimizer"]["pass"]["operations"] < found["plain adamw"]["pass"]["operations"] + 14 * 8
+    # With so few tokens the taps leave everything to the step.
+    assert found["optimizer"]["pass"]["operations"] == found["plain adamw"]["pass"]["operations"]
     assert set(grit["stage_seconds_per_step"]) >= {"capture", "fold", "refresh", "precondition", "base"}
     assert hooks_on(shared.model) == sum(len(own) for _, own in shared.hooks)
 
