@@ -45,6 +45,11 @@ class Held:
     cosine: Tensor | None = None
 
     @property
+    def changed(self) -> bool:
+        """Whether the base is to see others than the parameters' own gradients."""
+        return self.gradient is not self.loss_gradient
+
+    @property
     def ready(self) -> Tensor:
         """Which of the m matrices have an operator in force, as ``[m, 1, 1]``."""
         return self.curvature.ready(self.group.side)[self.group.index][:, None, None]
@@ -94,7 +99,7 @@ def clip(held: Sequence[Held], max_norm: float) -> None:
 def hand_over(held: Iterable[Held]) -> None:
     """Let the base see the held gradients, where they are others than the parameters' own."""
     for h in held:
-        if h.gradient is h.loss_gradient:
+        if not h.changed:
             continue
         for parameter, gradient in zip(h.group.parameters, h.group.unstack(h.gradient), strict=True):
             parameter.grad = gradient
@@ -103,7 +108,7 @@ def hand_over(held: Iterable[Held]) -> None:
 def give_back(held: Iterable[Held]) -> None:
     """Restore the parameters' own gradients."""
     for h in held:
-        if h.gradient is h.loss_gradient:
+        if not h.changed:
             continue
         for parameter, original in zip(h.group.parameters, h.originals, strict=True):
             parameter.grad = original

@@ -7,9 +7,11 @@ import sys
 import types
 from pathlib import Path
 
+import public_rows
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from public_rows import rows
 
 from benchmarks.base_model import EOS
 from benchmarks.files import REPOSITORY, BenchmarkError
@@ -17,28 +19,10 @@ from benchmarks.results import read_results
 from benchmarks.tasks import external, formats, load_task
 from benchmarks.tasks.external import DATA, DataOptions
 
-ROWS = {
-    "alpaca": {"instruction": "Name {n} birds.", "input": "", "output": "A wren and {n} owls."},
-    "alpaca-gpt4": {"instruction": "Name {n} birds.", "input": "", "output": "A wren and {n} owls."},
-    "boolq": {"question": "is {n} a prime number", "answer": "true"},
-    "dolly": {"instruction": "What is {n}?", "context": "Numbers.", "response": "A number.", "category": "qa"},
-    "gsm8k": {"question": "What is {n} + 1?", "answer": "{n} + 1 is <<{n}+1>>.\n#### {n}1"},
-    "qnli": {"question": "Who has {n}?", "sentence": "Ann has {n}.", "label": 0},
-}
-
-
-def rows(name, start, count):
-    return [
-        {k: v.format(n=n) if isinstance(v, str) else v for k, v in ROWS[name].items()}
-        for n in range(start, start + count)
-    ]
-
 
 def write(folder, name, **splits):
     for split, found in splits.items():
-        (folder / f"{name}_{split}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in found), encoding="utf-8"
-        )
+        public_rows.write(folder / f"{name}_{split}.jsonl", found)
     return DataOptions(folder)
 
 
