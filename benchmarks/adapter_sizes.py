@@ -218,6 +218,7 @@ def adapter_sizes(
     if threads:
         torch.set_num_threads(threads)
     memory.keep_freed_memory()
+    environment.warn_if_bf16_is_slow(template.precision, template.device)
     task = load_task(template.task, load_tokenizer())
     code, fingerprint = environment.commit(), data_fingerprint(task)
     for config in plan(template, ways, budgets, lrs, seeds):

@@ -8,6 +8,8 @@ import re
 import resource
 import subprocess
 import sys
+import time
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from .files import REPOSITORY, BenchmarkError
 
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
+SLOW_BF16 = 4.0  # times fp32; with AVX2 alone it was above 20, and emulation that is merely slower is no reason to stop
 
 
 def installed_version(distribution: str) -> str | None:
@@ -69,6 +72,37 @@ def hardware(device: str = "cpu") -> dict[str, Any]:
 
     gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
     return {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def bf16_slowdown() -> float:
+    """How many times as long a product of bf16 matrices takes on this processor as one of fp32 ones."""
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        """The shorter of two times, after a first call that loads what the product needs."""
+        matrix = torch.ones(256, 256, dtype=dtype)
+        torch.mm(matrix, matrix)
+        times = []
+        for _ in range(2):
+            start = time.perf_counter()
+            torch.mm(matrix, matrix)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) / seconds(torch.float32)
+
+
+def warn_if_bf16_is_slow(precision: str, device: str) -> None:
+    """Warn before a long stay in bf16 on a processor that emulates it, where it takes tens of times as long as fp32."""
+    if precision != "bf16" or device != "cpu":
+        return
+    slowdown = bf16_slowdown()
+    if slowdown > SLOW_BF16:
+        warnings.warn(
+            f"this processor has no fast bf16 (a product takes {slowdown:.0f} times as long as in fp32), and the runs "
+            "asked for are in bf16: use --precision fp32 with another --out, or a processor with AVX512-BF16, AMX or a GPU",
+            stacklevel=2,
+        )
 
 
 def _git(*arguments: str) -> str | None:

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from . import environment
 from .files import BenchmarkError
 from .optimizers import check_optimizer
 from .results import RunConfig, is_done
@@ -96,6 +97,8 @@ def execute_all(
 
     A process per run: peak memory is the run's own, and nothing that one optimizer changed can reach the next.
     """
+    for precision, device in sorted({(run.precision, run.device) for run in runs}):
+        environment.warn_if_bf16_is_slow(precision, device)
     share, failures = threads_per_run(jobs, threads), dict[str, str]()
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for slot in range(jobs):
