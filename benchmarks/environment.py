@@ -8,8 +8,9 @@ import re
 import resource
 import subprocess
 import sys
-import time
+import timeit
 import warnings
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -74,26 +75,21 @@ def hardware(device: str = "cpu") -> dict[str, Any]:
     return {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
+@cache
 def bf16_slowdown() -> float:
-    """How many times as long a product of bf16 matrices takes on this processor as one of fp32 ones."""
+    """How many times as long a product of bf16 matrices takes on this processor as one of fp32 ones; measured once."""
     import torch
 
     def seconds(dtype: torch.dtype) -> float:
-        """The shorter of two times, after a first call that loads what the product needs."""
+        """The shortest of three times; the first call also loads what the product needs."""
         matrix = torch.ones(256, 256, dtype=dtype)
-        torch.mm(matrix, matrix)
-        times = []
-        for _ in range(2):
-            start = time.perf_counter()
-            torch.mm(matrix, matrix)
-            times.append(time.perf_counter() - start)
-        return min(times)
+        return min(timeit.repeat(lambda: torch.mm(matrix, matrix), number=1, repeat=3))
 
     return seconds(torch.bfloat16) / seconds(torch.float32)
 
 
 def warn_if_bf16_is_slow(precision: str, device: str) -> None:
-    """Warn before a long stay in bf16 on a processor that emulates it, where it takes tens of times as long as fp32."""
+    """Warn before a long stay in bf16 on a processor that emulates it, where it takes many times as long as fp32."""
     if precision != "bf16" or device != "cpu":
         return
     slowdown = bf16_slowdown()
