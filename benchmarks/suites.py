@@ -80,7 +80,8 @@ _PEERS = (
 )  # fmt: skip
 _ABLATIONS = ("grit-eigenbasis", "grit-steer", "grit-balanced", "grit-inverse", "grit-paper")
 
-# AdamW's own momentum is swept, or a gain that comes from less momentum would be credited to another update rule.
+# AdamW's own momentum is swept, or a gain that comes from less momentum would be credited to another update rule; so is
+# that of the peers that came nearest to the default with their own.
 SUITES: dict[str, tuple[Contender, ...]] = {
     "peers": (
         _contender("adamw"),
@@ -88,6 +89,8 @@ SUITES: dict[str, tuple[Contender, ...]] = {
         _contender("adamw-0.6", "adamw", 0.6),
         _contender("adamw-0.9-0.95", "adamw", 0.9, 0.95),
         *map(_contender, _PEERS),
+        _contender("soap-rank-0.6", "soap-rank", 0.6),
+        _contender("lorarite-0.6", "lorarite", 0.6),
         replace(_contender("muon-0.8", "muon"), options={"momentum": 0.8}),
         _contender("grit"),
         _contender("grit-0.6", "grit", 0.6),
