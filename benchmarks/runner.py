@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import queue
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -84,9 +85,23 @@ def threads_per_run(jobs: int, threads: int | None = None) -> int:
     return threads or max(1, (os.cpu_count() or 1) // jobs)
 
 
+def _end_with_parent() -> None:
+    """End this process when the one that started it does: killed, that one could not stop a run, which would go on unseen."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        """Wait for the parent's end; the thread that trains would notice it only after its last step."""
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def in_process(call: Callable[..., T], *arguments: Any) -> T:
-    """The result of a call in a fresh process of its own."""
-    with ProcessPoolExecutor(1, mp_context=_context()) as executor:
+    """The result of a call in a fresh process of its own, which ends with this one."""
+    with ProcessPoolExecutor(1, mp_context=_context(), initializer=_end_with_parent) as executor:
         return executor.submit(call, *arguments).result()
 
 
