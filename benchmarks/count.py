@@ -108,8 +108,10 @@ def _meta_optimizer(name: str, model: PeftModel, options: dict[str, Any]) -> tor
     for group in optimizer.param_groups:
         if "foreach" in group:
             group["foreach"] = True  # AdamW's own choice on a GPU
-    if hasattr(optimizer, "_unverified"):
-        optimizer._unverified = 0  # the first steps compare taps and gradients, for which there have to be values
+    if hasattr(optimizer, "_tap_watch"):
+        optimizer._tap_watch.steps_left = (
+            0  # the first steps compare taps and gradients, for which there have to be values
+        )
     return optimizer
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 from grit_optim._checks import listed
 from grit_optim.capture import Capture
 from grit_optim.sites import Site
+
+CHECKED_STEPS = 5
+"""In how many of the first steps the taps are compared with the gradients."""
 
 RELATIVE_TOLERANCE = 0.02
 """bf16 autocast alone makes about one per cent."""
@@ -98,11 +101,45 @@ def _judge(report: SiteReport, slack: float, common: float, compare: bool) -> Si
     return SiteReport(*values, "ok" if abs(a_inner - common * tap) <= tolerance else "mismatch")
 
 
+class TapWatch:
+    """Compares taps and gradients in the first steps, until every site has been seen to agree, and warns.
+
+    Attributes:
+        steps_left: how many steps with gradients are still looked at; 0 to look at none.
+    """
+
+    def __init__(self) -> None:
+        self.steps_left = CHECKED_STEPS
+        self._idle = 0
+        self._suspects: set[str] = set()
+
+    def look(self, report: Callable[[], list[SiteReport]]) -> None:
+        """Judge one step by its reports, which are asked for only while steps are left."""
+        if self.steps_left == 0:
+            return
+        reports = report()
+        if all(r.status == "unused" for r in reports):
+            self._idle += 1
+            if self._idle == CHECKED_STEPS:
+                _warn_of_idleness(CHECKED_STEPS, len(reports))
+            return
+        self._idle = 0
+        self.steps_left -= 1
+        if all(r.status == "ok" for r in reports):
+            self.steps_left = 0
+        # A single mismatch is what a step skipped by a GradScaler leaves, if the trainer cleared the gradients by
+        # model.zero_grad(): the taps still hold that batch. A second one in a row is no accident.
+        suspects, self._suspects = self._suspects, {r.name for r in reports if r.status == "mismatch"}
+        if any(r.status == "silent" for r in reports) or suspects & self._suspects:
+            self.steps_left = 0
+            _warn_of(reports)
+
+
 _STACK_LEVEL = 7
-"""Frames from the warning to whoever called ``step()``: this module, two stages, the step and torch's two wrappers of it."""
+"""Frames from the warning to whoever called ``step()``: two here, a stage, the step and torch's two wrappers of it."""
 
 
-def warn_of(reports: Iterable[SiteReport]) -> None:
+def _warn_of(reports: Iterable[SiteReport]) -> None:
     """One warning that names the sites whose taps do not see what their gradients saw, and the remedy."""
     by_status: dict[str, list[str]] = {}
     for report in reports:
@@ -124,14 +161,14 @@ def warn_of(reports: Iterable[SiteReport]) -> None:
         )
 
 
-def warn_of_idleness(steps: int, sites: int) -> None:
+def _warn_of_idleness(steps: int, sites: int) -> None:
     """Say that the steps so far had nothing to work with."""
     warnings.warn(
         f"GritOptimizer.step() was called {steps} times, and none of its {sites} LoRA site(s) had a gradient, so nothing is "
         "trained: the model that is trained is another one than the optimizer was built on (a copy, or one that the trainer "
         "built or wrapped anew), or its adapter is disabled or frozen. Build the optimizer on the model that is trained; "
         "where transformers' Trainer builds it, pass optimizer_cls_and_kwargs=(grit_optim.for_trainer, {...})",
-        stacklevel=_STACK_LEVEL - 1,
+        stacklevel=_STACK_LEVEL,
     )
 
 

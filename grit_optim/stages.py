@@ -28,9 +28,6 @@ from grit_optim.sites import Site
 from grit_optim.telemetry import Counters, Outcome, StageTimes
 from grit_optim.wrapper import OptimizerWrapper
 
-CHECKED_STEPS = 5
-"""In how many of the first steps the taps are compared with the gradients."""
-
 
 class Origin(NamedTuple):
     """What a site was when the optimizer was first built: its rank, and the parameters of A and B."""
@@ -53,9 +50,7 @@ class StagedOptimizer(OptimizerWrapper):
         self._counters = Counters()
         self._pace = Pace(self.options)
         self._steps = 0
-        self._unverified = CHECKED_STEPS
-        self._idle = 0
-        self._suspects: set[str] = set()
+        self._tap_watch = diagnosis.TapWatch()
         self._closed = False
         # Whether coordinates may have been given up; whether they have, the device alone knows.
         self._reduced = False
@@ -170,7 +165,7 @@ class StagedOptimizer(OptimizerWrapper):
         """Stage 1. Returns whether a tap fired since the last step: without that nothing of GRIT's advances."""
         capture = self._capture
         with self._times("fold"):
-            self._verify_taps(capture)
+            self._tap_watch.look(self.check_capture)
             if not any(capture.fired):
                 capture.discard()
                 return False
@@ -200,27 +195,6 @@ class StagedOptimizer(OptimizerWrapper):
             return None
         groups = [part for c in self._curvatures for group in c.bucket.groups if (part := group.with_gradient())]
         return mean_square(groups, device, relative=self.options.damping == "relative")
-
-    def _verify_taps(self, capture: Capture) -> None:
-        """In the first steps, until every site has been seen to agree, compare what taps and gradients saw."""
-        if self._unverified == 0:
-            return
-        reports = self.check_capture()
-        if all(report.status == "unused" for report in reports):
-            self._idle += 1
-            if self._idle == CHECKED_STEPS:
-                diagnosis.warn_of_idleness(CHECKED_STEPS, len(reports))
-            return
-        self._idle = 0
-        self._unverified -= 1
-        if all(report.status == "ok" for report in reports):
-            self._unverified = 0
-        # A single mismatch is what a step skipped by a GradScaler leaves, if the trainer cleared the gradients by
-        # model.zero_grad(): the taps still hold that batch. A second one in a row is no accident.
-        suspects, self._suspects = self._suspects, {r.name for r in reports if r.status == "mismatch"}
-        if any(r.status == "silent" for r in reports) or suspects & self._suspects:
-            self._unverified = 0
-            diagnosis.warn_of(reports)
 
     def _weight_versions(self) -> list[int]:
         return [a._version for a, _, _ in self._weights]

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import tiny
@@ -72,8 +73,9 @@ def test_the_trainer_that_trains_another_model_is_told():
             tiny.loss_of(wrapped, seed).backward()
             optimizer.step()
 
-    with pytest.warns(UserWarning, match=r"none of its 7 LoRA site.*for_trainer"):
+    with pytest.warns(UserWarning, match=r"none of its 7 LoRA site.*for_trainer") as told:
         loop()
+    assert Path(told[-1].filename) == Path(__file__)  # the line that called step()
 
 
 def accumulate(model, optimizer):

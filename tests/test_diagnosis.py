@@ -192,14 +192,14 @@ def test_a_pair_that_rests_behind_zeroed_gradients_is_not_called_silent():
     model = warm(llama())
     layer = layer_of(model, "layers.1.mlp.up_proj")
     optimizer = grit(model)
-    optimizer._unverified = 5
+    optimizer._tap_watch.steps_left = 5
     forward = layer.forward
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for seed in range(4):
             layer.forward = layer.base_layer.forward if seed % 2 else forward
             loss_of(model, seed).backward()
-            optimizer._unverified = 5  # look in every step
+            optimizer._tap_watch.steps_left = 5  # look in every step
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
     assert grit_warnings(caught) == []

@@ -31,7 +31,7 @@ def waited_for(mode, steps=3, **options):
     """What the steps of a model on the meta device would wait for, without the checks of the first steps."""
     model = llama().to("meta")
     optimizer = grit(model, precondition=mode, **options)
-    optimizer._unverified = 0  # the comparison of taps and gradients in the first steps does read values
+    optimizer._tap_watch.steps_left = 0  # the comparison of taps and gradients in the first steps does read values
     waiting = set()
     for _ in range(steps):
         ids = tokens().to("meta")
