@@ -17,7 +17,7 @@ from benchmarks.summary import comparable
 from grit_optim import GritOptimizer
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf8")
+README, OPTIONS = ((ROOT / path).read_text(encoding="utf8") for path in ("README.md", "docs/options.md"))
 
 
 def options():
@@ -26,7 +26,7 @@ def options():
 
 
 def documented():
-    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (.+) \|$", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (.+) \|$", OPTIONS, flags=re.MULTILINE)
     return {name: (default.strip("`"), text) for name, default, text in rows}
 
 
@@ -36,6 +36,13 @@ def test_every_option_is_in_the_table_with_its_default():
     for name, default in options().items():
         assert rows[name][0] == (f'"{default}"' if isinstance(default, str) else str(default)), name
         assert len(rows[name][1]) > 20, name
+
+
+def test_the_options_named_in_the_readme_exist():
+    section = README[README.index("### Options\n") : README.index("## In a trainer\n")]
+    named = set(re.findall(r"`(\w+)`", section))
+    assert len(named) >= 6
+    assert named <= set(options())
 
 
 @pytest.mark.parametrize("command", ["benchmarks/main.sh", "tests/run.sh"])

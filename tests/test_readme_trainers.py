@@ -1,4 +1,4 @@
-"""The README's matrix of trainers: every row is a test that exists and a version that is pinned; its recipe runs."""
+"""The matrix of trainers: every row is a test that exists and a version that is pinned; the README's recipe runs."""
 
 import ast
 import re
@@ -9,8 +9,8 @@ import tiny
 import torch
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf8")
-ROWS = re.findall(r"^\| (.+?) \| (\w+) ([\d.]+) \| .+ \| (tests/[\w/]+\.py)::(\w+) \|$", README, flags=re.MULTILINE)
+README, MATRIX = ((ROOT / path).read_text(encoding="utf8") for path in ("README.md", "docs/trainers.md"))
+ROWS = re.findall(r"^\| (.+?) \| (\w+) ([\d.]+) \| .+ \| (tests/[\w/]+\.py)::(\w+) \|$", MATRIX, flags=re.MULTILINE)
 EXTRAS = ("bench", "peers", "trainers", "trainers4")
 
 
@@ -36,7 +36,7 @@ def test_every_row_names_a_pinned_version_and_a_test_that_exists():
 
 def test_the_versions_that_exclude_each_other_are_run_by_the_files_of_their_rows():
     """The command for the other environment names every file that a row for it names."""
-    command = re.search(r"^\.venv4/bin/python -m pytest (.+)$", README, flags=re.MULTILINE).group(1)
+    command = re.search(r"^\.venv4/bin/python -m pytest (.+)$", MATRIX, flags=re.MULTILINE).group(1)
     files = {path.relative_to(ROOT).as_posix() for pattern in command.split() for path in ROOT.glob(pattern)}
     older = {path for _, package, version, path, _ in ROWS if (package, version) == ("transformers", "4.57.6")}
     assert len(older) == 4
