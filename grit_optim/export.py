@@ -17,6 +17,8 @@ from grit_optim.ranks import FILE_NAME, RankReport, SiteRank, effective_ranks, p
 from grit_optim.sites import AdapterLayers, Site, adapter_layers, peft_model_in
 
 WEIGHTS, STALE_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What an adapter can be saved in: the types that PEFT reads on every device."""
 _PREFIX = "base_model.model."  # what PEFT puts in front of the base model's names
 
 
@@ -43,6 +45,7 @@ def export_adapter(
     adapter: str | None = None,
     fold_scale: bool = False,
     tolerance: float = 0.0,
+    dtype: torch.dtype | None = None,
     history: Mapping[str, History] | None = None,
     threshold: float = 0.99,
 ) -> RankReport:
@@ -58,6 +61,8 @@ def export_adapter(
         fold_scale: multiply the scale s into B and save ``alpha = r``, for programs that ignore ``alpha_pattern`` and rsLoRA.
         tolerance: also leave out what ΔW's singular values show to be unused: those up to this share of the layer's largest.
             Layers with such are written as the factors of their SVD. 0 changes no weight.
+        dtype: ``torch.bfloat16`` or ``torch.float16`` to save an adapter that was trained in fp32 at half the bytes, rounded;
+            None: as it is. PEFT makes it fp32 again when it loads it, unless told otherwise.
         history: site name (name in the base model) to what is known of its past; :meth:`GritOptimizer.save_adapter` passes it.
         threshold: τ of the report.
 
@@ -65,9 +70,11 @@ def export_adapter(
         The ranks, also saved as ``grit_ranks.json``.
 
     Raises:
-        ValueError: no PEFT adapter of that name, DoRA or no LoRA at all, a start that changed the base weights, or no
-            direction left.
+        ValueError: no PEFT adapter of that name, DoRA or no LoRA at all, a start that changed the base weights, no
+            direction left, or a value that ``dtype`` cannot hold.
     """
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype!r}")
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must be a share of the largest singular value in [0, 1), got {tolerance!r}")
     peft_model = peft_model_in(model)
@@ -84,7 +91,8 @@ def export_adapter(
         )
     saved = adapter_config.with_ranks(config, layers, ranks, fold_scale)
     report = _report(layers, smaller, history or {}, threshold)
-    _write(Path(path), peft_model, _tensors(peft_model, layers, smaller, fold_scale), saved, report)
+    tensors = _tensors(peft_model, layers, smaller, fold_scale)
+    _write(Path(path), peft_model, tensors if dtype is None else _rounded(tensors, dtype), saved, report)
     return report
 
 
@@ -141,6 +149,17 @@ def _tensors(
         _fold_others(tensors, layers, adapter)
     # Views would bring their whole storage along, and the file must not share memory with the model.
     return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+
+
+def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors in that type, but for those that hold no floating-point numbers."""
+    rounded = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    lost = [key for key, t in rounded.items() if not torch.isfinite(t).all() and torch.isfinite(tensors[key]).all()]
+    if lost:
+        raise ValueError(
+            f"{dtype} cannot hold values of {listed(lost)} (at most {torch.finfo(dtype).max:g}); use torch.bfloat16 or None"
+        )
+    return rounded
 
 
 def _fold_others(tensors: dict[str, Tensor], layers: AdapterLayers, adapter: str) -> None:

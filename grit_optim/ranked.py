@@ -223,6 +223,7 @@ class RankedOptimizer(StagedOptimizer):
         *,
         adapter: str | None = None,
         fold_scale: bool = False,
+        dtype: torch.dtype | None = None,
         model: nn.Module | None = None,
     ) -> RankReport:
         """Save the trained adapter with the ranks that are kept and no others, for ``PeftModel.from_pretrained``.
@@ -231,13 +232,15 @@ class RankedOptimizer(StagedOptimizer):
             path: the folder; it holds the old adapter or the new one at every moment.
             adapter: name of the adapter, where this optimizer trains several.
             fold_scale: multiply the scale into B, for programs that ignore ``alpha_pattern`` and rsLoRA.
+            dtype: ``torch.bfloat16`` or ``torch.float16`` for half the bytes of an adapter trained in fp32; None: as it is.
             model: the model, where the optimizer does not know it any more (after unpickling).
 
         Returns:
             The ranks as saved, with effective ranks of ΔW and what the dropped ones were predicted to cost.
 
         Raises:
-            ValueError: no such adapter, one that this optimizer does not train, or one that cannot be exported (DoRA).
+            ValueError: no such adapter, one that this optimizer does not train, one that cannot be exported (DoRA), or a
+                value that ``dtype`` cannot hold.
         """
         model = self._known(model)
         if model is None:
@@ -256,7 +259,9 @@ class RankedOptimizer(StagedOptimizer):
             )
         history = self._history(peft_model, adapter)
         threshold = self.options.rank_adaptation_threshold
-        return export_adapter(model, path, adapter=adapter, fold_scale=fold_scale, history=history, threshold=threshold)
+        return export_adapter(
+            model, path, adapter=adapter, fold_scale=fold_scale, dtype=dtype, history=history, threshold=threshold
+        )
 
     def _known(self, model: nn.Module | None) -> nn.Module | None:
         """The model given, else the one the optimizer was built with, if it is still there."""
