@@ -281,7 +281,7 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
     """Refuse parameters that are partitioned over processes.
 
     Raises:
-        NotImplementedError: a parameter is a DTensor (FSDP2, tensor parallelism).
+        NotImplementedError: a parameter is a DTensor (FSDP2, tensor parallelism) or no matrix (FSDP1).
     """
     for name, parameter in parameters.items():
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
@@ -289,27 +289,8 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
                 f"site {name!r} holds a DTensor (FSDP2 or tensor parallelism): its rows lie on several processes, and "
                 "GritOptimizer needs whole matrices; use DDP, or a single process"
             )
-
-
-def several_processes() -> bool:
-    """Whether this process is one of several that train together (``torch.distributed``)."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def check_single_process(options: Options) -> None:
-    """Refuse to act on curvature where every process has gathered its own.
-
-    Raises:
-        NotImplementedError: several processes train together, and the weights would come to differ between them.
-    """
-    acts = (
-        (options.precondition, options.reprojection) != ("none", "none") or options.lambda_kfac or options.lambda_reproj
-    )
-    if acts and several_processes():
-        raise NotImplementedError(
-            f"{torch.distributed.get_world_size()} processes train together (DDP or the like), but GritOptimizer does not yet "
-            "average its factors over processes: each would turn the same gradients its own way, and the weights would drift "
-            "apart. Train in a single process, or pass precondition='none', reprojection='none', lambda_kfac=0 and "
-            "lambda_reproj=0 to run the base alone"
-        )
+        if parameter.dim() < 2:
+            raise NotImplementedError(
+                f"the weight of site {name!r} is a flat vector of {parameter.numel()} entries: FSDP1 has partitioned it over "
+                "processes, and GritOptimizer needs whole matrices; use DDP, or a single process"
+            )

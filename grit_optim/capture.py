@@ -143,6 +143,10 @@ class Capture:
             total = total + torch.dot(seen.h.reshape(-1).float(), seen.delta.reshape(-1).float()).to(total.device)
         return total
 
+    def seen(self) -> list[tuple[int, Tensor | None]]:
+        """Per site, how often its tap fired since the last :meth:`collect`, and :meth:`inner`."""
+        return [(fired, self.inner(position)) for position, fired in enumerate(self.fired)]
+
     @property
     def rounding(self) -> float:
         """The machine epsilon of the coarsest dtype that h or δ came in since the last :meth:`collect` (autocast)."""

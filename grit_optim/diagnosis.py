@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from grit_optim._checks import listed
-from grit_optim.capture import Capture
 from grit_optim.sites import Site
 
 CHECKED_STEPS = 5
@@ -51,24 +50,26 @@ class SiteReport:
     status: str
 
 
-def inspect(capture: Capture, compare: bool = True) -> list[SiteReport]:
+def inspect(
+    sites: Sequence[Site], seen: Sequence[tuple[int, Tensor | float | None]], rounding: float, compare: bool = True
+) -> list[SiteReport]:
     """Compare taps and gradients now, after a backward pass and before the optimizer's step.
 
     Args:
-        capture: the taps.
-        compare: whether the amounts can be compared; under data-parallel training the taps see one process's tokens and
-            the gradients are averaged over all.
+        sites: the pairs.
+        seen: per site, how often its tap fired, and Σ over tokens of h·δ or None, up to a common factor.
+        rounding: the machine epsilon of the coarsest dtype that h or δ came in.
+        compare: whether the amounts can be compared; under data-parallel training one process's taps see its own tokens
+            and the gradients are averaged over all.
     """
-    measured = [
-        _measure(site, capture.fired[i], capture.inner(i), capture.rounding) for i, site in enumerate(capture.sites)
-    ]
+    measured = [_measure(site, fired, inner, rounding) for site, (fired, inner) in zip(sites, seen, strict=True)]
     ratios = [m.a_inner / m.tap_inner for m, _ in measured if m.a_inner and m.tap_inner]
     ratios = [ratio for ratio in ratios if math.isfinite(ratio)]
     common = statistics.median(ratios) if ratios else 1.0
     return [_judge(report, slack, common, compare) for report, slack in measured]
 
 
-def _measure(site: Site, fired: int, inner: Tensor | None, rounding: float) -> tuple[SiteReport, float]:
+def _measure(site: Site, fired: int, inner: Tensor | float | None, rounding: float) -> tuple[SiteReport, float]:
     """The three amounts, and the rounding error to expect in them.
 
     Each entry of a gradient is off by ``rounding`` times itself, and independently so: in the sum over all entries that

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from grit_optim import checkpoint, schedule
+from grit_optim import checkpoint, processes, schedule
 from grit_optim import precondition as modes
-from grit_optim._checks import OPTION_NAMES, Options, check_base, check_single_process
+from grit_optim._checks import OPTION_NAMES, Options, check_base
 from grit_optim.curvature import Curvature
 from grit_optim.pace import Pace
 from grit_optim.presets import with_mode_defaults
@@ -33,6 +33,9 @@ class GritOptimizer(ReportingOptimizer):
     4. lets the base optimizer step, and turns that step back ("eigenbasis") or aside ("spectral", "steer");
     5. every ``reprojection_freq`` steps reprojects the pairs, moves the base's moments along and adapts the rank;
     6. counts, and records for whoever listens (:meth:`log_to`), without waiting for the device.
+
+    Where several processes train together (DDP), the first stage adds the sums of all of them up, so every process has to call
+    :meth:`step`, and whatever else changes the model (``reduce_ranks_``, ``shrink_``).
 
     Parameters that belong to no LoRA pair go to the base untouched. Learning rate, weight decay and all else are the
     base's: ``param_groups``, ``state`` and ``defaults`` are its own.
@@ -209,17 +212,18 @@ class GritOptimizer(ReportingOptimizer):
             What the closure returned, or None.
 
         Raises:
-            NotImplementedError: several processes train together.
+            NotImplementedError: a pair's weights are partitioned over processes.
             RuntimeError: the optimizer was closed.
         """
         if self._closed:
             raise RuntimeError("this GritOptimizer was closed; go on with its base optimizer, or build a new one")
-        check_single_process(self.options)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         observed = self._losses.take(loss)
+        if processes.size() > 1 and self._needs_losses() and self._curvatures:
+            observed = processes.mean_loss(observed, self._curvatures[0].bucket.device)
         self._tell_budget(observed)
         self._follow_model()
         advancing = self._fold_statistics()

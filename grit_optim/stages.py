@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from grit_optim import budget, checkpoint, diagnosis, pairs, regularizers, schedule
+from grit_optim import budget, checkpoint, diagnosis, pairs, processes, regularizers, schedule
 from grit_optim import precondition as modes
-from grit_optim._checks import Options, check_parameters, listed, several_processes
+from grit_optim._checks import Options, check_parameters, listed
 from grit_optim.buckets import build_buckets
 from grit_optim.budget import BudgetSchedule
 from grit_optim.capture import Capture
 from grit_optim.curvature import Curvature
-from grit_optim.fisher import gradient_unit, loss_tokens
+from grit_optim.fisher import Sums, gradient_unit, loss_tokens
 from grit_optim.held import Held, clip, give_back, hand_over, hold_gradients, norm
 from grit_optim.moments import mean_square
 from grit_optim.pace import Pace
@@ -139,6 +139,8 @@ class StagedOptimizer(OptimizerWrapper):
         """Notice parameters that were moved to another device or replaced (PEFT's ``update_layer``) since the last step."""
         same = [site.holds(a, b) for site, (a, b, _) in zip(self._sites, self._weights, strict=True)]
         moved = any(a.device != device for a, _, device in self._weights)
+        if any(a.dim() < 2 for a, _, _ in self._weights):
+            check_parameters({site.name: site.a for site in self._sites})
         if all(same) and not moved:
             if self._versions not in (None, self._weight_versions()):  # somebody has loaded weights since the last step
                 pairs.settle_ranks(self._curvatures)
@@ -157,21 +159,19 @@ class StagedOptimizer(OptimizerWrapper):
         """Whether the taps see what the gradients saw, per site; call it after ``backward()`` and before :meth:`step`.
 
         Compares ⟨A, ∇A⟩, ⟨B, ∇B⟩ and Σ h·δ, which are equal up to the loss scale and the trainer's clipping. Reads values
-        from the device. Runs by itself in the first steps, and warns.
+        from the device. Runs by itself in the first steps, and warns. Where several processes train together, a process knows
+        its own tokens alone, and the amounts are compared in the first steps only.
         """
-        return diagnosis.inspect(self._capture, compare=not several_processes())
+        capture = self._capture
+        return diagnosis.inspect(capture.sites, capture.seen(), capture.rounding, compare=processes.size() == 1)
 
     def _fold_statistics(self) -> bool:
         """Stage 1. Returns whether a tap fired since the last step: without that nothing of GRIT's advances."""
-        capture = self._capture
         with self._times("fold"):
-            self._tap_watch.look(self.check_capture)
-            if not any(capture.fired):
-                capture.discard()
+            sums = self._own_sums() if processes.size() == 1 else self._sums_of_all()
+            if sums is None:
                 return False
-            recorded = capture.active
-            sums = capture.collect()
-            if not recorded:
+            if not self._capture.active:
                 return True
             device = self._curvatures[0].bucket.device
             accept = torch.stack([s.is_finite().to(device) for s in sums]).all()
@@ -188,6 +188,33 @@ class StagedOptimizer(OptimizerWrapper):
             self._counters.folds += 1
             self._counters.dropped = self._counters.dropped + (~accept).long()
         return True
+
+    def _own_sums(self) -> list[Sums] | None:
+        """What the taps saw since the last step, one entry per bucket; None if none fired."""
+        self._tap_watch.look(self.check_capture)
+        if not any(self._capture.fired):
+            self._capture.discard()
+            return None
+        return self._capture.collect()
+
+    def _sums_of_all(self) -> list[Sums] | None:
+        """The same of all processes together; None if no tap fired in any of them."""
+        capture = self._capture
+        if not capture.sites:
+            return None
+        fired, rounding = list(capture.fired), capture.rounding
+        inner = [capture.inner(i) if self._tap_watch.steps_left else None for i in range(len(fired))]
+        together = processes.add_up(capture.collect(), fired, inner)
+
+        def reports() -> list[diagnosis.SiteReport]:
+            """What the check of the taps finds over all tokens."""
+            columns = (t.tolist() for t in (together.fired, together.inner, together.known))
+            seen = [(int(n), value if known else None) for n, value, known in zip(*columns, strict=True)]
+            return diagnosis.inspect(capture.sites, seen, rounding)
+
+        self._tap_watch.look(reports)
+        # A process that has seen something need not wait for the device to know that one has.
+        return together.sums if any(fired) or together.fired.any() else None
 
     def _moment_unit(self, device: torch.device) -> Tensor | None:
         """What one unit of a squared gradient is to be in this step, not finite if a gradient is not; None without moments."""
