@@ -51,6 +51,14 @@ class Standing:
         return statistics.stdev(self.losses) if len(self.losses) > 1 else None
 
     @property
+    def gaps(self) -> list[float]:
+        """Final losses less those of AdamW's best at the same seeds, which have the same initial adapter and batches."""
+        if not self.adamw or not self.losses:
+            return []
+        best = min(self.adamw, key=statistics.fmean)
+        return [mine - its for mine, its in zip(self.losses, best, strict=True)]
+
+    @property
     def search(self) -> Search | None:
         """How the search for the shortest budget ended, or how far it has come."""
         return None if self.target is None else self.trial.search(self.target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from .sweep import Ledger, reference
 _LEGEND = (
     "Loss: final held-out loss in nats per token at the contender's best learning rate and the full budget, mean over n seeds "
     "± their standard deviation. Learning rates: a grid of factor 2, searched with one seed and decided by the mean over all.",
+    "Less that of AdamW's best: mean over the seeds of the difference at the same seed ± its standard deviation. At one seed "
+    "all have the same initial adapter and batches, which make much of the spread of the losses themselves.",
     "Steps: AdamW's lowest mean loss over its settings is the target; every contender is run again at its best rate with "
     "shorter budgets, the schedule shortened with them, and the ratio is the shortest budget that reaches the target over the "
     "full one, found by bisection (where noise makes the loss rise with the budget, another short budget may reach it too). A "
@@ -119,6 +122,20 @@ def _steps_table(found: Sequence[Entry], tasks: Sequence[str]) -> str:
     return "Steps to AdamW's best, task by task:\n\n" + _grid(["optimizer", *tasks], lines)
 
 
+def _gap(standing: Standing) -> str:
+    """The mean of the gaps and their standard deviation."""
+    gaps = standing.gaps
+    if not gaps:
+        return "–"
+    spread = f" ± {statistics.stdev(gaps):.3f}" if len(gaps) > 1 else ""
+    return f"{statistics.fmean(gaps):+.3f}{spread}".replace("-", "−")
+
+
+def _gaps_table(found: Sequence[Entry], tasks: Sequence[str]) -> str:
+    lines = [[entry.contender.label, *map(_gap, entry.standings)] for entry in found]
+    return "Loss less that of AdamW's best, seed by seed:\n\n" + _grid(["optimizer", *tasks], lines)
+
+
 def _rate(standing: Standing) -> str:
     if standing.lr is None:
         return "–"
@@ -202,6 +219,7 @@ def table(suite: Suite, ledger: Ledger, costs: Mapping[str, Mapping[str, Any]]) 
         _main_table(found, suite.tasks),
         *([f"Not run yet: {', '.join(waiting)}."] if waiting else []),
         _target_lines(suite, ledger),
+        _gaps_table(found, suite.tasks),
         _steps_table(found, suite.tasks),
         _rates_table(found, suite.tasks),
         _legend(suite, costs),

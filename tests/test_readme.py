@@ -70,6 +70,10 @@ def test_the_suites_table_is_the_one_that_was_printed():
     assert len(main_table.splitlines()) > 4
     assert main_table in README
     assert targets in README
+    gaps = paragraphs[paragraphs.index("Loss less that of AdamW's best, seed by seed:") + 1].splitlines()
+    shown = [line for line in gaps if line.startswith(("| optimizer |", "| --- |", "| grit |", "| muon-0.8 |"))]
+    assert len(shown) == 4
+    assert "\n".join(shown) in README
 
 
 def test_the_cost_is_the_one_that_was_measured():

@@ -196,6 +196,12 @@ def test_the_table_says_what_the_results_say(tmp_path, drawn, pretend, capsys):
     assert "| adamw-0.6 | 0.6, 0.99 | 2.060 ± 0.010 (n=3) | 1.05× (1.05;" in text
     labels = [line.split(" | ")[0] for line in text.splitlines()[2:5]]
     assert labels == ["| grit", "| adamw", "| adamw-0.6"], "by mean loss"
+    gaps = text[text.index("Loss less that of AdamW's best, seed by seed:") :].splitlines()[2:7]
+    assert gaps[2:] == [
+        "| grit | −0.220 ± 0.000 |",
+        "| adamw | +0.000 ± 0.000 |",
+        "| adamw-0.6 | +0.050 ± 0.000 |",
+    ], "the seeds shift all alike"
     assert "- naming: 2.0100 nats per token, by adamw (β 0.9, 0.99) at learning rate 0.01" in text
     assert "task naming, 2 threads, median (quartiles), load of the machine before at most 0.2;" in text
     assert "3 seeds give only 10 different resamples" in text
