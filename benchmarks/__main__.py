@@ -228,7 +228,7 @@ def _add_sizes(commands: argparse._SubParsersAction) -> None:
         type=read.several(str),
         default=["whole", "budget", "rank", "adamw-rank", "eva", "adalora", "two-sided", "one-sided", "paper"],
         help="by default all: whole (GRIT, and the same cut by SVD and by predicted loss), budget, rank, adamw-rank, eva, "
-        "adalora, two-sided, one-sided, paper",
+        "adalora, two-sided, one-sided, paper; and rounded: saved in bf16, at a budget of 1 the whole adapter",
     )
     parser.add_argument(
         "--budgets", type=read.several(read.positive), default=[0.75, 0.49, 0.25], help="shares of the whole adapter"

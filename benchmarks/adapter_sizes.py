@@ -94,11 +94,11 @@ def grit(job: Job, model: Any, **options: Any) -> Any:
     return GritOptimizer(adamw(job.config, model), model, **{**options, **job.options})
 
 
-def train_and_save(job: Job, model: Any, name: str, **options: Any) -> Path:
-    """Train a model with GRIT and save its adapter under a name in the job's folder."""
+def train_and_save(job: Job, model: Any, name: str, dtype: torch.dtype | None = None, **options: Any) -> Path:
+    """Train a model with GRIT and save its adapter, as it is or rounded, under a name in the job's folder."""
     optimizer = grit(job, model, **options)
     fit(job, model, optimizer)
-    optimizer.save_adapter(job.folder / name)
+    optimizer.save_adapter(job.folder / name, dtype=dtype)
     return job.folder / name
 
 
@@ -150,7 +150,17 @@ def smaller_rank(job: Job) -> Saved:
         yield "grit, smaller rank", budget, train_and_save(job, model, f"rank-{rank}")
 
 
-WAYS: dict[str, Callable[[Job], Saved]] = {"whole": whole_and_cut, "budget": budgeted, "rank": smaller_rank}
+def rounded(job: Job) -> Saved:
+    """GRIT's adapter saved in bf16: the whole one at a budget of 1, else one that a budget has made smaller in training."""
+    for budget in job.budgets:
+        options = budget_options(job.config.steps, budget) if budget < 1 else {}
+        place = train_and_save(job, adapted_model(job.config), f"rounded-{budget}", torch.bfloat16, **options)
+        yield "grit, saved in bf16", budget, place
+
+
+WAYS: dict[str, Callable[[Job], Saved]] = {
+    "whole": whole_and_cut, "budget": budgeted, "rank": smaller_rank, "rounded": rounded,
+}  # fmt: skip
 """GRIT's own ways; the peers' are in ``adapter_peers``."""
 
 
