@@ -100,7 +100,10 @@ def options_of(name, rank, processes):
     """A Llama trained under the options of that name."""
     model = llama()
     optimizer = grit(model, **OPTIONS[name])
-    train(together(model), optimizer, rank, processes, STEPS.get(name, 8))
+    wrapped = together(
+        model, gradient_as_bucket_view=True
+    )  # gradients are views then, which modes that turn them replace
+    train(wrapped, optimizer, rank, processes, STEPS.get(name, 8))
     return ended(model, optimizer)
 
 
