@@ -74,6 +74,10 @@ def test_the_suites_table_is_the_one_that_was_printed():
     shown = [line for line in gaps if line.startswith(("| optimizer |", "| --- |", "| grit |", "| muon-0.8 |"))]
     assert len(shown) == 4
     assert "\n".join(shown) in README
+    rates = dict(
+        re.findall(r"^\| (\S+) \| (.+) \|$", paragraphs[paragraphs.index("Best learning rates:") + 1], re.MULTILINE)
+    )
+    assert rates["grit"] == rates["adamw"] == "0.01 | 0.01 | 0.005 | 0.01", "nothing to retune"
 
 
 def test_the_cost_is_the_one_that_was_measured():
