@@ -91,6 +91,7 @@ SUITES: dict[str, tuple[Contender, ...]] = {
         *map(_contender, _PEERS),
         _contender("soap-rank-0.6", "soap-rank", 0.6),
         _contender("lorarite-0.6", "lorarite", 0.6),
+        _contender("kl-soap-0.6", "kl-soap", 0.6),
         replace(_contender("muon-0.8", "muon"), options={"momentum": 0.8}),
         _contender("grit"),
         _contender("grit-0.6", "grit", 0.6),
