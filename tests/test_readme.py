@@ -118,6 +118,19 @@ def test_the_table_of_sizes_is_the_one_that_was_printed():
     assert f"({(folder / 'loss_against_bytes.png').relative_to(ROOT)})" in README
 
 
+def test_what_rounding_adds_is_what_was_measured():
+    folder = ROOT / "benchmarks" / "results" / "sizes_rounded"
+    tasks = adapter_sizes_report.read(folder)
+    assert (folder / "table.md").read_text(encoding="utf8").strip() == adapter_sizes_report.table(tasks).strip()
+    summary = adapter_sizes_report.summary(tasks, 0.75)
+    assert summary.count("(n=3)") == 4
+    assert summary in README
+    for series, _ in tasks.values():
+        size, rise = adapter_sizes_report.against_whole(series, series["grit, saved in bf16"][0.75])
+        assert size < -0.5
+        assert rise < adapter_sizes_report.AIM
+
+
 def test_linked_files_exist():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert links
