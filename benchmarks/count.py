@@ -109,9 +109,8 @@ def _meta_optimizer(name: str, model: PeftModel, options: dict[str, Any]) -> tor
         if "foreach" in group:
             group["foreach"] = True  # AdamW's own choice on a GPU
     if hasattr(optimizer, "_tap_watch"):
-        optimizer._tap_watch.steps_left = (
-            0  # the first steps compare taps and gradients, for which there have to be values
-        )
+        # The first steps compare taps and gradients, for which there would have to be values.
+        optimizer._tap_watch.steps_left = 0
     return optimizer
 
 

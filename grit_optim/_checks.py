@@ -281,7 +281,7 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
     """Refuse parameters that are partitioned over processes.
 
     Raises:
-        NotImplementedError: a parameter is a DTensor (FSDP2, tensor parallelism) or no matrix (FSDP1).
+        NotImplementedError: a parameter is a DTensor (FSDP2, tensor parallelism) or no matrix (FSDP1, ZeRO-3).
     """
     for name, parameter in parameters.items():
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
@@ -291,6 +291,6 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
             )
         if parameter.dim() < 2:
             raise NotImplementedError(
-                f"the weight of site {name!r} is a flat vector of {parameter.numel()} entries: FSDP1 has partitioned it over "
-                "processes, and GritOptimizer needs whole matrices; use DDP, or a single process"
+                f"the weight of site {name!r} is a flat vector of {parameter.numel()} entries: FSDP1 or ZeRO-3 has partitioned "
+                "it over processes, and GritOptimizer needs whole matrices; use DDP, or a single process"
             )

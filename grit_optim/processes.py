@@ -70,9 +70,9 @@ def add_up(sums: Sequence[Sums], fired: Sequence[int], inner: Sequence[Tensor | 
 
 def mean_loss(loss: Tensor | float | None, device: torch.device) -> Tensor | None:
     """The mean of the processes' losses, over those that know one; None if none does. Every process has to call it."""
-    own = torch.zeros(()) if loss is None else torch.as_tensor(loss)
-    known = torch.tensor(0.0 if loss is None else 1.0, device=device)
-    total = torch.stack((own.to(device, torch.float32), known))
+    # Filled where it lies: copying a number to a GPU would wait for it.
+    own = loss.to(device, torch.float32) if isinstance(loss, Tensor) else torch.full((), loss or 0.0, device=device)
+    total = torch.stack((own, torch.full((), float(loss is not None), device=device)))
     torch.distributed.all_reduce(total)
     if loss is None and not total[1]:  # only a process without a loss has to look
         return None
