@@ -33,7 +33,7 @@ def _cut_start(axis: Axes, cells: Sequence[Cell]) -> None:
         return
     low, high = min(map(min, curves)), max(curve[1] for curve in curves)
     axis.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
-    axis.annotate(f"step 0: {curves[0][0]:.2f}", (0.24, 0.97), xycoords="axes fraction", va="top", fontsize=8)
+    axis.annotate(f"step 0: {curves[0][0]:.2f}", (0.02, 0.97), xycoords="axes fraction", va="top", fontsize=8)
 
 
 def draw_curves(found: Sequence[Method], path: Path) -> Path | None:
