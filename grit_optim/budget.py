@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from grit_optim._warn import warn
 
 
 def parameters(budget: float, total: int) -> float:
@@ -102,11 +103,10 @@ class BudgetSchedule:
         if self._observed or self._warned or step <= self.first:
             return
         self._warned = True
-        warnings.warn(
+        warn(
             "rank_budget_schedule='adaptive' stands still at its start, since no loss has been told: the "
             "model's output carries none, so call optimizer.observe(loss) after each backward pass, or pass a closure to "
             "step(); or choose 'linear' or 'cosine'",
-            stacklevel=7,
         )
 
     def state(self) -> dict[str, Any]:

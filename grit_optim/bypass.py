@@ -8,11 +8,11 @@ stepped or cleared since, and yet the weights were changed in place or the gradi
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 from torch import Tensor
 
+from grit_optim._warn import warn
 from grit_optim.sites import Site
 
 PATIENCE = 3
@@ -59,11 +59,10 @@ class BypassWatch:
         if seen is not None and not bool(seen.isfinite()):
             return
         self._finished = True
-        warnings.warn(
+        warn(
             f"this model has been trained for {PATIENCE} steps without GritOptimizer.step(): the weights of {site.name!r} were "
             "changed, or their gradients cleared, by somebody else, so GRIT does nothing. Something steps around it: "
             "transformers' Trainer drops optimizers= under DeepSpeed and FSDP (train without them), other optimizers step "
             "inside the backward pass, or the loop calls optimizer.base.step() or builds an optimizer of its own. Let the "
             "loop call step() of the GritOptimizer itself, or call close() on it if it is no longer wanted",
-            stacklevel=2,
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from grit_optim._checks import listed
+from grit_optim._warn import warn
 from grit_optim.sites import Site
 
 CHECKED_STEPS = 5
@@ -136,40 +136,33 @@ class TapWatch:
             _warn_of(reports)
 
 
-_STACK_LEVEL = 7
-"""Frames from the warning to whoever called ``step()``: two here, a stage, the step and torch's two wrappers of it."""
-
-
 def _warn_of(reports: Iterable[SiteReport]) -> None:
     """One warning that names the sites whose taps do not see what their gradients saw, and the remedy."""
     by_status: dict[str, list[str]] = {}
     for report in reports:
         by_status.setdefault(report.status, []).append(report.name)
     if "silent" in by_status:
-        warnings.warn(
+        warn(
             f"GRIT does nothing for {_sites(by_status['silent'])}: their weights receive gradients, but the forward pass of "
             "`lora_A` is never called. A fused kernel (Unsloth, Axolotl), a merged adapter or a model compiled before the "
             "optimizer was built goes around it: turn the fused LoRA kernels off, unmerge, or build the optimizer before "
             "the first compiled call",
-            stacklevel=_STACK_LEVEL,
         )
     if "mismatch" in by_status:
-        warnings.warn(
+        warn(
             f"the taps of {_sites(by_status['mismatch'])} do not see what their gradients come from (⟨A, ∇A⟩ differs from "
             "Σ h·δ): part of the forward passes goes around `lora_A`, the loss has a term in the weights themselves, or "
             "gradients were left from before. GRIT's factors for them describe something else; see check_capture()",
-            stacklevel=_STACK_LEVEL,
         )
 
 
 def _warn_of_idleness(steps: int, sites: int) -> None:
     """Say that the steps so far had nothing to work with."""
-    warnings.warn(
+    warn(
         f"GritOptimizer.step() was called {steps} times, and none of its {sites} LoRA site(s) had a gradient, so nothing is "
         "trained: the model that is trained is another one than the optimizer was built on (a copy, or one that the trainer "
         "built or wrapped anew), or its adapter is disabled or frozen. Build the optimizer on the model that is trained; "
         "where transformers' Trainer builds it, pass optimizer_cls_and_kwargs=(grit_optim.for_trainer, {...})",
-        stacklevel=_STACK_LEVEL,
     )
 
 

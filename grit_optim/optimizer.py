@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from grit_optim import checkpoint, processes, schedule
 from grit_optim import precondition as modes
 from grit_optim._checks import OPTION_NAMES, Options, check_base
+from grit_optim._warn import warn
 from grit_optim.curvature import Curvature
 from grit_optim.pace import Pace
 from grit_optim.presets import with_mode_defaults
@@ -190,9 +190,8 @@ class GritOptimizer(ReportingOptimizer):
             raise ValueError(no_sites_message(model, untapped))
         if untapped:
             listed = "; ".join(f"{name}: {reason}" for name, reason in untapped.items())
-            warnings.warn(
+            warn(
                 f"GRIT leaves {len(untapped)} adapter(s) to the base optimizer alone, since they cannot be tapped: {listed}",
-                stacklevel=3,
             )
         return found
 

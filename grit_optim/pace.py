@@ -15,7 +15,6 @@ what is decided depends on the losses alone, not on when they arrive.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from grit_optim import schedule
 from grit_optim._checks import Options
+from grit_optim._warn import warn
 from grit_optim.hostcopy import HostCopy
 
 WINDOW = 20
@@ -92,10 +92,9 @@ class Pace:
         if loss is None:
             self._without += 1
             if self._without == WINDOW:
-                warnings.warn(
+                warn(
                     f"adaptive_schedule=True has been told no loss in {WINDOW} steps, so nothing adapts: call "
                     "optimizer.observe(loss) before step(), pass step() a closure, or let the model's output carry a `loss`",
-                    stacklevel=6,
                 )
             return
         self._losses.append(loss)

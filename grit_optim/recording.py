@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+from grit_optim._warn import warn
 from grit_optim.sinks import Record, Sink
 from grit_optim.snapshot import Snapshot
 
@@ -89,10 +89,9 @@ class Recorder:
         except Exception as error:
             sink, self.sink = self.sink, None
             self._pending.clear()
-            warnings.warn(
+            warn(
                 f"{type(sink).__name__} failed on the {record['kind']!r} record of step {record['step']} and is given no more: "
                 f"{type(error).__name__}: {error}",
-                stacklevel=2,
             )
 
     def close(self, end: Record) -> None:

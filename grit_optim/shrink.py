@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grit_optim import adapter_config
+from grit_optim._warn import warn
 from grit_optim.sites import Site, adapter_layers, layers_of_pairs, peft_model_in
 
 
@@ -51,10 +51,9 @@ def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], pef
     for group in base.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in removed]
     if strange:
-        warnings.warn(
+        warn(
             f"shrink_() does not know how to cut the state that {type(base).__name__} keeps ({', '.join(sorted(strange))}); it "
             "was reset for the LoRA parameters that became smaller",
-            stacklevel=4,
         )
 
 

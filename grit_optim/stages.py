@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 from grit_optim import budget, checkpoint, diagnosis, pairs, processes, regularizers, schedule
 from grit_optim import precondition as modes
 from grit_optim._checks import Options, check_parameters, listed
+from grit_optim._warn import warn
 from grit_optim.buckets import build_buckets
 from grit_optim.budget import BudgetSchedule
 from grit_optim.capture import Capture
@@ -147,11 +147,10 @@ class StagedOptimizer(OptimizerWrapper):
             return
         replaced = [site.name for site, is_same in zip(self._sites, same, strict=True) if not is_same]
         if replaced:
-            warnings.warn(
+            warn(
                 f"the weights of {len(replaced)} LoRA site(s) ({listed(replaced)}) were replaced or deleted after the "
                 "optimizer was built, and the base optimizer does not hold the new ones, so they are not trained; build a "
                 "new optimizer after changing adapters",
-                stacklevel=3,
             )
         self._attach([site for site, is_same in zip(self._sites, same, strict=True) if is_same])
 

@@ -9,7 +9,6 @@ parameter's shape is not understood: the parameter's state is then dropped, so t
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from grit_optim._warn import warn
 from grit_optim.buckets import Group
 from grit_optim.reprojection import Move
 
@@ -164,10 +164,9 @@ def _move_named(group: Group, states: Sequence[dict[str, Any]], name: str, opera
 
 def _warn_dropped_state(base: Optimizer, names: set[str]) -> None:
     """Say which state a change of coordinates could not carry along."""
-    warnings.warn(
+    warn(
         f"GritOptimizer changed the coordinates of A and B, and {type(base).__name__} keeps state that it does not know how to "
         f"move ({', '.join(sorted(names))}); that state was reset for the LoRA parameters. Use a base whose state is among "
         f"{', '.join(GRADIENT_LIKE + SQUARE_LIKE)}, or a mode that leaves the coordinates alone (precondition='steer' or "
         "'inverse', reprojection='none')",
-        stacklevel=3,
     )

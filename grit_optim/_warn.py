@@ -1,0 +1,19 @@
+"""Warnings that name the caller's line, however many wrappers and library frames lie between."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+_LIBRARIES = {"grit_optim", "torch", "peft", "transformers", "accelerate", "trl", "lightning", "pytorch_lightning"}
+
+
+def warn(message: str) -> None:
+    """Issue a UserWarning for the nearest caller outside this package and the libraries that training goes through.
+
+    Where there is none (a hook on a thread of autograd's own), the outermost frame is named.
+    """
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
