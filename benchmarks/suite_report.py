@@ -66,6 +66,7 @@ def data(suite: Suite, ledger: Ledger, costs: Mapping[str, Mapping[str, Any]]) -
                 "step_time_ratio": dict(entry.step_time) if entry.step_time else None,
                 "optimizer_state_bytes": entry.state_bytes,
                 "remarks": entry.remarks,
+                "commits": entry.commits,
                 "tasks": {one.trial.task: _standing_data(one) for one in entry.standings},
             }
             for entry in entries(trials, costs)

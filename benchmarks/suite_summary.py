@@ -214,10 +214,12 @@ class Entry:
                 found.setdefault(remark, []).append(standing.trial.task)
         everywhere = len(self.standings)
         lines = [text if len(tasks) == everywhere else f"{', '.join(tasks)}: {text}" for text, tasks in found.items()]
-        commits = {(run.get("code") or {}).get("commit") for one in self.standings for run in one.runs}
-        if len(commits) > 1:
-            lines.append(f"runs of {len(commits)} commits")
         return lines + ([f"cost failed: {self.cost_failure}"] if self.cost_failure else [])
+
+    @property
+    def commits(self) -> int:
+        """Of how many commits of the project the runs are that the losses come from."""
+        return len({(run.get("code") or {}).get("commit") for one in self.standings for run in one.runs})
 
 
 def _adamw_losses(standings: Sequence[Standing]) -> tuple[tuple[float, ...], ...]:

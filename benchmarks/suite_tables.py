@@ -215,9 +215,11 @@ def table(suite: Suite, ledger: Ledger, costs: Mapping[str, Mapping[str, Any]]) 
     everybody = entries(suite.trials(ledger), costs)
     found = [entry for entry in everybody if entry.is_started]
     waiting = [entry.contender.label for entry in everybody if not entry.is_started]
+    mixed = [f"{entry.contender.label} ({entry.commits})" for entry in found if entry.commits > 1]
     parts = [
         _main_table(found, suite.tasks),
         *([f"Not run yet: {', '.join(waiting)}."] if waiting else []),
+        *([f"Losses from runs of more than one commit of the project: {', '.join(mixed)}."] if mixed else []),
         _target_lines(suite, ledger),
         _gaps_table(found, suite.tasks),
         _steps_table(found, suite.tasks),

@@ -339,8 +339,9 @@ def test_runs_of_several_commits_are_told(tmp_path, pretend):
     for result in read_ledger(tmp_path).results.values():
         if (result["config"]["optimizer"], result["config"]["seed"]) == ("grit", 0):
             write_result(tmp_path, {**result, "code": {"commit": "d" * 40, "dirty": False}})
-    found = {one["label"]: one["remarks"] for one in suite_data(tmp_path)["contenders"]}
-    assert found == {"grit": ["runs of 2 commits"], "adamw": [], "adamw-0.6": []}
+    found = {one["label"]: one["commits"] for one in suite_data(tmp_path)["contenders"]}
+    assert found == {"grit": 2, "adamw": 1, "adamw-0.6": 1}
+    assert "from runs of more than one commit of the project: grit (2).\n" in report(tmp_path)
 
 
 def suite_data(folder):
