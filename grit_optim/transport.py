@@ -1,9 +1,10 @@
 """The base optimizer's state: reading its moments, and moving them along when the coordinates of A and B change.
 
 State tensors are known by name, so that any optimizer that uses the field's names is served. What transforms like a
-gradient is multiplied as a gradient is, squared gradients by the squared entries (exact for permutations and sign
-changes, the usual approximation otherwise), copies of the weights as the weights are. Any other tensor that has the
-parameter's shape is not understood: the parameter's state is then dropped, so that the base starts it anew, and named.
+gradient is multiplied as a gradient is, copies of the weights as the weights are. Squared gradients are multiplied by the
+squared entries (exact for permutations and sign changes), and where the tokens' factors tell how a gradient's entries are
+correlated over the rank, by what that leaves out. Any other tensor that has the parameter's shape is not understood: the
+parameter's state is then dropped, so that the base starts it anew, and named.
 """
 
 from __future__ import annotations
@@ -118,14 +119,31 @@ def set_weights(base: Optimizer, group: Group, stacked: Tensor, changed: Tensor)
                 copy.copy_(value.view_as(copy))
 
 
-def move_state(base: Optimizer, groups: Iterable[Group], move: Move) -> None:
+def move_state(
+    base: Optimizer, groups: Iterable[Group], move: Move, covariances: tuple[Tensor, Tensor] | None = None
+) -> None:
     """Move the base's state for the parameters of ``groups`` as ``move`` says.
 
     Where a state tensor is not understood, those parameters' state is dropped with a warning, and the base starts it anew.
+
+    Args:
+        base: the base optimizer.
+        groups: the matrices.
+        move: what happens to their coordinates.
+        covariances: of ∇A's and of ∇B's entries over the rank, up to a factor, before the move, ``[S, r, r]`` each; None where
+            they are taken to be uncorrelated.
     """
+    a_square, b_square = move.a_gradient.square(), move.b_gradient.square()
+    if covariances is not None:
+        a_square = _square_operator(move.a_gradient, covariances[0])
+        b_square = _square_operator(move.b_gradient.mT, covariances[1]).mT
     unknown: set[str] = set()
     for group in groups:
-        gradient, weight = (move.a_gradient, move.a_weight) if group.side == "A" else (move.b_gradient, move.b_weight)
+        gradient, square, weight = (
+            (move.a_gradient, a_square, move.a_weight)
+            if group.side == "A"
+            else (move.b_gradient, b_square, move.b_weight)
+        )
         states = [base.state.get(p, {}) for p in group.parameters]
         strange = _unknown_names(group.parameters, states)
         if strange:
@@ -133,11 +151,27 @@ def move_state(base: Optimizer, groups: Iterable[Group], move: Move) -> None:
             for parameter in group.parameters:
                 base.state.pop(parameter, None)
             continue
-        for names, operator in ((GRADIENT_LIKE, gradient), (SQUARE_LIKE, gradient.square()), (WEIGHT_LIKE, weight)):
+        for names, operator in ((GRADIENT_LIKE, gradient), (SQUARE_LIKE, square), (WEIGHT_LIKE, weight)):
             for name in names:
                 _move_named(group, states, name, operator)
     if unknown:
         _warn_dropped_state(base, unknown)
+
+
+def _square_operator(operator: Tensor, covariance: Tensor) -> Tensor:
+    """What the second moments of g become where g becomes ``O g``: ``O²`` entry by entry, times what that leaves out.
+
+    ``E[(O g)_i²] = Σ_kl O_ik O_il E[g_k g_l]``, of which ``O²`` has the terms k = l. The others are taken from ``covariance``,
+    which makes the result exact where the columns of a gradient have the same correlations over the rank.
+
+    Args:
+        operator: O ``[S, r, r]``.
+        covariance: E[g gᵀ] up to a factor ``[S, r, r]``; zero where it is not known.
+    """
+    covariance, squared = covariance.to(operator.dtype), operator.square()
+    uncorrelated = (squared @ covariance.diagonal(dim1=-2, dim2=-1)[..., None]).squeeze(-1)
+    exact = (operator @ covariance @ operator.mT).diagonal(dim1=-2, dim2=-1).clamp_min(0)
+    return squared * torch.where(uncorrelated > 0, exact / uncorrelated, 1.0)[..., None]
 
 
 def _unknown_names(parameters: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> set[str]:
