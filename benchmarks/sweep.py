@@ -158,14 +158,17 @@ class Trial:
     def mean(self, place: int) -> float | None:
         """Mean final loss over all seeds at the full budget; a rate far behind with the first seed is judged by that seed.
 
-        Seeds shift all rates alike, so a rate that is `margin` behind with one of them would not come first with more.
+        Seeds shift all rates alike, so a rate that is `margin` behind with one of them would hardly come first with more. Where
+        the first seed's loss is below the mean of the rate that is ahead, the other seeds are run all the same.
         """
-        first = self._first_loss(place, self.settings.steps)
+        steps = self.settings.steps
+        first = self._first_loss(place, steps)
         best = self.narrowed.best if self.narrowed else None
-        ahead = None if best is None else self._first_loss(best, self.settings.steps)
-        if first is not None and ahead is not None and first > ahead + self.settings.margin:
-            return first
-        return self.ledger.mean(self.configs(place, self.settings.steps))
+        if first is not None and best is not None:
+            ahead, leader = self._first_loss(best, steps), self.ledger.mean(self.configs(best, steps))
+            if ahead is not None and first > ahead + self.settings.margin and (leader is None or first > leader):
+                return first
+        return self.ledger.mean(self.configs(place, steps))
 
     def _first_loss(self, place: int, steps: int) -> float | None:
         """Final loss of the first seed."""

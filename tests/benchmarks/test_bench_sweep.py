@@ -195,6 +195,14 @@ def test_the_full_budget_has_the_last_word_and_then_all_seeds():
     assert not trial.settled.edge
 
 
+def test_a_rate_with_the_first_seed_alone_is_never_the_best():
+    """The other seeds lie so much higher that the first one's loss at a worse rate is below the best rate's mean."""
+    trials, _ = simulated(lambda run: valley(run) + (0.0 if run.seed == 0 else 50.0), contenders=(ADAMW,))
+    (trial,) = trials
+    assert trial.contender.rate(trial.best) == 0.01
+    assert None not in [trial.ledger.loss(run) for run in trial.at_budget(trial.settings.steps)]
+
+
 def test_a_rate_that_diverges_for_one_seed_is_not_the_best():
     trials, _ = simulated(lambda run: None if run.seed == 1 and run.lr >= 0.01 else valley(run), contenders=(ADAMW,))
     assert trials[0].contender.rate(trials[0].best) == 0.005
