@@ -94,7 +94,6 @@ SUITES: dict[str, tuple[Contender, ...]] = {
         _contender("kl-soap-0.6", "kl-soap", 0.6),
         replace(_contender("muon-0.8", "muon"), options={"momentum": 0.8}),
         _contender("grit"),
-        _contender("grit-0.6", "grit", 0.6),
         *map(_contender, _ABLATIONS),
     )
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from grit_optim import linalg, pairs, transport
+from grit_optim._checks import moment_decay
 from grit_optim.curvature import Curvature
 from grit_optim.held import Held, inner_product, norm
 from grit_optim.reprojection import Move
@@ -132,10 +133,11 @@ class Balanced(Preconditioner):
 class Steer(Preconditioner):
     """``"steer"``: the base steps, and its step is turned to the natural gradient's direction.
 
-    For A the direction is ``−Σ^(−p) (m / c)``, with m the base's average of the gradient, into which ``gradient_share`` of the
-    newest one is mixed, c the root of its average of the squared gradient, averaged over the rank (one value per column of
-    A, per row of B), and p ``kfac_power``; a base that keeps neither gets the gradient and 1. Entries that would go up the
-    newest gradient lose the share ``caution``. ``step_length`` says how long the step is. Decoupled weight decay stays outside.
+    For A the direction is ``−Σ^(−p) (m / c)``, with m the base's average of the gradient, made to forget as ``momentum`` says,
+    into which ``gradient_share`` of the newest gradient is mixed, c the root of its average of the squared gradient, averaged
+    over the rank (one value per column of A, per row of B), and p ``kfac_power``; a base that keeps neither gets the gradient
+    and 1. Entries that would go up the newest gradient lose the share ``caution``. ``step_length`` says how long the step is.
+    Decoupled weight decay stays outside.
     """
 
     def refresh(self, curvature: Curvature) -> None:
@@ -172,7 +174,9 @@ class Steer(Preconditioner):
     def _cautious(self, held: Held, direction: Tensor) -> Tensor:
         """The direction with its entries that go up the newest gradient made smaller (Liang et al. 2024 drop them)."""
         caution = held.curvature.options.caution
-        return direction if caution == 0 else torch.where(direction * held.gradient < 0, 1 - caution, 1.0) * direction
+        return (
+            direction if caution == 0 else torch.where(direction * self._newest(held) < 0, 1 - caution, 1.0) * direction
+        )
 
     def _length(self, held: Held, base_length: Tensor) -> Tensor:
         """Frobenius norm that each step is to have, ``[m, 1, 1]``; zero where the base did not move."""
@@ -190,19 +194,40 @@ class Steer(Preconditioner):
         moments = [m for m in (transport.first_moment(self.base, p) for p in group.parameters) if m is not None]
         squares = [s for s in (transport.second_moment(self.base, p) for p in group.parameters) if s is not None]
         complete = len(group.parameters)
-        moment = self._mixed(held, group.stack(moments)) if len(moments) == complete else held.gradient
+        moment = self._mixed(held, group.stack(moments)) if len(moments) == complete else self._newest(held)
         if len(squares) < complete:
             return moment
         mean_square = group.stack(squares).mean(group.rank_dim, keepdim=True)
         return moment / mean_square.clamp_min(torch.finfo(moment.dtype).tiny).sqrt()
 
+    def _newest(self, held: Held) -> Tensor:
+        """The newest gradient of what the base descends."""
+        maximize = self.base.param_groups[held.group.param_group].get("maximize", False)
+        return -held.gradient if maximize else held.gradient
+
     def _mixed(self, held: Held, moment: Tensor) -> Tensor:
-        """The base's mean gradient with the newest gradient mixed in."""
-        share, group = held.curvature.options.gradient_share, held.group
-        if share == 0:
+        """The mean gradient, by the base's average ``[m, rows, columns]``, with the newest gradient mixed in."""
+        options, group = held.curvature.options, held.group
+        settings = self.base.param_groups[group.param_group]
+        decay = moment_decay(settings)
+        if options.momentum not in ("base", decay) and decay > 0:
+            wanted = float(options.momentum)
+            moment, decay = self._freshened(held, moment, wanted / decay), wanted
+        if options.gradient_share == 0:
             return moment
-        weight = transport.moment_weight(self.base, group.parameters[0], self.base.param_groups[group.param_group])
-        return (1 - share) * (moment / weight) + share * held.gradient
+        weight = transport.moment_weight(self.base, group.parameters[0], settings, decay)
+        return (1 - options.gradient_share) * (moment / weight) + options.gradient_share * self._newest(held)
+
+    def _freshened(self, held: Held, moment: Tensor, ratio: float) -> Tensor:
+        """The base's average as it would be had it kept ``ratio`` times as much of its past, for now and for the next step.
+
+        ``β m + (1 − β) g`` becomes ``ratio (β m + (1 − β) g) + (1 − ratio) g = ratio·β m + (1 − ratio·β) g``.
+        """
+        group = held.group
+        newest = self._newest(held) * (1 - self.base.param_groups[group.param_group].get("dampening", 0.0))
+        fresh = torch.lerp(newest, moment, ratio)
+        transport.set_first_moment(self.base, group.parameters, torch.where(held.ready, fresh, moment).unbind())
+        return fresh
 
 
 class Spectral(Steer):

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from grit_optim._checks import is_adam
+
 BALANCING_DAMPING = 1e-4
 """Relative damping of factors that are balanced; small, so that their spectrum stays true."""
 
@@ -42,15 +44,20 @@ STEP_RMS = 0.6
 """Length of a "spectral" step around an Adam: root mean square of its entries, in units of the learning rate."""
 
 
-def default_step_length(precondition: str, base: Optimizer) -> float | str:
-    """How long a step is if nothing is asked for.
+MOMENTUM = 0.6
+"""What the average of the gradient keeps per step in "spectral" around an Adam."""
+
+
+def adam_defaults(precondition: str, base: Optimizer) -> dict[str, Any]:
+    """How long a step is, and how fresh its direction, if nothing is asked for.
 
     Adam's own step shrinks with the noise in its average, so with β₁: at β₁ = 0.9 it is a quarter to a half of the learning
-    rate per entry. A fixed length instead lets one learning rate serve whatever β₁ is. Any other base's learning rate means
-    something else, so there the base's own step says how long.
+    rate per entry. A fixed length instead lets one learning rate serve whatever β₁ is, and the direction can be as fresh as it
+    wants to be, which is fresher than β₁ = 0.9. Any other base's learning rate means something else, so there the base's own
+    step says how long, and its average which way.
     """
-    is_adam = any("Adam" in kind.__name__ for kind in type(base).__mro__)
-    return STEP_RMS if precondition == "spectral" and is_adam else "base"
+    ours = precondition == "spectral" and is_adam(base)
+    return {"step_length": STEP_RMS if ours else "base", "momentum": MOMENTUM if ours else "base"}
 
 
 def with_mode_defaults(options: dict[str, Any], base: Optimizer) -> dict[str, Any]:
@@ -58,7 +65,7 @@ def with_mode_defaults(options: dict[str, Any], base: Optimizer) -> dict[str, An
     precondition = options["precondition"]
     defaults = {
         **MODE_DEFAULTS.get(precondition, MODE_DEFAULTS["none"]),
-        "step_length": default_step_length(precondition, base),
+        **adam_defaults(precondition, base),
     }
     return {name: defaults[name] if value is None and name in defaults else value for name, value in options.items()}
 

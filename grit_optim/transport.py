@@ -53,22 +53,39 @@ def first_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
     return _bitsandbytes_moment(state, "1")
 
 
-def moment_weight(base: Optimizer, parameter: Tensor, settings: dict[str, Any]) -> Tensor | float:
+def moment_weight(base: Optimizer, parameter: Tensor, settings: dict[str, Any], decay: float) -> Tensor | float:
     """What :func:`first_moment` is to be divided by to be a mean of gradients: the sum of the weights in it.
 
     Args:
         base: the base optimizer.
         parameter: one of its parameters, after at least one step.
         settings: the parameter's group.
+        decay: what the average keeps per step, β₁ or SGD's momentum.
 
     Returns:
         ``1 − β₁ᵗ`` for Adam's average after t steps, ``(1 − dampening) / (1 − β)`` for SGD's momentum buffer, which sums, 1
         for any other.
     """
     if "dampening" in settings:
-        return (1 - settings["dampening"]) / (1 - settings["momentum"])
+        return (1 - settings["dampening"]) / (1 - decay)
     steps = base.state.get(parameter, {}).get("step")
-    return 1.0 if steps is None or "betas" not in settings else 1 - settings["betas"][0] ** steps
+    return 1.0 if steps is None or "betas" not in settings else 1 - decay**steps
+
+
+def set_first_moment(base: Optimizer, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Put other values into what :func:`first_moment` reads; bitsandbytes' 8-bit states are quantized anew."""
+    targets = [first_moment(base, p) for p in parameters]
+    quantized = [base.state[p].get("state1") for p in parameters]
+    plain = [
+        (target, value.view_as(target))
+        for target, value, codes in zip(targets, values, quantized, strict=True)
+        if target is not None and (codes is None or codes.dtype != torch.uint8)
+    ]
+    if plain:
+        torch._foreach_copy_([target for target, _ in plain], [value for _, value in plain])
+    for parameter, value, codes in zip(parameters, values, quantized, strict=True):
+        if codes is not None and codes.dtype == torch.uint8:
+            _quantize(base.state[parameter], value)
 
 
 def second_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
@@ -89,8 +106,24 @@ def _bitsandbytes_moment(state: dict[str, Any], which: str) -> Tensor | None:
     from bitsandbytes import functional
 
     scales = state[f"absmax{which}"]
-    blocksize = 2 ** math.ceil(math.log2(value.numel() / scales.numel()))
-    return functional.dequantize_blockwise(value, absmax=scales, code=state[f"qmap{which}"], blocksize=blocksize)
+    return functional.dequantize_blockwise(
+        value, absmax=scales, code=state[f"qmap{which}"], blocksize=_block_size(value, scales)
+    )
+
+
+def _quantize(state: dict[str, Any], value: Tensor) -> None:
+    """Set bitsandbytes' ``state1``, stored in 8 bits by blocks."""
+    from bitsandbytes import functional
+
+    codes, scales = state["state1"], state["absmax1"]
+    contiguous = value.to(torch.float32).reshape(codes.shape).contiguous()
+    stored, found = functional.quantize_blockwise(contiguous, code=state["qmap1"], blocksize=_block_size(codes, scales))
+    codes.copy_(stored)
+    scales.copy_(found.absmax)
+
+
+def _block_size(codes: Tensor, scales: Tensor) -> int:
+    return 2 ** math.ceil(math.log2(codes.numel() / scales.numel()))
 
 
 def move_weights(groups: Iterable[Group], move: Move) -> None:

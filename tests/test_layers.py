@@ -48,6 +48,7 @@ BESIDE = {
     ("recording", "snapshot"),
     ("snapshot", "telemetry"),
     ("spectra", "linalg"),
+    ("presets", "_checks"),
     ("precondition", "curvature"),
     ("precondition", "held"),
     ("precondition", "pairs"),

@@ -28,6 +28,8 @@ INVALID = [
     ("kfac_damping", float("nan"), ValueError, "above 0"),
     ("kfac_power", -0.5, ValueError, "from 0 up"),
     ("gradient_share", 1.5, ValueError, r"in \[0, 1\]"),
+    ("momentum", 1.0, ValueError, r"in \[0, 1\)"),
+    ("momentum", "adam", TypeError, "momentum"),
     ("caution", -0.1, ValueError, r"in \[0, 1\]"),
     ("step_length", 0.0, ValueError, "'base' for the base's own length"),
     ("step_length", "bas", TypeError, "must be a number above 0, or 'base'"),

@@ -30,7 +30,7 @@ def test_spectral_orthogonalises_the_momentum_in_fisher_coordinates(weight_decay
     for a, b, sigma_a, sigma_g in sites_of(model, optimizer):
         for name, factor, left, rms in ((a, sigma_g, True, 0.9), (b, sigma_a, False, 0.6)):
             state = optimizer.state[parameters[name]]
-            mean = state["exp_avg"].double() / (1 - 0.9 ** state["step"].item())
+            mean = state["exp_avg"].double() / (1 - 0.6 ** state["step"].item())
             mixed = 0.6 * mean + 0.4 * gradients[name].double()
             scaled = mixed / state["exp_avg_sq"].double().mean(0 if left else 1, keepdim=True).sqrt()
             root = root_of(factor, 0.3, 0.25)
@@ -109,5 +109,5 @@ def test_the_weight_of_a_moment_makes_it_a_mean_of_gradients(make, steps):
         parameter.grad = torch.full((2, 3), 5.0)
         base.step()
     moment = transport.first_moment(base, parameter)
-    weight = transport.moment_weight(base, parameter, base.param_groups[0])
+    weight = transport.moment_weight(base, parameter, base.param_groups[0], 0.7)
     torch.testing.assert_close(moment / weight, torch.full((2, 3), 5.0))
