@@ -93,6 +93,7 @@ SUITES: dict[str, tuple[Contender, ...]] = {
         _contender("lorarite-0.6", "lorarite", 0.6),
         _contender("kl-soap-0.6", "kl-soap", 0.6),
         replace(_contender("muon-0.8", "muon"), options={"momentum": 0.8}),
+        replace(_contender("muon-0.6", "muon"), options={"momentum": 0.6}),
         _contender("grit"),
         *map(_contender, _ABLATIONS),
     )
