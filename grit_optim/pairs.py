@@ -126,8 +126,6 @@ def project(base: Optimizer, curvature: Curvature, policy: RankPolicy) -> None:
 
 def _apply(base: Optimizer, curvature: Curvature, move: reprojection.Move) -> None:
     transport.move_weights(curvature.bucket.groups, move)
-    covariances = (
-        curvature.factors.gradient,
-        curvature.factors.activation,
-    )  # K-FAC's for A and for B, whatever `pairing` is
+    # K-FAC's factor of each gradient, whatever `pairing` is.
+    covariances = curvature.factors.gradient, curvature.factors.activation
     transport.move_state(base, curvature.bucket.groups, move, covariances)

@@ -174,9 +174,9 @@ class Steer(Preconditioner):
     def _cautious(self, held: Held, direction: Tensor) -> Tensor:
         """The direction with its entries that go up the newest gradient made smaller (Liang et al. 2024 drop them)."""
         caution = held.curvature.options.caution
-        return (
-            direction if caution == 0 else torch.where(direction * self._newest(held) < 0, 1 - caution, 1.0) * direction
-        )
+        if caution == 0:
+            return direction
+        return torch.where(direction * self._newest(held) < 0, 1 - caution, 1.0) * direction
 
     def _length(self, held: Held, base_length: Tensor) -> Tensor:
         """Frobenius norm that each step is to have, ``[m, 1, 1]``; zero where the base did not move."""

@@ -74,18 +74,16 @@ def moment_weight(base: Optimizer, parameter: Tensor, settings: dict[str, Any], 
 
 def set_first_moment(base: Optimizer, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Put other values into what :func:`first_moment` reads; bitsandbytes' 8-bit states are quantized anew."""
-    targets = [first_moment(base, p) for p in parameters]
-    quantized = [base.state[p].get("state1") for p in parameters]
-    plain = [
-        (target, value.view_as(target))
-        for target, value, codes in zip(targets, values, quantized, strict=True)
-        if target is not None and (codes is None or codes.dtype != torch.uint8)
-    ]
+    plain: list[tuple[Tensor, Tensor]] = []
+    for parameter, value in zip(parameters, values, strict=True):
+        state = base.state[parameter]
+        codes = state.get("state1")
+        if codes is not None and codes.dtype == torch.uint8:
+            _quantize(state, value)
+        elif (target := first_moment(base, parameter)) is not None:
+            plain.append((target, value.view_as(target)))
     if plain:
         torch._foreach_copy_([target for target, _ in plain], [value for _, value in plain])
-    for parameter, value, codes in zip(parameters, values, quantized, strict=True):
-        if codes is not None and codes.dtype == torch.uint8:
-            _quantize(base.state[parameter], value)
 
 
 def second_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
