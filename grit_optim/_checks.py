@@ -34,7 +34,7 @@ class Options:
     kfac_damping: float
     damping: str
     kfac_power: float
-    momentum: float | str
+    direction_momentum: float | str
     gradient_share: float
     caution: float
     step_length: float | str
@@ -87,8 +87,8 @@ class Options:
             _real(name, getattr(self, name), "above 0", lambda x: x > 0)
         for name in ("kfac_power", "lambda_kfac", "lambda_reproj"):
             _real(name, getattr(self, name), "from 0 up", lambda x: x >= 0)
-        if self.momentum != "base":
-            _real("momentum", self.momentum, "in [0, 1), or 'base' for the base's own", lambda x: 0 <= x < 1)
+        if self.direction_momentum != "base":
+            _real("direction_momentum", self.direction_momentum, "in [0, 1), or 'base'", lambda x: 0 <= x < 1)
         _real("gradient_share", self.gradient_share, "in [0, 1]", lambda x: 0 <= x <= 1)
         _real("caution", self.caution, "in [0, 1]", lambda x: 0 <= x <= 1)
         if self.step_length != "base":
@@ -280,8 +280,8 @@ def check_base(base: object) -> None:
         raise TypeError("the base optimizer is a GritOptimizer already; wrap the plain optimizer once")
 
 
-def check_momentum(momentum: float | str | None, base: Optimizer) -> None:
-    """Refuse a ``momentum`` for a base that keeps no average of the gradient, or one that is not known to be an average.
+def check_direction_momentum(momentum: float | str | None, base: Optimizer) -> None:
+    """Refuse a ``direction_momentum`` for a base that keeps no average of the gradient, or one of a kind that is not known.
 
     Raises:
         ValueError: the base is neither a kind of Adam with β₁ > 0 nor SGD with momentum.
@@ -291,8 +291,8 @@ def check_momentum(momentum: float | str | None, base: Optimizer) -> None:
     known = is_adam(base) or "dampening" in base.defaults
     if not known or any(moment_decay(group) == 0 for group in base.param_groups):
         raise ValueError(
-            f"momentum={momentum!r} is for the average of the gradient that the base keeps, and {type(base).__name__} keeps "
-            "none here, or one of another kind; leave momentum out, or wrap a kind of Adam with β₁ > 0, or SGD with momentum"
+            f"direction_momentum={momentum!r} is for the average of the gradient that the base keeps, and {type(base).__name__} "
+            "keeps none here, or one of another kind; leave it out, or wrap a kind of Adam with β₁ > 0, or SGD with momentum"
         )
 
 

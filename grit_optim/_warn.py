@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from types import FrameType
 
 _LIBRARIES = {"grit_optim", "torch", "peft", "transformers", "accelerate", "trl", "lightning", "pytorch_lightning"}
 
@@ -14,6 +15,10 @@ def warn(message: str) -> None:
     Where there is none (a hook on a thread of autograd's own), the outermost frame is named.
     """
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
+    while frame.f_back is not None and _library(frame) in _LIBRARIES:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+def _library(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

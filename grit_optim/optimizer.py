@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from grit_optim import checkpoint, processes, schedule
 from grit_optim import precondition as modes
-from grit_optim._checks import OPTION_NAMES, Options, check_base, check_momentum
+from grit_optim._checks import OPTION_NAMES, Options, check_base, check_direction_momentum
 from grit_optim._warn import warn
 from grit_optim.curvature import Curvature
 from grit_optim.pace import Pace
@@ -68,10 +68,10 @@ class GritOptimizer(ReportingOptimizer):
             as in the GRIT library, whose λ so depends on batch size and loss scale.
         kfac_power: power p of Σ⁻¹ in "spectral" and "steer": 1 is the natural gradient, 0 leaves the tokens' curvature out.
             None: 0.5 for "spectral", 1 for "steer".
-        momentum: what the average of the gradient keeps per step in "spectral" and "steer", whose direction wants to be fresher
-            than Adam's: the base's first moment of the pairs is made to forget so fast, and its own β₁ (SGD's momentum) counts
-            for other parameters only. ``"base"`` leaves it alone. None: 0.6 for "spectral" around any kind of Adam whose β₁ is
-            not 0, else "base".
+        direction_momentum: what the average of the gradient keeps per step in "spectral" and "steer", whose direction wants to
+            be fresher than Adam's: the base's first moment of the pairs is made to forget so fast, and its own β₁ (SGD's
+            momentum) counts for other parameters only. ``"base"`` leaves it alone. None: 0.6 for "spectral" around any kind of
+            Adam whose β₁ is not 0, else "base".
         gradient_share: share of the newest gradient in the direction of "spectral" and "steer", beside that average; 0.4 at a
             momentum of 0.6 is Nesterov's. None: 0.4 for "spectral", 0 for "steer".
         caution: share in [0, 1] that entries of the direction lose where they go up the newest gradient, in "spectral" and
@@ -147,7 +147,7 @@ class GritOptimizer(ReportingOptimizer):
         kfac_damping: float | None = None,
         damping: str = "relative",
         kfac_power: float | None = None,
-        momentum: float | str | None = None,
+        direction_momentum: float | str | None = None,
         gradient_share: float | None = None,
         caution: float | None = None,
         step_length: float | str | None = None,
@@ -180,7 +180,7 @@ class GritOptimizer(ReportingOptimizer):
         given = {name: value for name, value in locals().items() if name in OPTION_NAMES}
         check_base(base)
         self.options = Options(**with_mode_defaults(given, base))
-        check_momentum(momentum, base)
+        check_direction_momentum(direction_momentum, base)
         if not isinstance(model, nn.Module):
             raise TypeError(f"the second argument must be the model (a torch.nn.Module), got {type(model).__name__}")
         self._model = weakref.ref(model)

@@ -133,11 +133,11 @@ class Balanced(Preconditioner):
 class Steer(Preconditioner):
     """``"steer"``: the base steps, and its step is turned to the natural gradient's direction.
 
-    For A the direction is ``−Σ^(−p) (m / c)``, with m the base's average of the gradient, made to forget as ``momentum`` says,
-    into which ``gradient_share`` of the newest gradient is mixed, c the root of its average of the squared gradient, averaged
-    over the rank (one value per column of A, per row of B), and p ``kfac_power``; a base that keeps neither gets the gradient
-    and 1. Entries that would go up the newest gradient lose the share ``caution``. ``step_length`` says how long the step is.
-    Decoupled weight decay stays outside.
+    For A the direction is ``−Σ^(−p) (m / c)``, with m the base's average of the gradient, which is made to forget as
+    ``direction_momentum`` says and mixed with ``gradient_share`` of the newest gradient, c the root of its average of the
+    squared gradient, averaged over the rank (one value per column of A, per row of B), and p ``kfac_power``; a base that keeps
+    neither gets the gradient and 1. Entries that would go up the newest gradient lose the share ``caution``. ``step_length``
+    says how long the step is. Decoupled weight decay stays outside.
     """
 
     def refresh(self, curvature: Curvature) -> None:
@@ -210,8 +210,8 @@ class Steer(Preconditioner):
         options, group = held.curvature.options, held.group
         settings = self.base.param_groups[group.param_group]
         decay = moment_decay(settings)
-        if options.momentum not in ("base", decay) and decay > 0:
-            wanted = float(options.momentum)
+        if options.direction_momentum not in ("base", decay) and decay > 0:
+            wanted = float(options.direction_momentum)
             moment, decay = self._freshened(held, moment, wanted / decay), wanted
         if options.gradient_share == 0:
             return moment

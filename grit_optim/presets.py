@@ -44,7 +44,7 @@ STEP_RMS = 0.6
 """Length of a "spectral" step around an Adam: root mean square of its entries, in units of the learning rate."""
 
 
-MOMENTUM = 0.6
+DIRECTION_MOMENTUM = 0.6
 """What the average of the gradient keeps per step in "spectral" around an Adam."""
 
 
@@ -57,7 +57,7 @@ def adam_defaults(precondition: str, base: Optimizer) -> dict[str, Any]:
     step says how long, and its average which way.
     """
     ours = precondition == "spectral" and is_adam(base)
-    return {"step_length": STEP_RMS if ours else "base", "momentum": MOMENTUM if ours else "base"}
+    return {"step_length": STEP_RMS if ours else "base", "direction_momentum": DIRECTION_MOMENTUM if ours else "base"}
 
 
 def with_mode_defaults(options: dict[str, Any], base: Optimizer) -> dict[str, Any]:

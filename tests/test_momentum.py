@@ -1,4 +1,4 @@
-"""``momentum``: the base's average of the gradient is kept as if the base forgot that fast, for the pairs alone."""
+"""``direction_momentum``: the base's average of the gradient is kept as if the base forgot that fast, for the pairs alone."""
 
 import copy
 
@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import nn
 
-from grit_optim import GritOptimizer
+from grit_optim import GritOptimizer, for_trainer
 
 STEPS = 12
 
@@ -24,7 +24,9 @@ def started():
 def trained_with(make, momentum=None, steps=STEPS, **options):
     """The weights, and the optimizer, after some steps of a model that starts the same each time."""
     model = started()
-    optimizer = GritOptimizer(make(tiny.trained(model)), model, kfac_min_samples=1, momentum=momentum, **options)
+    optimizer = GritOptimizer(
+        make(tiny.trained(model)), model, kfac_min_samples=1, direction_momentum=momentum, **options
+    )
     tiny.train(model, optimizer, steps)
     return tiny.weights(model), optimizer, model
 
@@ -171,6 +173,14 @@ def test_a_resumed_run_goes_on_exactly():
 def test_a_base_without_such_an_average_is_refused(make):
     model = started()
     with pytest.raises(
-        ValueError, match=r"momentum=0\.5 is for the average of the gradient that the base keeps, and \w+ keeps"
+        ValueError,
+        match=r"direction_momentum=0\.5 is for the average of the gradient that the base keeps, and \w+ keeps",
     ):
-        GritOptimizer(make(tiny.trained(model)), model, momentum=0.5)
+        GritOptimizer(make(tiny.trained(model)), model, direction_momentum=0.5)
+
+
+def test_a_trainers_factory_still_hands_sgd_its_own_momentum():
+    model = tiny.llama()
+    optimizer = for_trainer(model, base=torch.optim.SGD, lr=0.1, momentum=0.9, direction_momentum=0.5)
+    assert optimizer.defaults["momentum"] == 0.9
+    assert optimizer.options.direction_momentum == 0.5
