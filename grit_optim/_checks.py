@@ -291,7 +291,7 @@ def check_direction_momentum(momentum: float | str | None, base: Optimizer) -> N
     known = is_adam(base) or "dampening" in base.defaults
     if not known or any(moment_decay(group) == 0 for group in base.param_groups):
         raise ValueError(
-            f"direction_momentum={momentum!r} is for the average of the gradient that the base keeps, and {type(base).__name__} "
+            f"direction_momentum={momentum!r} is for the average of the gradient that a base keeps, and {type(base).__name__} "
             "keeps none here, or one of another kind; leave it out, or wrap a kind of Adam with β₁ > 0, or SGD with momentum"
         )
 

@@ -174,7 +174,7 @@ def test_a_base_without_such_an_average_is_refused(make):
     model = started()
     with pytest.raises(
         ValueError,
-        match=r"direction_momentum=0\.5 is for the average of the gradient that the base keeps, and \w+ keeps",
+        match=r"direction_momentum=0\.5 is for the average of the gradient that a base keeps, and \w+ keeps",
     ):
         GritOptimizer(make(tiny.trained(model)), model, direction_momentum=0.5)
 
