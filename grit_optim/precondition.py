@@ -223,10 +223,11 @@ class Steer(Preconditioner):
 
         ``β m + (1 − β) g`` becomes ``ratio (β m + (1 − β) g) + (1 − ratio) g = ratio·β m + (1 − ratio·β) g``.
         """
-        group = held.group
-        newest = self._newest(held) * (1 - self.base.param_groups[group.param_group].get("dampening", 0.0))
-        fresh = torch.lerp(newest, moment, ratio)
-        transport.set_first_moment(self.base, group.parameters, torch.where(held.ready, fresh, moment).unbind())
+        group, newest = held.group, self._newest(held)
+        if dampening := self.base.param_groups[group.param_group].get("dampening", 0.0):
+            newest = newest * (1 - dampening)
+        fresh = torch.lerp(newest, moment, 1 - held.ready.to(moment.dtype) * (1 - ratio))
+        transport.set_first_moment(self.base, group.parameters, fresh.unbind())
         return fresh
 
 
