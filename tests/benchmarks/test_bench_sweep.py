@@ -270,7 +270,8 @@ def test_the_suite_of_peers():
     assert set(QUICK_CONTENDERS) <= set(labels)
     betas = {(one.beta1, one.beta2) for one in SUITES["peers"] if one.optimizer == "adamw"}
     assert betas == {(0.6, 0.99), (0.8, 0.99), (0.9, 0.99), (0.9, 0.95)}
-    assert {one.beta1 for one in SUITES["peers"] if one.optimizer == "grit"} == {0.9, 0.6}
+    assert {one.beta1 for one in SUITES["peers"] if one.optimizer == "grit"} == {0.9}, "as a user's AdamW has it"
+    assert {one.options.get("momentum", 0.95) for one in SUITES["peers"] if one.optimizer == "muon"} == {0.95, 0.8, 0.6}
 
 
 def test_every_contender_is_a_known_optimizer():
