@@ -45,19 +45,24 @@ class SuiteSettings:
     margin: float = 0.02  # nats behind the best with the first seed, from which a rate gets no further seeds
     extensions: int = 4  # rates that may be added beyond the first three before the search gives up
     budget_grid: float = 0.05  # distance between two budgets
-    shortest_budget: float = 0.4
+    shortest_budget: float = 0.4  # where the bisection begins; who reaches the target there goes on below it
     longest_budget: float = 1.0  # where a contender that misses the target at the full budget is tried
     cost_steps: int = 40  # timed steps of each of the two that take turns
     device: str = "cpu"
     precision: str = "bf16"
 
     def budgets(self) -> list[int]:
-        """The grid of budgets in steps, rising; the full budget is always one of them."""
-        places = range(
-            round(self.shortest_budget / self.budget_grid), round(self.longest_budget / self.budget_grid) + 1
-        )
-        lengths = {max(1, round(self.steps * self.budget_grid * place)) for place in places}
-        return sorted(lengths | {self.steps})
+        """The grid of budgets in steps, rising; the full budget is always one of them, and none ends within the warm-up."""
+        places = range(1, round(self.longest_budget / self.budget_grid) + 1)
+        lengths = {self._steps_at(place) for place in places}
+        return sorted({length for length in lengths if length > self.warmup} | {self.lowest_budget(), self.steps})
+
+    def lowest_budget(self) -> int:
+        """Where the bisection begins, in steps."""
+        return self._steps_at(round(self.shortest_budget / self.budget_grid))
+
+    def _steps_at(self, place: int) -> int:
+        return max(1, round(self.steps * self.budget_grid * place))
 
 
 # Those that a suite's runs share with plain ones.

@@ -82,13 +82,16 @@ class Search:
     at_limit: bool = False  # the shortest budget of the grid reaches the target: the true one may be shorter still
 
 
-def shortest_budget(budgets: Sequence[int], full: int, reaches: Callable[[int], bool | None]) -> Search:
-    """Bisect rising `budgets` for one that reaches the target while the one below it does not.
+def shortest_budget(
+    budgets: Sequence[int], lowest: int, full: int, reaches: Callable[[int], bool | None]
+) -> Search:
+    """Bisect rising `budgets` from `lowest` on for one that reaches the target while the one below it does not.
 
     Where the loss falls with the budget that is the shortest one that does. A contender that misses the target at the `full`
-    budget is tried at the longest first. `reaches` is None where the budget has not been run.
+    budget is tried at the longest first; one that reaches it at `lowest` goes on below it, a budget at a time, until one
+    misses. `reaches` is None where the budget has not been run.
     """
-    low, high = -1, budgets.index(full)
+    low, high = budgets.index(lowest) - 1, budgets.index(full)
     if not reaches(full):
         low, high = high, len(budgets) - 1
         if low == high:
@@ -102,6 +105,13 @@ def shortest_budget(budgets: Sequence[int], full: int, reaches: Callable[[int], 
         if answer is None:
             return Search(missing=budgets[middle])
         low, high = (low, middle) if answer else (middle, high)
+    while high > 0 and budgets[high] <= lowest:
+        answer = reaches(budgets[high - 1])
+        if answer is None:
+            return Search(missing=budgets[high - 1])
+        if not answer:
+            break
+        high -= 1
     return Search(shortest=budgets[high], at_limit=high == 0)
 
 
@@ -198,7 +208,8 @@ class Trial:
             mean = self.ledger.mean(self.at_budget(steps))
             return None if mean is None else mean <= target
 
-        return shortest_budget(self.settings.budgets(), self.settings.steps, reaches)
+        sizes = self.settings
+        return shortest_budget(sizes.budgets(), sizes.lowest_budget(), sizes.steps, reaches)
 
     def _needs_rates(self) -> tuple[str, list[RunConfig]]:
         """The phase that the search for the rate is in, and what it needs."""

@@ -59,24 +59,33 @@ def test_diverged_counts_as_worse_and_all_diverged_goes_down():
     assert sorted(asked) == [-3, -2, -1, 0, 1]
 
 
-BUDGETS = [40, 50, 60, 70, 80, 90, 100, 110, 120]
+BUDGETS = [10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120]
+LOWEST = 40
 
 
 def bisected(reaching, full=100):
     """The finished search for the shortest budget of those that reach the target, and the budgets that were run."""
     known, run = {full: full in reaching}, []
-    while (found := shortest_budget(BUDGETS, full, known.get)).missing is not None:
+    while (found := shortest_budget(BUDGETS, LOWEST, full, known.get)).missing is not None:
         assert found.missing not in known, "nothing is asked for twice"
         run.append(found.missing)
         known[found.missing] = found.missing in reaching
     return found, run
 
 
-@pytest.mark.parametrize("shortest", BUDGETS[:7])
+@pytest.mark.parametrize("shortest", BUDGETS[:10])
 def test_bisection_finds_the_shortest_budget_in_few_runs(shortest):
     found, run = bisected([budget for budget in BUDGETS if budget >= shortest])
-    assert (found.shortest, found.at_limit) == (shortest, shortest == 40)
-    assert len(run) <= 3  # of the 6 below the full budget
+    assert (found.shortest, found.at_limit) == (shortest, shortest == 10)
+    if shortest > LOWEST:
+        assert len(run) <= 3  # of the 6 below the full budget
+        assert min(run) >= LOWEST
+
+
+def test_below_the_lowest_budget_the_search_goes_down_one_at_a_time():
+    found, run = bisected([20, 30, 40, 50, 60, 70, 80, 90, 100])
+    assert found.shortest == 20
+    assert [budget for budget in run if budget < LOWEST] == [30, 20, 10]
 
 
 def test_noise_gives_a_budget_that_reaches_while_the_one_below_does_not():
@@ -96,11 +105,12 @@ def test_who_misses_the_full_budget_is_tried_at_the_longest_first():
 
 
 def test_without_longer_budgets_nothing_more_is_run():
-    assert shortest_budget([50, 100], 100, {100: False}.get).missing is None
+    assert shortest_budget([50, 100], 50, 100, {100: False}.get).missing is None
 
 
-def test_budgets_contain_the_full_one_and_lie_on_the_grid():
-    assert SuiteSettings().budgets() == [3 * place for place in range(8, 21)]  # 5 % of 60 steps are 3
+def test_budgets_contain_the_full_one_lie_on_the_grid_and_outlast_the_warm_up():
+    assert SuiteSettings().budgets() == [3 * place for place in range(2, 21)]  # 5 % of 60 steps are 3, warm-up 5
+    assert SuiteSettings().lowest_budget() == 24
     assert SuiteSettings(steps=2).budgets()[0] == 1
     assert 100 in SuiteSettings(steps=100, budget_grid=0.3).budgets()
 
