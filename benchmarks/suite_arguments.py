@@ -15,7 +15,10 @@ _SUITE_SETTINGS = {
     "explore_steps": (read.positive_int, "steps of the runs that first search the learning rate"),
     "extensions": (read.whole, "rates that a search may add before it gives up as not bracketed"),
     "budget_grid": (read.positive, "distance of two budgets, as a share of the full one"),
-    "shortest_budget": (read.positive, "shortest budget that is tried first, as a share of the full one; shorter ones where it reaches the target"),
+    "shortest_budget": (
+        read.positive,
+        "shortest budget that is tried first, as a share of the full one; shorter ones where it reaches the target",
+    ),
     "longest_budget": (read.positive, "budget at which a contender is tried that misses the target at the full one"),
     "cost_steps": (read.positive_int, "timed steps of a contender, and as many of AdamW"),
 }

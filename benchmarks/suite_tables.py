@@ -22,9 +22,9 @@ _LEGEND = (
     "all have the same initial adapter and batches, which make much of the spread of the losses themselves.",
     "Steps: AdamW's lowest mean loss over its settings is the target; every contender is run again at its best rate with "
     "shorter budgets, the schedule shortened with them, and the ratio is the shortest budget that reaches the target over the "
-    "full one, found by bisection (where noise makes the loss rise with the budget, another short budget may reach it too). A "
-    "contender that misses it at the full budget is tried up to {longest:.2f} of it. 1.00× for AdamW itself means that no "
-    "shorter budget of the grid reached its own loss.",
+    "full one, found by bisection from {shortest:.2f} on, and below that one by one (where noise makes the loss rise with the "
+    "budget, another short budget may reach it too). A contender that misses it at the full budget is tried up to "
+    "{longest:.2f} of it. 1.00× for AdamW itself means that no shorter budget of the grid reached its own loss.",
     "In brackets: the same ratio on straight lines between the measured budgets (the ratio itself is rounded up to the grid "
     "of {grid:.0%}), and its 95 % bootstrap interval over the seeds ({resamples:,} resamples, the same seeds drawn for "
     "contender and target). {few}",
@@ -179,6 +179,7 @@ def _legend(suite: Suite, costs: Mapping[str, Mapping[str, Any]]) -> str:
     known = [load for load in loads if load is not None]
     return "\n\n".join(_LEGEND).format(
         longest=sizes.longest_budget,
+        shortest=sizes.shortest_budget,
         resamples=RESAMPLES,
         grid=sizes.budget_grid,
         few=_few_seeds(len(sizes.seeds)),

@@ -82,9 +82,7 @@ class Search:
     at_limit: bool = False  # the shortest budget of the grid reaches the target: the true one may be shorter still
 
 
-def shortest_budget(
-    budgets: Sequence[int], lowest: int, full: int, reaches: Callable[[int], bool | None]
-) -> Search:
+def shortest_budget(budgets: Sequence[int], lowest: int, full: int, reaches: Callable[[int], bool | None]) -> Search:
     """Bisect rising `budgets` from `lowest` on for one that reaches the target while the one below it does not.
 
     Where the loss falls with the budget that is the shortest one that does. A contender that misses the target at the `full`
