@@ -14,6 +14,7 @@ from .adapter_sizes import Job, Saved, adamw, fit, grit, train_and_save
 from .base_model import load_base_model
 from .files import BenchmarkError
 from .objective import collate
+from .settings import trainable
 from .train import LORA_TARGETS, adapted_model, autocast, in_precision
 
 TAU, LEAST = 0.99, 4
@@ -52,6 +53,8 @@ def eva(job: Job) -> Saved:
         inputs = [{"input_ids": b.tokens, "attention_mask": (b.tokens != 0).long()} for b in first]
         with autocast(job.config):
             initialize_lora_eva_weights(model, inputs, show_progress_bar=False)
+        for parameter in trainable(model):
+            parameter.data = parameter.data.float()  # peft makes A as the frozen weights are, which would halve its bytes
         yield "EVA (peft), grit", budget, train_and_save(job, model, f"eva-{budget}")
 
 
