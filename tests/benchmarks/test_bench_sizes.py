@@ -114,6 +114,11 @@ def test_eva_starts_from_the_inputs_directions_and_gives_layers_different_ranks(
     assert inside > 2 * (hidden @ random).square().sum() / hidden.square().sum()
 
 
+def test_evas_adapter_is_in_fp32_on_a_base_in_bf16(task, tmp_path, seen):
+    list(adapter_peers.eva(job(task, tmp_path, "eva", steps=2, precision="bf16")))
+    assert {p.dtype for n, p in seen[-1].named_parameters() if "lora_" in n} == {torch.float32}
+
+
 def test_a_run_too_short_for_projections_is_refused(task, tmp_path):
     few = job(replace(task, train=task.train[:6]), tmp_path, "two-sided", steps=1, batch_size=6)
     with pytest.raises(BenchmarkError, match="1 steps are too few for the paper's rules"):
