@@ -53,9 +53,8 @@ def eva(job: Job) -> Saved:
         inputs = [{"input_ids": b.tokens, "attention_mask": (b.tokens != 0).long()} for b in first]
         with autocast(job.config):
             initialize_lora_eva_weights(model, inputs, show_progress_bar=False)
-        for parameter in trainable(
-            model
-        ):  # peft makes A in the precision of the frozen weights, which would halve its bytes
+        # peft makes A in the precision of the frozen weights, which would halve its bytes.
+        for parameter in trainable(model):
             parameter.data = parameter.data.float()
         yield "EVA (peft), grit", budget, train_and_save(job, model, f"eva-{budget}")
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from grit_optim._checks import Options
 from grit_optim._warn import warn
+
+
+class Origin(NamedTuple):
+    """What a site was when the optimizer was first built: its rank, and the parameters of A and B."""
+
+    rank: int
+    parameters: int
 
 
 def parameters(budget: float, total: int) -> float:
@@ -16,19 +25,26 @@ def parameters(budget: float, total: int) -> float:
     return budget * total if isinstance(budget, float) else float(budget)
 
 
-def check(name: str, budget: float, total: int, least: int, floor: int) -> None:
+def full_parameters(origins: Collection[Origin]) -> int:
+    """Parameters of all sites as they were when the optimizer was first built: what a share is a share of."""
+    return sum(origin.parameters for origin in origins)
+
+
+def check(name: str, budget: float, origins: Collection[Origin], floor: int) -> None:
     """Refuse a budget that cannot be met.
 
     Args:
         name: the option's name, for the message.
         budget: as given.
-        total: parameters of all directions of all sites.
-        least: parameters of the directions that have to stay.
+        origins: all sites as they were at first.
         floor: ``min_lora_rank``.
 
     Raises:
-        ValueError: it is below ``least``, holds not one direction, or is more than there is.
+        ValueError: it is less than ``floor`` keeps, holds not one direction, or is more than there is.
     """
+    directions = [(min(floor, origin.rank), origin.parameters // origin.rank) for origin in origins]
+    least = sum(count * size for count, size in directions) or min(size for _, size in directions)
+    total = full_parameters(origins)
     wanted = parameters(budget, total)
     if wanted > total:
         raise ValueError(
@@ -125,3 +141,31 @@ class BudgetSchedule:
             self.progress, self._lowest = state["progress"].clone(), state["lowest"].clone()
             self._sum, self._count, self._last = state["loss_sum"].clone(), state["loss_count"].clone(), state["last"]
             self._observed = True
+
+
+def make_schedule(options: Options, origins: Collection[Origin]) -> BudgetSchedule | None:
+    """The way of the rank budget, or None where there is none.
+
+    Raises:
+        ValueError: a budget that cannot be met, or one that rises without ``rank_regrowth``.
+    """
+    if options.rank_budget is None:
+        return None
+    total, end = full_parameters(origins), options.rank_budget
+    check("rank_budget", end, origins, options.min_lora_rank)
+    start = 1.0 if options.rank_budget_start is None else options.rank_budget_start
+    check("rank_budget_start", start, origins, options.min_lora_rank)
+    first, last = parameters(start, total), parameters(end, total)
+    if options.rank_budget_steps and first < last and not options.rank_regrowth:
+        raise ValueError(
+            f"the rank budget rises from {start!r} to {end!r}, and a rank that was given up comes back only with "
+            "rank_regrowth=True; pass that too, or a start above the end"
+        )
+    return BudgetSchedule(
+        first,
+        last,
+        options.rank_budget_schedule,
+        options.rank_adaptation_start_step,
+        options.rank_budget_steps,
+        options.rank_budget_tolerance,
+    )

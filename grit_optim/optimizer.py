@@ -14,12 +14,12 @@ from grit_optim import checkpoint, processes, schedule
 from grit_optim import precondition as modes
 from grit_optim._checks import OPTION_NAMES, Options, check_base, check_direction_momentum
 from grit_optim._warn import warn
+from grit_optim.budget import Origin
 from grit_optim.curvature import Curvature
 from grit_optim.pace import Pace
 from grit_optim.presets import with_mode_defaults
 from grit_optim.reporting import ReportingOptimizer
 from grit_optim.sites import Site, find_sites, no_sites_message
-from grit_optim.stages import Origin
 
 
 class GritOptimizer(ReportingOptimizer):

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grit_optim import adapter_config, checkpoint, pairs, shrink
+from grit_optim import adapter_config, budget, checkpoint, pairs, shrink
 from grit_optim._checks import PAPER_PROJECTIONS, check_budget_value, listed
-from grit_optim.budget import parameters
+from grit_optim.budget import Origin
 from grit_optim.curvature import Curvature
 from grit_optim.export import History, export_adapter
 from grit_optim.presets import BALANCING_DAMPING
 from grit_optim.ranks import RankReport, SiteRank, effective_ranks
 from grit_optim.reprojection import Coordinates
 from grit_optim.sites import layers_of_pairs, peft_model_in
-from grit_optim.stages import Origin, StagedOptimizer
+from grit_optim.stages import StagedOptimizer
 
 
 class RankedOptimizer(StagedOptimizer):
@@ -140,8 +140,9 @@ class RankedOptimizer(StagedOptimizer):
         if isinstance(ranks, Mapping):
             return found, self._named(ranks)
         check_budget_value("the rank budget", ranks)
-        self._check_budget("the rank budget", ranks)
-        total = torch.tensor(parameters(ranks, self._full_parameters()), dtype=torch.float64)
+        origins = self._origin.values()
+        budget.check("the rank budget", ranks, origins, self.options.min_lora_rank)
+        total = torch.tensor(budget.parameters(ranks, budget.full_parameters(origins)), dtype=torch.float64)
         return found, self._ranks_within(found, total, regrowth=False)
 
     def _check_ready(self, found: Sequence[Coordinates]) -> None:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from grit_optim.budget import Origin
 from grit_optim.losses import Losses
 from grit_optim.ranked import RankedOptimizer
 from grit_optim.recording import Contents, Recorder, check_count
 from grit_optim.sinks import JsonLines, Record
 from grit_optim.sites import Site
 from grit_optim.snapshot import Snapshot
-from grit_optim.stages import Origin
 from grit_optim.telemetry import Outcome
 
 FORMAT = 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from grit_optim import precondition as modes
 from grit_optim._checks import Options, check_parameters, listed
 from grit_optim._warn import warn
 from grit_optim.buckets import build_buckets
-from grit_optim.budget import BudgetSchedule
+from grit_optim.budget import BudgetSchedule, Origin
 from grit_optim.capture import Capture
 from grit_optim.curvature import Curvature
 from grit_optim.fisher import Sums, gradient_unit, loss_tokens
@@ -27,13 +26,6 @@ from grit_optim.reprojection import Coordinates
 from grit_optim.sites import Site
 from grit_optim.telemetry import Counters, Outcome, StageTimes
 from grit_optim.wrapper import OptimizerWrapper
-
-
-class Origin(NamedTuple):
-    """What a site was when the optimizer was first built: its rank, and the parameters of A and B."""
-
-    rank: int
-    parameters: int
 
 
 class StagedOptimizer(OptimizerWrapper):
@@ -67,7 +59,7 @@ class StagedOptimizer(OptimizerWrapper):
         """Note what the sites were at first, and size the budget by it."""
         self._origin = {**{site.name: Origin(site.rank, site.parameters) for site in sites}, **origin}
         before = self._budget.state() if self._budget is not None else {}
-        self._budget = self._make_budget()
+        self._budget = budget.make_schedule(self.options, self._origin.values())
         if self._budget is not None:
             self._budget.load(before)
         self._note_first_ranks()
@@ -77,40 +69,6 @@ class StagedOptimizer(OptimizerWrapper):
         for curvature in self._curvatures:
             ranks = [self._origin[name].rank for name in curvature.bucket.names()]
             curvature.first_rank = torch.tensor(ranks, device=curvature.bucket.device)
-
-    def _make_budget(self) -> BudgetSchedule | None:
-        """The way of the rank budget, or None where there is none; refuses a budget that cannot be met."""
-        options = self.options
-        if options.rank_budget is None:
-            return None
-        total, end = self._full_parameters(), options.rank_budget
-        self._check_budget("rank_budget", end)
-        start = 1.0 if options.rank_budget_start is None else options.rank_budget_start
-        self._check_budget("rank_budget_start", start)
-        first, last = budget.parameters(start, total), budget.parameters(end, total)
-        if options.rank_budget_steps and first < last and not options.rank_regrowth:
-            raise ValueError(
-                f"the rank budget rises from {start!r} to {end!r}, and a rank that was given up comes back only with "
-                "rank_regrowth=True; pass that too, or a start above the end"
-            )
-        return BudgetSchedule(
-            first,
-            last,
-            options.rank_budget_schedule,
-            options.rank_adaptation_start_step,
-            options.rank_budget_steps,
-            options.rank_budget_tolerance,
-        )
-
-    def _full_parameters(self) -> int:
-        """Parameters of all sites as they were when the optimizer was first built: what a share is a share of."""
-        return sum(origin.parameters for origin in self._origin.values())
-
-    def _check_budget(self, name: str, wanted: float) -> None:
-        floor = self.options.min_lora_rank
-        directions = [(min(floor, origin.rank), origin.parameters // origin.rank) for origin in self._origin.values()]
-        least = sum(count * size for count, size in directions) or min(size for _, size in directions)
-        budget.check(name, wanted, self._full_parameters(), least, floor)
 
     def _attach(self, sites: list[Site], known: dict[str, checkpoint.SiteState] | None = None) -> None:
         """Stack and tap the sites; what is ``known`` of a site of the same name and rank, by default what is now, is kept."""
