@@ -13,13 +13,12 @@ from torch.optim import Optimizer
 from grit_optim import checkpoint, processes, schedule
 from grit_optim import precondition as modes
 from grit_optim._checks import OPTION_NAMES, Options, check_base, check_direction_momentum
-from grit_optim._warn import warn
 from grit_optim.budget import Origin
 from grit_optim.curvature import Curvature
 from grit_optim.pace import Pace
 from grit_optim.presets import with_mode_defaults
 from grit_optim.reporting import ReportingOptimizer
-from grit_optim.sites import Site, find_sites, no_sites_message
+from grit_optim.sites import Site
 
 
 class GritOptimizer(ReportingOptimizer):
@@ -42,7 +41,8 @@ class GritOptimizer(ReportingOptimizer):
 
     Args:
         base: any ``torch.optim.Optimizer`` except LBFGS, already built on the model's trainable parameters.
-        model: the PEFT model (or one that contains such layers), used to find the pairs; a weak reference is kept.
+        model: the PEFT model (or one that contains such layers), used to find the pairs; a weak reference is kept. A pair that
+            the base holds but that is frozen (another adapter, a layer to be unfrozen later) is tapped once it is trained.
         sites: the pairs, instead of looking for PEFT's: hand-written LoRA is passed as
             ``[Site.from_modules(name, a, b, scaling), …]``.
         precondition: how the curvature is used.
@@ -71,7 +71,7 @@ class GritOptimizer(ReportingOptimizer):
         direction_momentum: what the average of the gradient keeps per step in "spectral" and "steer", whose direction wants to
             be fresher than Adam's: the base's first moment of the pairs is made to forget so fast, and its own β₁ (SGD's
             momentum) counts for other parameters only. ``"base"`` leaves it alone. None: 0.6 for "spectral" around any kind of
-            Adam whose β₁ is not 0, else "base".
+            Adam whose β₁ is not 0 and that does not find its own rate, else "base".
         gradient_share: share of the newest gradient in the direction of "spectral" and "steer", beside that average; 0.4 at a
             momentum of 0.6 is Nesterov's. None: 0.4 for "spectral", 0 for "steer".
         caution: share in [0, 1] that entries of the direction lose where they go up the newest gradient, in "spectral" and
@@ -185,24 +185,8 @@ class GritOptimizer(ReportingOptimizer):
             raise TypeError(f"the second argument must be the model (a torch.nn.Module), got {type(model).__name__}")
         self._model = weakref.ref(model)
         self._given_sites = sites is not None
+        self._frozen = []
         self._start(base, list(sites) if sites is not None else self._find_sites(base, model))
-
-    # ---------------------------------------------------------------- construction
-
-    def _find_sites(self, base: Optimizer, model: nn.Module) -> list[Site]:
-        """The model's pairs; those that cannot be tapped are named in one warning."""
-        found, untapped = find_sites(model, [p for group in base.param_groups for p in group["params"]])
-        if not found:
-            raise ValueError(no_sites_message(model, untapped))
-        if untapped:
-            listed = "; ".join(f"{name}: {reason}" for name, reason in untapped.items())
-            warn(
-                f"GRIT leaves {len(untapped)} adapter(s) to the base optimizer alone, since they cannot be tapped: {listed}",
-            )
-        return found
-
-    def _watched_model(self) -> nn.Module | None:
-        return self._model() if self._model is not None else None
 
     # ---------------------------------------------------------------- the step
 
@@ -232,6 +216,7 @@ class GritOptimizer(ReportingOptimizer):
         self._tell_budget(observed)
         self._follow_model()
         advancing = self._fold_statistics()
+        self._tap_unfrozen()
         if advancing:
             self._refresh()
         self._step_base()
@@ -269,11 +254,7 @@ class GritOptimizer(ReportingOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Give the base another parameter group; LoRA pairs that it completes are tapped from now on."""
         super().add_param_group(param_group)
-        model = self._watched_model()
-        if model is not None and not self._given_sites:
-            sites = self._find_sites(self.base, model)
-            self._remember(sites, self._origin)
-            self._attach(sites)
+        self._tap_what_is_trained()
 
     def _own_state(self) -> dict[str, Any]:
         with_operators = (
@@ -300,6 +281,7 @@ class GritOptimizer(ReportingOptimizer):
         }
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
+        self._tap_named(own["sites"].keys())
         checkpoint.check(own, self._curvatures)
 
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
@@ -335,6 +317,7 @@ class GritOptimizer(ReportingOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.options = state["options"]
         self._given_sites = state["given_sites"]
+        self._frozen = []
         self._model = None  # the copy knows its sites; the model they came from is not copied along
         origin = {name: Origin(*values) for name, values in state["grit"].get("origin", {}).items()}
         self._start(state["base"], state["sites"], origin)

@@ -6,6 +6,8 @@ A mode has three parts, each a no-op unless it says otherwise: ``refresh`` deriv
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -153,7 +155,7 @@ class Steer(Preconditioner):
         assert held.weights is not None
         group = held.group
         taken = group.stack(group.parameters)
-        decay = transport.decoupled_decay(self.base, self.base.param_groups[group.param_group])
+        decay = transport.decoupled_decay(self.base, self._settings(held), group.parameters)
         decayed = held.weights if isinstance(decay, float) and decay == 0 else held.weights * (1 - decay)
         step = taken - decayed
         direction = self._cautious(held, self.direction(held, self._scaled_moment(held)))
@@ -161,7 +163,9 @@ class Steer(Preconditioner):
         cosine = -inner_product(step, direction) / (step_size * size)
         target = self._length(held, step_size)
         length = target / size
-        turned = held.ready & length.isfinite()
+        # Without a gradient (an expert that saw no token) the base's step fades out as its average does; so must this one.
+        there = held.gradient_norm > 0 if held.gradient_norm is not None else held.ready
+        turned = held.ready & length.isfinite() & there
         # A step that stays as it is has not been turned.
         held.cosine = torch.where(turned | cosine.isnan(), cosine, 1.0)
         held.without, held.turned = step_size, torch.where(turned, target, step_size)
@@ -180,12 +184,15 @@ class Steer(Preconditioner):
 
     def _length(self, held: Held, base_length: Tensor) -> Tensor:
         """Frobenius norm that each step is to have, ``[m, 1, 1]``; zero where the base did not move."""
-        options, group = held.curvature.options, held.group
-        ratio = options.a_step_ratio if group.side == "A" else 1.0
+        options, group, settings = held.curvature.options, held.group, self._settings(held)
+        ratio: Tensor | float = options.a_step_ratio if group.side == "A" else 1.0
         if options.step_length == "base":
+            decay, wanted = moment_decay(settings), self._momentum(held)
+            if wanted != decay:  # the base's bias correction knows nothing of what was freshened
+                ratio *= transport.freshened_correction(self.base, group.parameters[0], settings, decay, wanted)
             return ratio * base_length
         entries = held.curvature.step_rank[group.index] * group.width
-        rms = float(options.step_length) * self.base.param_groups[group.param_group]["lr"]
+        rms = float(options.step_length) * transport.rate(settings)
         return ratio * rms * entries.sqrt()[:, None, None] * (base_length > 0)
 
     def _scaled_moment(self, held: Held) -> Tensor:
@@ -200,18 +207,28 @@ class Steer(Preconditioner):
         mean_square = group.stack(squares).mean(group.rank_dim, keepdim=True)
         return moment / mean_square.clamp_min(torch.finfo(moment.dtype).tiny).sqrt()
 
+    def _settings(self, held: Held) -> dict[str, Any]:
+        """The base's parameter group."""
+        return self.base.param_groups[held.group.param_group]
+
     def _newest(self, held: Held) -> Tensor:
-        """The newest gradient of what the base descends."""
-        maximize = self.base.param_groups[held.group.param_group].get("maximize", False)
-        return -held.gradient if maximize else held.gradient
+        """The newest gradient of what the base descends, the penalty of a coupled weight decay included."""
+        settings = self._settings(held)
+        newest = -held.gradient if settings.get("maximize", False) else held.gradient
+        decay = transport.coupled_decay(self.base, settings)
+        return newest + decay * held.weights if decay and held.weights is not None else newest
+
+    def _momentum(self, held: Held) -> float:
+        """What the average that gives the direction keeps per step."""
+        own, wanted = moment_decay(self._settings(held)), held.curvature.options.direction_momentum
+        return own if wanted == "base" or own == 0 else float(wanted)
 
     def _mixed(self, held: Held, moment: Tensor) -> Tensor:
         """The mean gradient, by the base's average ``[m, rows, columns]``, with the newest gradient mixed in."""
         options, group = held.curvature.options, held.group
-        settings = self.base.param_groups[group.param_group]
-        decay = moment_decay(settings)
-        if options.direction_momentum not in ("base", decay) and decay > 0:
-            wanted = float(options.direction_momentum)
+        settings = self._settings(held)
+        decay, wanted = moment_decay(settings), self._momentum(held)
+        if wanted != decay:
             moment, decay = self._freshened(held, moment, wanted / decay), wanted
         if options.gradient_share == 0:
             return moment
@@ -224,7 +241,7 @@ class Steer(Preconditioner):
         ``β m + (1 − β) g`` becomes ``ratio (β m + (1 − β) g) + (1 − ratio) g = ratio·β m + (1 − ratio·β) g``.
         """
         group, newest = held.group, self._newest(held)
-        if dampening := self.base.param_groups[group.param_group].get("dampening", 0.0):
+        if dampening := self._settings(held).get("dampening", 0.0):
             newest = newest * (1 - dampening)
         fresh = torch.lerp(newest, moment, 1 - held.ready.to(moment.dtype) * (1 - ratio))
         transport.set_first_moment(self.base, group.parameters, fresh.unbind())

@@ -53,10 +53,12 @@ def adam_defaults(precondition: str, base: Optimizer) -> dict[str, Any]:
 
     Adam's own step shrinks with the noise in its average, so with β₁: at β₁ = 0.9 it is a quarter to a half of the learning
     rate per entry. A fixed length instead lets one learning rate serve whatever β₁ is, and the direction can be as fresh as it
-    wants to be, which is fresher than β₁ = 0.9. Any other base's learning rate means something else, so there the base's own
-    step says how long, and its average which way.
+    wants to be, which is fresher than β₁ = 0.9. Any other base's learning rate means something else, and so does that of an
+    Adam that finds its own rate (D-Adaptation keeps it as ``d``): there the base's own step says how long, and its average
+    which way.
     """
-    ours = precondition == "spectral" and is_adam(base)
+    finds_rate = any("d" in group for group in base.param_groups)
+    ours = precondition == "spectral" and is_adam(base) and not finds_rate
     return {"step_length": STEP_RMS if ours else "base", "direction_momentum": DIRECTION_MOMENTUM if ours else "base"}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import weakref
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -20,13 +19,11 @@ from grit_optim.presets import BALANCING_DAMPING
 from grit_optim.ranks import RankReport, SiteRank, effective_ranks
 from grit_optim.reprojection import Coordinates
 from grit_optim.sites import layers_of_pairs, peft_model_in
-from grit_optim.stages import StagedOptimizer
+from grit_optim.tapping import TappingOptimizer
 
 
-class RankedOptimizer(StagedOptimizer):
+class RankedOptimizer(TappingOptimizer):
     """A staged optimizer with what its users can see of the ranks, and do to them."""
-
-    _model: weakref.ref[nn.Module] | None
 
     def _tell_budget(self, loss: Tensor | float | None) -> None:
         """Hand the loss of a step, where it is known, to a budget that follows it."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from grit_optim.budget import Origin
@@ -39,12 +39,6 @@ class ReportingOptimizer(RankedOptimizer):
     def _needs_losses(self) -> bool:
         """Whether a schedule follows the loss."""
         return self.options.adaptive_schedule or self.options.rank_budget_schedule == "adaptive"
-
-    def _watched_model(self) -> nn.Module | None:
-        """The model whose output may carry the loss."""
-        return None
-
-    # ---------------------------------------------------------------- on request
 
     def telemetry(self, per_site: bool = True) -> dict[str, Any]:
         """What has been done so far, as plain values (reading them waits for the device).

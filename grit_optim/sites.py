@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,30 +192,31 @@ def _reason_untapped(layer: nn.Module, site: Site, trained: set[int]) -> str | N
 
 
 def _is_trained(module: nn.Module, trained: set[int]) -> bool:
-    return any(id(p) in trained and p.requires_grad for p in module.parameters())
+    return any(id(p) in trained for p in module.parameters())
 
 
-def find_sites(model: nn.Module, parameters: Iterable[Tensor]) -> tuple[list[Site], dict[str, str]]:
+def find_sites(
+    model: nn.Module, parameters: Iterable[Tensor], frozen_too: bool = False
+) -> tuple[list[Site], dict[str, str]]:
     """The LoRA pairs of ``model`` that an optimizer over ``parameters`` trains.
 
     Args:
         model: a PEFT model, or any module that contains PEFT's LoRA layers.
         parameters: the base optimizer's parameters; a pair of which neither matrix is among them is left alone.
+        frozen_too: take parameters that require no gradient now for trained as well.
 
     Returns:
         The sites that can be tapped, and for the trained layers that cannot, name to reason.
     """
-    trained = {id(p) for p in parameters if p.requires_grad}
+    trained = {id(p) for p in parameters if p.requires_grad or frozen_too}
     sites: list[Site] = []
     untapped: dict[str, str] = {}
     for full_name, layer in model.named_modules():
         name = _WRAPPER_NAMES.sub("", full_name)
-        if any(_is_trained_parameter(p, trained) for p in getattr(layer, "lora_embedding_A", {}).values()):
+        if any(id(p) in trained for p in getattr(layer, "lora_embedding_A", {}).values()):
             untapped[name] = "an embedding's adapter is looked up, not multiplied"
         a_modules, b_modules = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
-        if isinstance(a_modules, nn.ParameterDict) and any(
-            _is_trained_parameter(p, trained) for p in a_modules.values()
-        ):
+        if isinstance(a_modules, nn.ParameterDict) and any(id(p) in trained for p in a_modules.values()):
             untapped[name] = "AdaLoRA applies its own rank mask between A and B"
         if not (isinstance(a_modules, nn.ModuleDict) and isinstance(b_modules, nn.ModuleDict)):
             continue
@@ -229,6 +230,37 @@ def find_sites(model: nn.Module, parameters: Iterable[Tensor]) -> tuple[list[Sit
             else:
                 untapped[site.name] = reason
     return sites, untapped
+
+
+def frozen_pairs(model: nn.Module, parameters: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """A and B of the pairs that an optimizer over ``parameters`` holds, and that do not both require gradients now."""
+    held = {id(p) for p in parameters}
+    pairs = [
+        (a_module.weight, layer.lora_B[adapter].weight)
+        for _, layer in layers_of_pairs(model).values()
+        for adapter, a_module in layer.lora_A.items()
+    ]
+    return [(a, b) for a, b in pairs if {id(a), id(b)} <= held and not (a.requires_grad and b.requires_grad)]
+
+
+def check_distinct(sites: Sequence[Site]) -> None:
+    """Refuse sites that share a name or a pair.
+
+    Raises:
+        ValueError: two sites have the same name, or the same A or B.
+    """
+    for what, keys in (
+        ("the same name", [site.name for site in sites]),
+        ("the same A", [id(site.a) for site in sites]),
+        ("the same B", [id(site.b) for site in sites]),
+    ):
+        first: dict[object, int] = {}
+        for i, key in enumerate(keys):
+            if (other := first.setdefault(key, i)) != i:
+                raise ValueError(
+                    f"sites {other} ({sites[other].name!r}) and {i} ({sites[i].name!r}) have {what}; a site's name keys its "
+                    "state in checkpoints, and its pair is stepped once, so give each pair once, under a name of its own"
+                )
 
 
 def peft_model_in(model: nn.Module) -> Any:
@@ -286,10 +318,6 @@ def adapter_layers(peft_model: Any, adapter: str) -> AdapterLayers:
                 continue
         others[name] = layer
     return AdapterLayers(pairs, others)
-
-
-def _is_trained_parameter(parameter: Tensor, trained: set[int]) -> bool:
-    return parameter.requires_grad and id(parameter) in trained
 
 
 def no_sites_message(model: nn.Module, untapped: Mapping[str, str]) -> str:

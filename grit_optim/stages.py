@@ -23,7 +23,7 @@ from grit_optim.pace import Pace
 from grit_optim.presets import BALANCING_DAMPING
 from grit_optim.rank import Bids, RankPolicy, ranks_within
 from grit_optim.reprojection import Coordinates
-from grit_optim.sites import Site
+from grit_optim.sites import Site, check_distinct
 from grit_optim.telemetry import Counters, Outcome, StageTimes
 from grit_optim.wrapper import OptimizerWrapper
 
@@ -75,6 +75,7 @@ class StagedOptimizer(OptimizerWrapper):
         if known is None:
             known = checkpoint.pack_sites(self._curvatures, with_operators=True)
         group_of = {id(p): i for i, group in enumerate(self.base.param_groups) for p in group["params"]}
+        check_distinct(sites)
         check_parameters({site.name: site.a for site in sites})
         strangers = [site.name for site in sites if id(site.a) not in group_of or id(site.b) not in group_of]
         if strangers:
@@ -213,7 +214,8 @@ class StagedOptimizer(OptimizerWrapper):
         """Stages 3 and 4."""
         mode = self._mode if self._in_use() else modes.Identity(self.base)
         penalty = schedule.ramp(self._steps, self.options.regularizer_warmup_steps) if self._penalised else 0.0
-        needed = mode.holds_gradients or self.options.max_grad_norm is not None or penalty > 0
+        # The mode that is to come decides: its guard against gradients that are not finite holds in the warm-up too.
+        needed = self._mode.holds_gradients or self.options.max_grad_norm is not None or penalty > 0
         with self._times("precondition"):
             held = hold_gradients(self._curvatures) if needed else []
         try:
@@ -223,7 +225,8 @@ class StagedOptimizer(OptimizerWrapper):
                     extra = regularizers.gradient(h.curvature, h.group, penalty) if penalty else None
                     mode.before(h)
                     if extra is not None:  # after the preconditioner, which so never sees it
-                        h.gradient = h.gradient + mode.as_the_base_sees(h, extra)
+                        ascends = self.base.param_groups[h.group.param_group].get("maximize", False)
+                        h.gradient = h.gradient + mode.as_the_base_sees(h, -extra if ascends else extra)
                 if self.options.max_grad_norm is not None:
                     clip(held, self.options.max_grad_norm)
                 hand_over(held)

@@ -25,22 +25,52 @@ GRADIENT_LIKE = ("exp_avg", "momentum_buffer", "grad_avg")
 SQUARE_LIKE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 WEIGHT_LIKE = ("z",)  # schedule-free's second copy of the weights
 
-# Classes of these names decay the weights by lr·weight_decay outside the gradient, as Loshchilov and Hutter (2019) do.
-_DECOUPLED_NAMES = ("AdamW", "Lion", "Muon")
+# Classes of these names decay the weights by lr·weight_decay outside the gradient, as Loshchilov and Hutter (2019) do; and
+# these of bitsandbytes' kernels, whatever the class that calls them.
+_DECOUPLED_NAMES = ("AdamW", "Lion", "Muon", "Adafactor")
+_DECOUPLED_KERNELS = ("adam", "ademamix", "lamb", "lion")
+_SQUARES_FIRST = ("adagrad", "rmsprop")  # kernels of bitsandbytes whose ``state1`` holds squared gradients
 _DECOUPLED_FLAGS = ("decoupled_weight_decay", "weight_decouple", "decouple_weight_decay")
 
 
-def decoupled_decay(base: Optimizer, settings: dict[str, Any]) -> float | Tensor:
-    """The share of the weights that ``base`` takes off in one step beside its update: lr·weight_decay, or 0.
+def rate(settings: dict[str, Any]) -> float | Tensor:
+    """The learning rate of a parameter group in the step just taken; schedule-free's warm-up is its own, beside ``lr``."""
+    return settings["scheduled_lr"] if "scheduled_lr" in settings else settings["lr"]
+
+
+def decoupled_decay(base: Optimizer, settings: dict[str, Any], parameters: Sequence[Tensor]) -> float | Tensor:
+    """The share of the weights that ``base`` takes off in one step beside its update: rate·weight_decay, or 0.
 
     Args:
-        base: the base optimizer.
+        base: the base optimizer, after its step.
         settings: one of its parameter groups.
+        parameters: m parameters of that group.
+
+    Returns:
+        A number, or ``[m, 1, 1]`` where each parameter has its own rate (transformers' Adafactor).
     """
     decay = settings.get("weight_decay", 0.0)
+    if not decay or not _decouples(base, settings):
+        return 0.0
+    if settings.get("scale_parameter") or settings.get("relative_step"):
+        rates = [base._get_lr(settings, base.state[p]) for p in parameters]  # type: ignore[attr-defined]
+        return decay * torch.stack([torch.as_tensor(r, device=parameters[0].device) for r in rates])[:, None, None]
+    return rate(settings) * decay
+
+
+def coupled_decay(base: Optimizer, settings: dict[str, Any]) -> float:
+    """What ``base`` multiplies the weights by to add them to the gradient (an L2 penalty), 0 if it does not."""
+    return 0.0 if _decouples(base, settings) else settings.get("weight_decay", 0.0)
+
+
+def _decouples(base: Optimizer, settings: dict[str, Any]) -> bool:
+    """Whether weight decay, if any, stays outside the gradient."""
     flags = [settings[name] for name in _DECOUPLED_FLAGS if name in settings]
-    decoupled = flags[0] if flags else any(name in type(base).__name__ for name in _DECOUPLED_NAMES)
-    return settings["lr"] * decay if decoupled and decay else 0.0
+    if flags:
+        return bool(flags[0])
+    if (kernel := _kernel(base)) is not None:
+        return kernel in _DECOUPLED_KERNELS
+    return any(name in type(base).__name__ for name in _DECOUPLED_NAMES)
 
 
 def first_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
@@ -50,7 +80,7 @@ def first_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
         averages_gradients = name != "momentum_buffer" or "square_avg" not in state  # RMSprop's is of scaled gradients
         if isinstance(state.get(name), Tensor) and averages_gradients:
             return state[name]
-    return _bitsandbytes_moment(state, "1")
+    return None if _kernel(base) in _SQUARES_FIRST else _bitsandbytes_moment(state, "1")
 
 
 def moment_weight(base: Optimizer, parameter: Tensor, settings: dict[str, Any], decay: float) -> Tensor | float:
@@ -70,6 +100,27 @@ def moment_weight(base: Optimizer, parameter: Tensor, settings: dict[str, Any], 
         return (1 - settings["dampening"]) / (1 - decay)
     steps = base.state.get(parameter, {}).get("step")
     return 1.0 if steps is None or "betas" not in settings else 1 - decay**steps
+
+
+def freshened_correction(
+    base: Optimizer, parameter: Tensor, settings: dict[str, Any], decay: float, wanted: float
+) -> Tensor | float:
+    """What Adam's step is too long by where its average keeps less than Adam believes, as a factor that mends it.
+
+    In step t an average that kept ``w`` per step until then has the weight β₁ (1 − wᵗ⁻¹) + 1 − β₁, and Adam divides by
+    1 − β₁ᵗ.
+
+    Args:
+        base: the base optimizer.
+        parameter: one of its parameters, after at least one step.
+        settings: the parameter's group.
+        decay: β₁.
+        wanted: w.
+    """
+    steps = base.state.get(parameter, {}).get("step")
+    if steps is None or "betas" not in settings:
+        return 1.0
+    return (1 - decay**steps) / (decay * (1 - wanted ** (steps - 1)) + 1 - decay)
 
 
 def set_first_moment(base: Optimizer, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -93,7 +144,13 @@ def second_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
         value = state.get(name)
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             return value
-    return _bitsandbytes_moment(state, "2")
+    return _bitsandbytes_moment(state, "1" if _kernel(base) in _SQUARES_FIRST else "2")
+
+
+def _kernel(base: Optimizer) -> str | None:
+    """The name of the update that a bitsandbytes optimizer runs, None for any other."""
+    theirs = any(kind.__module__.startswith("bitsandbytes") for kind in type(base).__mro__)
+    return getattr(base, "optimizer_name", None) if theirs else None
 
 
 def _bitsandbytes_moment(state: dict[str, Any], which: str) -> Tensor | None:

@@ -8,7 +8,7 @@ import tiny
 import torch
 from torch import optim
 
-from grit_optim import GritOptimizer
+from grit_optim import GritOptimizer, transport
 
 
 def of_torch(name, **settings):
@@ -61,6 +61,7 @@ BASES = {
     "Muon": of_torch("Muon"),  # from torch 2.9 on
     "AdamW8bit": of_bitsandbytes("AdamW8bit"),
     "PagedAdamW8bit": of_bitsandbytes("PagedAdamW8bit"),
+    "RMSprop-bitsandbytes": of_bitsandbytes("RMSprop"),
     "Lion8bit": of_bitsandbytes("Lion8bit"),
     "ScheduleFreeAdamW": schedule_free,
     "LoRA+": lora_plus,
@@ -117,6 +118,94 @@ def test_is_itself_bit_for_bit_where_nothing_is_preconditioned(name):
     ours, theirs = tiny.weights(model), tiny.weights(plain)
     assert [n for n in ours if not torch.equal(ours[n], theirs[n])] == []
     assert optimizer.telemetry()["folds"] == 5
+
+
+def decaying(name):
+    """A base of that name with a weight decay, by model and decay."""
+    if name.startswith("bitsandbytes"):
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+        return lambda p, decay: getattr(bitsandbytes.optim, name.split(".")[1])(p, lr=1e-2, weight_decay=decay)
+    if name.startswith("transformers"):
+        transformers = pytest.importorskip("transformers")
+        relative = name.endswith("relative")
+        return lambda p, decay: transformers.optimization.Adafactor(
+            p,
+            lr=None if relative else 1e-2,
+            relative_step=relative,
+            scale_parameter=relative,
+            weight_decay=decay,
+        )
+    kind, *momentum = name.split("-")
+    settings = {"momentum": 0.9} if momentum else {}
+    return lambda p, decay: getattr(optim, kind)(p, lr=1e-2, weight_decay=decay, **settings)
+
+
+@pytest.mark.parametrize("mode", ["spectral", "steer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AdamW",
+        "Adam",
+        "Adafactor",
+        "SGD",
+        "SGD-momentum",
+        "RMSprop",
+        "Adagrad",
+        "bitsandbytes.Adam",
+        "transformers.Adafactor",
+        "transformers.Adafactor.relative",
+    ],
+)
+def test_weight_decay_decays_whatever_the_base(name, mode):
+    make, decay = decaying(name), 100.0 if name.endswith("relative") else 5.0
+    norms = {}
+    for way in ("plain", mode):
+        for strength in (0.0, decay):
+            model = tiny.llama(layers=1)
+            optimizer = make(tiny.trained(model), strength)
+            if way != "plain":
+                optimizer = GritOptimizer(optimizer, model, precondition=mode, kfac_min_samples=8)
+            tiny.train(model, optimizer, 15)
+            norms[way, strength] = sum(p.detach().square().sum() for p in tiny.trained(model)).sqrt().item()
+    plain, ours = norms["plain", decay] / norms["plain", 0.0], norms[mode, decay] / norms[mode, 0.0]
+    assert plain < 0.9, "the base itself decays, or the test shows nothing"
+    assert ours < 1 - 0.75 * (1 - plain)
+
+
+def test_squares_that_bitsandbytes_keeps_first_are_no_average():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = tiny.llama(layers=1)
+    base = bitsandbytes.optim.RMSprop(tiny.trained(model), lr=1e-3)
+    tiny.train(model, base, 1)
+    parameter = next(p for p in tiny.trained(model) if base.state[p]["state1"].any())
+    assert transport.first_moment(base, parameter) is None
+    assert transport.second_moment(base, parameter) is base.state[parameter]["state1"]
+
+
+def test_the_bases_own_warm_up_sets_the_length():
+    schedulefree = pytest.importorskip("schedulefree")
+    model = tiny.llama(layers=1)
+    base = schedulefree.AdamWScheduleFree(tiny.trained(model), lr=1e-2, warmup_steps=100)
+    base.train()
+    optimizer = GritOptimizer(base, model, kfac_min_samples=8)
+    tiny.train(model, optimizer, 1)
+    for seed in range(1, 5):
+        before = tiny.weights(model)
+        tiny.train(model, optimizer, 1, first=seed)
+        rate = base.param_groups[0]["scheduled_lr"]
+        assert 0 < rate < 1e-3
+        for name, after in tiny.weights(model).items():
+            assert (after - before[name]).square().mean().sqrt() < rate, name
+
+
+def test_an_adam_that_finds_its_own_rate_says_how_long_a_step_is():
+    peers = pytest.importorskip("pytorch_optimizer")
+    model = tiny.llama(layers=1)
+    optimizer = GritOptimizer(peers.DAdaptAdam(tiny.trained(model), lr=1.0), model, kfac_min_samples=8)
+    assert optimizer.options.step_length == optimizer.options.direction_momentum == "base"
+    before = tiny.weights(model)
+    tiny.train(model, optimizer, 3)
+    assert all((after - before[name]).abs().max() < 1e-2 for name, after in tiny.weights(model).items())
 
 
 def test_lora_plus_keeps_its_two_rates():

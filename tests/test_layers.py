@@ -19,6 +19,7 @@ LAYERS = [
         *{"recording", "shrink", "sinks", "snapshot", "telemetry"},
     },
     {"stages"},
+    {"tapping"},
     {"ranked"},
     {"reporting"},
     {"optimizer"},

@@ -5,7 +5,7 @@ import tiny
 import torch
 from stepping import one_step, sites_of
 
-from grit_optim import presets, regularizers
+from grit_optim import GritOptimizer, presets, regularizers
 from grit_optim.rank import rank_for_energy
 
 BOTH = {"lambda_kfac": 0.03, "lambda_reproj": 0.2, "reprojection_k": 2, "damping": "absolute"}
@@ -159,3 +159,20 @@ def test_penalties_shrink_what_they_penalise():
 def test_the_papers_preset_has_the_papers_strengths():
     assert presets.PAPER["lambda_kfac"] == 1e-5
     assert presets.PAPER["lambda_reproj"] == 1e-4
+
+
+@pytest.mark.parametrize("penalty", ["lambda_kfac", "lambda_reproj"])
+def test_a_base_that_ascends_still_descends_the_penalties(penalty):
+    weights = {}
+    for maximize in (False, True):
+        model = tiny.llama(layers=1)
+        base = torch.optim.AdamW(tiny.trained(model), lr=1e-2, weight_decay=0.0, maximize=maximize)
+        options = {penalty: 10.0, "kfac_min_samples": 8, "reprojection_k": 2}
+        optimizer = GritOptimizer(base, model, precondition="inverse", **options)
+        for seed in range(8):
+            ((-1 if maximize else 1) * tiny.loss_of(model, seed)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights[maximize] = tiny.weights(model)
+    for name, value in weights[False].items():
+        torch.testing.assert_close(weights[True][name], value, msg=name)

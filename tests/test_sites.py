@@ -183,6 +183,17 @@ def test_a_given_site_that_the_base_does_not_hold_is_refused():
         GritOptimizer(base, model, sites=[site])
 
 
+def test_sites_that_share_a_name_or_a_pair_are_refused():
+    first, second = HandWritten(), HandWritten()
+    model = nn.ModuleList([first, second])
+    one, named_alike = (Site.from_modules("mine", m.down, m.up) for m in (first, second))
+    same_pair, same_b = Site.from_modules("again", first.down, first.up), Site.from_modules("b", second.down, first.up)
+    base = AdamW(model.parameters(), lr=1e-2)
+    for other, what in ((named_alike, "the same name"), (same_pair, "the same A"), (same_b, "the same B")):
+        with pytest.raises(ValueError, match=rf"sites 0 \('mine'\) and 1 \('{other.name}'\) have {what}"):
+            GritOptimizer(base, model, sites=[one, other])
+
+
 BAD_PAIRS = {
     "no weight": (nn.Tanh(), nn.Linear(3, 5), "site 'mine': `a` is a Tanh without a `weight` tensor"),
     "no weight in b": (nn.Linear(6, 3), nn.Identity(), "site 'mine': `b` is a Identity without a `weight` tensor"),
@@ -213,6 +224,50 @@ def change_adapter(model, how):
         if how == "re-added":
             layer.update_layer("default", 4, lora_alpha=4, config=model.peft_config["default"])
             layer.set_adapter("default")
+
+
+def test_an_adapter_that_is_switched_to_is_tapped_and_the_other_kept():
+    model = llama(layers=1)
+    model.add_adapter("other", LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"))
+    model.set_adapter("default")
+    optimizer = GritOptimizer(AdamW(model.parameters(), lr=1e-2), model, kfac_min_samples=8)
+    train(model, optimizer, 3)
+    first = optimizer.telemetry()
+    model.set_adapter("other")
+    train(model, optimizer, 3, first=3)
+    second = optimizer.telemetry()
+    assert (first["sites"], second["sites"], second["engaged_sites"]) == (7, 14, 14)
+    kept = {name: n for name, n in second["samples"].items() if name.endswith(".default")}
+    assert kept == first["samples"]
+    model.set_adapter("default")
+    train(model, optimizer, 1, first=6)
+    assert optimizer.telemetry()["sites"] == 14
+    resumed = GritOptimizer(AdamW(model.parameters(), lr=1e-2), model, kfac_min_samples=8)
+    assert resumed.telemetry()["sites"] == 7
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.telemetry()["samples"] == optimizer.telemetry()["samples"]
+
+
+@pytest.mark.parametrize("how", ["unfrozen", "given another group while frozen"])
+def test_pairs_that_are_frozen_for_a_while_are_not_lost(how):
+    model = llama(layers=2)
+    frozen = [p for name, p in model.named_parameters() if "lora_" in name and "layers.0" in name]
+    optimizer = GritOptimizer(AdamW(trained(model), lr=1e-2), model, kfac_min_samples=8)
+    if how == "unfrozen":
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        optimizer = GritOptimizer(optimizer.base, model, kfac_min_samples=8)
+        assert optimizer.telemetry()["sites"] == 7
+    else:
+        for parameter in trained(model):
+            parameter.requires_grad_(False)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+        frozen = [p for name, p in model.named_parameters() if "lora_" in name]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    train(model, optimizer, 3)
+    after = optimizer.telemetry()
+    assert after["sites"] == after["engaged_sites"] == 14
 
 
 @pytest.mark.parametrize("how", ["update", "re-added", "deleted"])

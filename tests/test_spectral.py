@@ -1,5 +1,7 @@
 """The direction and the length of a "spectral" step, against the formula written out site by site."""
 
+import math
+
 import pytest
 import tiny
 import torch
@@ -92,6 +94,47 @@ def test_a_site_whose_gradient_is_zero_stays_where_it_is():
     moved = {name: not torch.equal(before[name], after[name]) for name in before}
     assert len(moved) == 28
     assert all(is_moved == ("lora_B" in name) for name, is_moved in moved.items())
+
+
+@pytest.mark.parametrize("mode", ["spectral", "steer"])
+@pytest.mark.parametrize("absent", [0.0, math.nan], ids=["zero", "not finite"])
+def test_without_a_gradient_a_step_fades_out_with_the_bases_average(mode, absent):
+    """An expert that sees no token keeps gradients of zero, and must not go on at full length along what it saw last."""
+    model = tiny.llama(layers=1)
+    optimizer = tiny.grit(model, precondition=mode, step_length=0.6, direction_momentum=0.6)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    tiny.train(model, optimizer, 6)
+    moved = []
+    for seed in range(6, 46):
+        before = tiny.weights(model)
+        (absent * tiny.loss_of(model, seed)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved.append(max((after - before[name]).abs().max().item() for name, after in tiny.weights(model).items()))
+    assert moved[0] > 1e-4, "the average still moves the weights, or the test shows nothing"
+    assert moved[-1] < 1e-6
+    assert all(value.isfinite().all() for value in tiny.weights(model).values())
+
+
+@pytest.mark.parametrize("mode", ["spectral", "steer"])
+def test_a_freshened_average_leaves_the_bases_length_what_that_momentum_gives(mode):
+    """Adam's bias correction divides by 1 − β₁ᵗ; the average that was freshened has the weight 1 − wᵗ."""
+    lengths = {}
+    for beta1, momentum in ((0.9, 0.6), (0.6, "base")):
+        model = tiny.llama(layers=1)
+        base = torch.optim.AdamW(tiny.trained(model), lr=1e-2, betas=(beta1, 0.999), weight_decay=0.0)
+        options = {"step_length": "base", "direction_momentum": momentum, "kfac_min_samples": 8}
+        optimizer = GritOptimizer(base, model, precondition=mode, **options)
+        lengths[beta1] = []
+        for seed in range(8):
+            before = tiny.weights(model)
+            tiny.train(model, optimizer, 1, first=seed)
+            steps = [(after - before[name]).norm() for name, after in tiny.weights(model).items()]
+            lengths[beta1].append(torch.stack(steps).norm())
+    ours, expected = (
+        torch.stack(lengths[beta1][2:]) for beta1 in (0.9, 0.6)
+    )  # A has its first gradient in the second step
+    torch.testing.assert_close(ours, expected, rtol=0.25, atol=0)
 
 
 @pytest.mark.parametrize(
