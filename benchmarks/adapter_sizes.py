@@ -91,7 +91,10 @@ def grit(job: Job, model: Any, **options: Any) -> Any:
     """GRIT around :func:`adamw`, with the way's options and on top of them the job's."""
     from grit_optim import GritOptimizer
 
-    return GritOptimizer(adamw(job.config, model), model, **{**options, **job.options})
+    try:
+        return GritOptimizer(adamw(job.config, model), model, **{**options, **job.options})
+    except (TypeError, ValueError) as error:
+        raise BenchmarkError(f"GRIT cannot be built with --option as given: {error}") from error
 
 
 def train_and_save(job: Job, model: Any, name: str, dtype: torch.dtype | None = None, **options: Any) -> Path:

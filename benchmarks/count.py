@@ -104,7 +104,10 @@ def meta_model(workload: Workload) -> PeftModel:
 
 def _meta_optimizer(name: str, model: PeftModel, options: dict[str, Any]) -> torch.optim.Optimizer:
     """The optimizer as it works on a GPU in the steady state."""
-    optimizer = make_optimizer(name, model, Settings(1e-4, options=options))
+    try:
+        optimizer = make_optimizer(name, model, Settings(1e-4, options=options))
+    except (TypeError, ValueError) as error:
+        raise BenchmarkError(f"--optimizer {name} cannot be built with --option as given: {error}") from error
     for group in optimizer.param_groups:
         if "foreach" in group:
             group["foreach"] = True  # AdamW's own choice on a GPU

@@ -72,6 +72,7 @@ def with_ranks(config: Any, layers: AdapterLayers, ranks: Mapping[str, int], fol
     }
     for name, layer in layers.others.items():
         adapter = _adapter_of(layers)
+        name = _target_name(name, layer)
         sizes[name] = layer.r[adapter]
         alphas[name] = sizes[name] if fold_scale else layer.lora_alpha[adapter]
     config.r = max(sizes.values())
@@ -93,6 +94,16 @@ def with_ranks(config: Any, layers: AdapterLayers, ranks: Mapping[str, int], fol
 
 def _adapter_of(layers: AdapterLayers) -> str:
     return next(iter(layers.pairs.values())).adapter
+
+
+def _target_name(name: str, layer: Any) -> str:
+    """The name by which PEFT looks a layer's rank up; an expert's weight (``target_parameters``) has the parameter's own."""
+    parameter = getattr(layer, "parameter_name", None)
+    if parameter is None:
+        return name
+    while name.endswith(".base_layer"):  # PEFT wraps a module once for each of its parameters
+        name = name.removesuffix(".base_layer")
+    return f"{name}.{parameter}"
 
 
 def anchored(name: str) -> str:

@@ -16,7 +16,7 @@ from grit_optim.optimizer import GritOptimizer
 class GritCallback(TrainerCallback):
     """Logs the Trainer's GritOptimizer.
 
-    Writes ``grit.jsonl`` into the Trainer's output folder while it trains and ``grit_ranks.json`` (see
+    Writes ``grit.jsonl`` into the Trainer's output folder while it trains and ``grit_final_ranks.json`` (see
     :meth:`GritOptimizer.final_ranks`) at the end, and adds ``grit_engaged_sites``, ``grit_mean_rank``,
     ``grit_mean_cosine`` and ``grit_dropped_folds`` to what the Trainer logs.
 
@@ -31,7 +31,9 @@ class GritCallback(TrainerCallback):
         self._optimizer: GritOptimizer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Find the optimizer and start logging."""
+        """Find the optimizer and start logging; a run that was interrupted is ended first."""
+        if self._optimizer is not None:
+            self._optimizer.finish_logging()
         self._optimizer = _unwrapped(optimizer)
         if state.is_world_process_zero:
             self._optimizer.log_to(self._sink or Path(args.output_dir) / "grit.jsonl", **self._log)
@@ -57,7 +59,8 @@ class GritCallback(TrainerCallback):
             return
         self._optimizer.finish_logging()
         if state.is_world_process_zero:
-            self._optimizer.final_ranks(Path(args.output_dir) / "grit_ranks.json")
+            self._optimizer.final_ranks(Path(args.output_dir) / "grit_final_ranks.json")
+        self._optimizer = None
 
 
 def _unwrapped(optimizer: Any) -> GritOptimizer:

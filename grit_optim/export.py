@@ -82,6 +82,12 @@ def export_adapter(
     config = peft_model.peft_config[adapter]
     adapter_config.check_exportable(config, adapter)
     layers = adapter_layers(peft_model, adapter)
+    broken = [name for name, site in layers.pairs.items() if not (site.a.isfinite().all() and site.b.isfinite().all())]
+    if broken:
+        raise ValueError(
+            f"adapter {adapter!r} has weights that are infinite or NaN in {len(broken)} layer(s) ({listed(broken, 3)}): the "
+            "run has diverged; go back to an earlier checkpoint, or save it as it is with model.save_pretrained()"
+        )
     smaller = {name: _reduced(site, tolerance) for name, site in layers.pairs.items()}
     ranks = {name: pair.a.shape[0] for name, pair in smaller.items()}
     if not any(ranks.values()):
@@ -97,10 +103,10 @@ def export_adapter(
 
 
 def _reduced(site: Site, tolerance: float) -> Pair:
-    """The pair without what it does not use; B's own bias needs a direction to hang on."""
+    """The pair without what it does not use; a bias that is trained needs a direction to hang on."""
     a, b = site.a.detach(), site.b.detach()
     used = (a.flatten(1) != 0).any(1) & (b.transpose(0, 1).flatten(1) != 0).any(1)
-    if site.has_bias and not used.any():
+    if site.trains_bias and not used.any():
         used[0] = True
     kept = Pair(a[used], b[:, used])
     return _compressed(kept, tolerance) if tolerance > 0 and kept.a.shape[0] > 1 else kept

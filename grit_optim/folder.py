@@ -19,7 +19,8 @@ def replaced(path: Path, drop: Collection[str] = ()) -> Iterator[Path]:
     """A new, empty folder to write to, which takes the place of ``path`` when the body ends without an error.
 
     Whatever else the old folder held is there afterwards too. A body that fails, or a process that is killed, leaves the old
-    folder as it was.
+    folder as it was. A folder that has to stay the same one (a mount point, the working directory, one in a folder that is not
+    writable) gets the new files one by one instead, the largest last.
 
     Args:
         path: the folder; it need not exist.
@@ -32,10 +33,16 @@ def replaced(path: Path, drop: Collection[str] = ()) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; an adapter is saved as a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    stays = path.exists() and _must_stay(path)
+    place = path if stays else path.parent
+    new = place / f".{path.name}.{uuid.uuid4().hex}.tmp"
     new.mkdir()
     try:
         yield new
+        if stays:
+            _flush(new)
+            _move_into(new, path, drop)
+            return
         if path.exists():
             _carry_over(path, new, drop)
             new.chmod(path.stat().st_mode & 0o7777)
@@ -43,6 +50,24 @@ def replaced(path: Path, drop: Collection[str] = ()) -> Iterator[Path]:
         _take_the_place(new, path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _must_stay(path: Path) -> bool:
+    """Whether another folder cannot take the place of this one, or would take it away from under the process."""
+    return (
+        os.path.ismount(path)
+        or not os.access(path.parent, os.W_OK | os.X_OK)
+        or Path.cwd().resolve().is_relative_to(path)
+    )
+
+
+def _move_into(new: Path, path: Path, drop: Collection[str]) -> None:
+    """Each file in one step; what describes the weights comes before them."""
+    for entry in sorted(new.iterdir(), key=lambda file: file.stat().st_size):
+        entry.replace(path / entry.name)
+    for name in drop:
+        (path / name).unlink(missing_ok=True)
+    _flush(path)
 
 
 def _carry_over(old: Path, new: Path, drop: Collection[str]) -> None:

@@ -15,12 +15,16 @@ class OutputTap:
     def __init__(self, losses: Losses | None) -> None:
         self._losses = weakref.ref(losses) if losses is not None else None
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Take the loss of a training pass; evaluation builds no graph."""
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Take the loss of a training pass; evaluation builds no graph.
+
+        A Trainer that tells the model how many tokens the whole step has (``num_items_in_batch``) gets this micro-batch's share
+        of the step's loss, not a mean of its own.
+        """
         losses = self._losses() if self._losses is not None else None
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if losses is not None and isinstance(loss, Tensor) and loss.requires_grad:
-            losses.from_output(loss)
+            losses.from_output(loss, is_share=kwargs.get("num_items_in_batch") is not None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OutputTap, (None,)
@@ -32,12 +36,13 @@ class Losses:
     def __init__(self) -> None:
         self._observed: list[Tensor | float] = []
         self._outputs: list[Tensor | float] = []
+        self._shares = False
         self._hook: torch.utils.hooks.RemovableHandle | None = None
 
     def attach(self, model: nn.Module | None) -> None:
         """Watch the outputs of ``model`` from now on."""
         if model is not None and self._hook is None:
-            self._hook = model.register_forward_hook(OutputTap(self))
+            self._hook = model.register_forward_hook(OutputTap(self), with_kwargs=True)
 
     def detach(self) -> None:
         """Remove the hook."""
@@ -49,12 +54,13 @@ class Losses:
         """Take a loss that the user hands over."""
         self._observed.append(_single(loss))
 
-    def from_output(self, loss: Tensor) -> None:
-        """Take the loss that the model put out."""
+    def from_output(self, loss: Tensor, is_share: bool = False) -> None:
+        """Take the loss that the model put out: a micro-batch's mean, or its share of the step's loss."""
+        self._shares = is_share
         self._outputs.append(loss.detach().float().mean())
 
     def take(self, returned: Any = None) -> Tensor | float | None:
-        """The loss of this step: the mean over its micro-batches, or None if nobody told. Forgets it.
+        """The loss of this step, over all its micro-batches, or None if nobody told. Forgets it.
 
         Args:
             returned: what the closure returned.
@@ -62,8 +68,9 @@ class Losses:
         if not self._observed and _is_single(returned):
             self._observed.append(_single(returned))
         seen = self._observed or self._outputs
+        count = 1 if self._shares and not self._observed else len(seen)
         self._observed, self._outputs = [], []
-        return sum(seen[1:], seen[0]) / len(seen) if seen else None
+        return sum(seen[1:], seen[0]) / count if seen else None
 
 
 def _is_single(value: Any) -> bool:

@@ -204,9 +204,10 @@ class RankedOptimizer(TappingOptimizer):
         if not any(kept.values()):
             raise ValueError("no site keeps a direction, so nothing would be left to train; reduce the ranks less")
         known = checkpoint.pack_sites(self._curvatures, with_operators=True)
-        # B's own bias works at any rank, and needs a pair to hang on.
-        sizes = {site.name: max(kept[site.name], int(site.has_bias)) for site in self._sites}
+        # A bias that is trained works at any rank, and needs a pair to hang on.
+        sizes = {site.name: max(kept[site.name], int(site.trains_bias)) for site in self._sites}
         gone = [site for site in self._sites if sizes[site.name] == 0]
+        shrink.check_starts(self._sites, sizes, peft_model)
         shrink.narrow(self.base, self._sites, sizes, peft_model)
         if peft_model is not None:
             shrink.update_configs(peft_model, gone)
@@ -227,7 +228,8 @@ class RankedOptimizer(TappingOptimizer):
         """Save the trained adapter with the ranks that are kept and no others, for ``PeftModel.from_pretrained``.
 
         Args:
-            path: the folder; it holds the old adapter or the new one at every moment.
+            path: the folder; it holds the old adapter or the new one at every moment (file by file only, where the folder is a
+                mount point, the working directory, or in a folder that must not be written to).
             adapter: name of the adapter, where this optimizer trains several.
             fold_scale: multiply the scale into B, for programs that ignore ``alpha_pattern`` and rsLoRA.
             dtype: ``torch.bfloat16`` or ``torch.float16`` for half the bytes of an adapter trained in fp32; None: as it is.

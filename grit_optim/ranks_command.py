@@ -86,8 +86,11 @@ def _read_past(path: Path) -> dict[str, dict[str, Any]]:
         saved = json.loads(file.read_text(encoding="utf-8"))
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}, this grit_optim reads {FORMAT}")
+        for site in saved["sites"]:
+            if lacking := {"name", "rank_before", "parameters_before", "predicted_loss"} - site.keys():
+                raise ValueError(f"a site without {', '.join(sorted(lacking))}")
         return {site["name"]: site for site in saved["sites"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} is not what save_adapter() wrote ({error}); delete it to see the tensors alone"
         ) from error
@@ -95,10 +98,13 @@ def _read_past(path: Path) -> dict[str, dict[str, Any]]:
 
 def _site(place: str, tensors: dict[str, Tensor], past: dict[str, dict[str, Any]], threshold: float) -> SiteRank:
     """One site, from its two tensors."""
+    if place + _B not in tensors:
+        raise ValueError(f"the adapter is damaged: it holds {place}{_A} and no {place}{_B}")
     a, b = tensors[place + _A].float(), tensors[place + _B].float()
     name = place.removeprefix(_PREFIX)
     known = past.get(name, {})
-    entropy, count = effective_ranks(product_singular_values(a, b)[None], threshold)[0]
+    finite = bool(a.isfinite().all() and b.isfinite().all())  # a diverged run's have no spectrum
+    entropy, count = effective_ranks(product_singular_values(a, b)[None], threshold)[0] if finite else (None, None)
     size = a.numel() + b.numel()
     before = known.get("rank_before", a.shape[0]), known.get("parameters_before", size)
     return SiteRank(name, a.shape[0], before[0], entropy, count, size, before[1], known.get("predicted_loss"))

@@ -120,6 +120,8 @@ def _record(path: Path, number: int, line: str) -> dict[str, Any]:
         raise RunError(f"{path}, line {number} is no JSON: {error}") from error
     if not isinstance(record, dict) or record.get("kind") not in ("start", "step", "end"):
         raise RunError(f"{path}, line {number} is no record of optimizer.log_to(path)")
+    if record["kind"] == "start" and (lacking := [key for key in ("options", "sites") if key not in record]):
+        raise RunError(f"{path}, line {number} is a start record without {' and '.join(lacking)}")
     return record
 
 

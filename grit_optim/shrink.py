@@ -32,6 +32,17 @@ def check(model: nn.Module | None, sites: Sequence[Site]) -> Any | None:
     return peft_model
 
 
+def check_starts(sites: Iterable[Site], sizes: Mapping[str, int], peft_model: Any | None) -> None:
+    """Refuse to cut adapters whose start depends on their rank.
+
+    Raises:
+        ValueError: such an adapter would get another rank somewhere.
+    """
+    for adapter in sorted({site.adapter for site in sites if site.in_peft and sizes[site.name] != site.rank}):
+        assert peft_model is not None
+        adapter_config.check_start(peft_model.peft_config[adapter], adapter)
+
+
 def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], peft_model: Any | None) -> None:
     """Cut each site to its leading directions, with the base's state; at 0 its parameters leave the base's groups."""
     layers = layers_of_pairs(peft_model) if peft_model is not None else {}

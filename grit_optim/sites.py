@@ -40,6 +40,7 @@ class Site:
         a_modules: adapter name to the module whose weight is A; its output is h = A x.
         b_modules: adapter name to the module whose weight is B.
         scalings: adapter name to s.
+        layer_bias: the bias of the layer that the pair is added to, where PEFT trains and saves it (``bias="lora_only"``).
     """
 
     name: str
@@ -47,6 +48,7 @@ class Site:
     a_modules: Mapping[str, nn.Module] | nn.ModuleDict
     b_modules: Mapping[str, nn.Module] | nn.ModuleDict
     scalings: Mapping[str, float]
+    layer_bias: Tensor | None = None
 
     @property
     def tap(self) -> nn.Module:
@@ -87,6 +89,11 @@ class Site:
     def has_bias(self) -> bool:
         """Whether B adds a bias of its own (PEFT's ``lora_bias``), which is there whatever the rank."""
         return getattr(self.b_modules[self.adapter], "bias", None) is not None
+
+    @property
+    def trains_bias(self) -> bool:
+        """Whether PEFT saves a bias with the pair, and drops it where the pair is left out."""
+        return self.has_bias or self.layer_bias is not None
 
     @property
     def in_peft(self) -> bool:
@@ -191,6 +198,13 @@ def _reason_untapped(layer: nn.Module, site: Site, trained: set[int]) -> str | N
     return _mismatch(site)
 
 
+def _site_of(name: str, adapter: str, layer: Any, bias_saved: bool = False) -> Site:
+    """The pair of one adapter in PEFT's layer of that name; a bias that is not trained, nor saved, is not held."""
+    bias = getattr(getattr(layer, "base_layer", None), "bias", None)
+    held = bias if bias is not None and (bias_saved or bias.requires_grad) else None
+    return Site(f"{name}.{adapter}", adapter, layer.lora_A, layer.lora_B, layer.scaling, held)
+
+
 def _is_trained(module: nn.Module, trained: set[int]) -> bool:
     return any(id(p) in trained for p in module.parameters())
 
@@ -223,7 +237,7 @@ def find_sites(
         for adapter in a_modules:
             if not (_is_trained(a_modules[adapter], trained) or _is_trained(b_modules[adapter], trained)):
                 continue
-            site = Site(f"{name}.{adapter}", adapter, a_modules, b_modules, layer.scaling)
+            site = _site_of(name, adapter, layer)
             reason = _reason_untapped(layer, site, trained)
             if reason is None:
                 sites.append(site)
@@ -306,13 +320,14 @@ def adapter_layers(peft_model: Any, adapter: str) -> AdapterLayers:
     """All layers of one adapter, whether they are trained or not."""
     pairs: dict[str, Site] = {}
     others: dict[str, Any] = {}
+    bias_saved = getattr(peft_model.peft_config[adapter], "bias", "none") != "none"
     for full_name, layer in peft_model.get_base_model().named_modules():
         name = _WRAPPER_NAMES.sub("", full_name)
         if adapter not in getattr(layer, "r", ()) or not isinstance(getattr(layer, "lora_alpha", None), dict):
             continue
         a_modules, b_modules = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
         if isinstance(a_modules, nn.ModuleDict) and isinstance(b_modules, nn.ModuleDict) and adapter in a_modules:
-            site = Site(f"{name}.{adapter}", adapter, a_modules, b_modules, layer.scaling)
+            site = _site_of(name, adapter, layer, bias_saved)
             if _reason_untapped(layer, site, {id(site.a), id(site.b)}) is None:
                 pairs[name] = site
                 continue

@@ -8,6 +8,8 @@ import torch
 
 from grit_optim import GritOptimizer
 from grit_optim.callback import GritCallback
+from grit_optim.ranks_command import read_ranks
+from grit_optim.runs import read_run
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -41,7 +43,7 @@ def test_a_trainers_run_is_logged(tmp_path):
         ("end", 4),
     ]
     assert "eigenvalues_a" in records[1]["sites"]
-    ranks = json.loads((tmp_path / "grit_ranks.json").read_text())
+    ranks = json.loads((tmp_path / "grit_final_ranks.json").read_text())
     assert ranks["parameters"] == sum(p.numel() for p in tiny.trained(model))
     logged = [entry for entry in run.state.log_history if "loss" in entry]
     # From the model's output, without any help of the Trainer, which logs the mean of two steps.
@@ -50,6 +52,48 @@ def test_a_trainers_run_is_logged(tmp_path):
     assert [entry["grit_mean_rank"] for entry in logged] == [4, 4]
     assert logged[-1]["grit_mean_cosine"] < 1
     assert not isinstance(run.optimizer, GritOptimizer), "accelerate has wrapped it, and it was found all the same"
+
+
+def test_the_loss_of_an_accumulated_step_is_the_trainers(tmp_path):
+    """The Trainer has each micro-batch's output say its share of the step's loss; here the last step has fewer of them."""
+    model = tiny.llama()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=1, per_device_train_batch_size=2, gradient_accumulation_steps=3,
+        logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    run = transformers.Trainer(
+        model=model, args=arguments, train_dataset=examples(), optimizers=(tiny.grit(model), None),
+        callbacks=[GritCallback(every=1)],
+    )  # fmt: skip
+    run.train()
+    told = [record["loss"] for record in read_run(tmp_path / "grit.jsonl").steps]
+    trainers = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert len(told) == 3
+    assert told == pytest.approx(trainers, abs=1e-3)
+
+
+def test_an_interrupted_run_that_goes_on_is_recorded_once(tmp_path):
+    class Interrupts(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    model = tiny.llama()
+    optimizer = tiny.grit(model)
+    run = trainer(model, optimizer, tmp_path, GritCallback(every=1), Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.remove_callback(Interrupts)
+    run.train()
+    assert [record["step"] for record in read_run(tmp_path / "grit.jsonl").steps] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_ranks_of_a_trainers_output_can_be_read(tmp_path):
+    model = tiny.llama()
+    run = trainer(model, tiny.grit(model), tmp_path, GritCallback())
+    run.train()
+    run.save_model()
+    assert {site.rank for site in read_ranks(tmp_path).sites} == {4}
 
 
 def test_a_trainer_without_grit_is_told_so(tmp_path):

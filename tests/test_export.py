@@ -12,7 +12,7 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from grit_optim import GritOptimizer, Site, export, export_adapter, folder
 
@@ -390,3 +390,62 @@ def test_the_stale_weights_of_another_format_are_not_carried_over(base_folder, t
     (tmp_path / export.STALE_WEIGHTS).write_bytes(b"old")
     export_adapter(model, tmp_path)
     assert not (tmp_path / export.STALE_WEIGHTS).exists()
+
+
+def small_llama(**settings):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": tiny.VOCABULARY}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **settings))
+
+
+@pytest.mark.parametrize("how", ["save_adapter", "shrink_"])
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_a_trained_bias_keeps_its_layer(tmp_path, bias, how):
+    """PEFT saves a layer's own bias with its adapter, and drops it where the layer is left out."""
+    config = LoraConfig(r=4, target_modules="all-linear", bias=bias, task_type="CAUSAL_LM")
+    model = get_peft_model(small_llama(attention_bias=True), config)
+    optimizer = tiny.grit(model, min_lora_rank=0)
+    tiny.train(model, optimizer, 3)
+    optimizer.reduce_ranks_({name: 0 for name in optimizer.ranks() if "q_proj" in name or "up_proj" in name})
+    expected = model.eval()(input_ids=tiny.tokens()).logits
+    if how == "shrink_":
+        optimizer.shrink_()
+        model.save_pretrained(tmp_path)
+    else:
+        optimizer.save_adapter(tmp_path)
+    loaded = PeftModel.from_pretrained(small_llama(attention_bias=True), tmp_path).eval()
+    torch.testing.assert_close(loaded(input_ids=tiny.tokens()).logits, expected)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert any("q_proj.lora_A" in name for name in saved)
+    assert not any("up_proj.lora_A" in name for name in saved)
+
+
+@pytest.mark.filterwarnings("ignore:GRIT leaves", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_experts_whose_weights_are_adapted_keep_rank_and_scale(tmp_path, pattern):
+    def base():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": tiny.VOCABULARY}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+        return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(
+        r=6, lora_alpha=9, target_modules=["q_proj"], target_parameters=experts, **{pattern: dict.fromkeys(experts, 2)}
+    )
+    model = get_peft_model(base(), config)
+    optimizer = tiny.grit(model)
+    tiny.train(model, optimizer, 3)
+    expected = model.eval()(input_ids=tiny.tokens()).logits
+    export_adapter(model, tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+    torch.testing.assert_close(loaded(input_ids=tiny.tokens()).logits, expected)
+
+
+def test_an_adapter_that_has_diverged_is_named(tmp_path):
+    model = tiny.llama(layers=1)
+    tiny.trained(model)[1].data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"infinite or NaN in 1 layer\(s\) \(model.layers.0.self_attn.q_proj\)"):
+        export_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())

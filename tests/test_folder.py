@@ -95,3 +95,35 @@ def test_a_killed_process_leaves_old_or_new(old, place):
     assert os.waitstatus_to_exitcode(status) == 9
     expected = "new" if place == "after" else "old"
     assert [(old / name).read_text() for name in ("a", "b")] == [expected] * 2
+
+
+@pytest.mark.parametrize("why", ["working directory", "mount point", "parent"])
+def test_a_folder_that_has_to_stay_gets_the_new_files(tmp_path, monkeypatch, why):
+    path = tmp_path / "adapter"
+    path.mkdir()
+    for name in ("weights", "stale", "other"):
+        (path / name).write_text("old")
+    if why == "working directory":
+        monkeypatch.chdir(path)
+    elif why == "mount point":
+        monkeypatch.setattr(os.path, "ismount", lambda place: place == path)
+    else:
+        monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
+    inode = path.stat().st_ino
+    with pytest.raises(IsADirectoryError), folder.replaced(path) as new:
+        new.write_text("fails")
+    assert {file.name: file.read_text() for file in path.iterdir()} == {
+        "weights": "old",
+        "stale": "old",
+        "other": "old",
+    }
+    with folder.replaced(path, drop=["stale"]) as new:
+        (new / "weights").write_text("new weights")
+        (new / "config").write_text("new")
+    assert {file.name: file.read_text() for file in path.iterdir()} == {
+        "weights": "new weights",
+        "config": "new",
+        "other": "old",
+    }
+    assert path.stat().st_ino == inode
+    assert list(tmp_path.iterdir()) == [path]

@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from grit_optim.__main__ import main
 from grit_optim.rank import entropy_rank
@@ -112,6 +113,12 @@ def spoilt(path, name, content):
     (path / name).write_bytes(content)
 
 
+def without(path, ending):
+    tensors = load_file(path / "adapter_model.safetensors")
+    del tensors[next(name for name in tensors if name.endswith(ending))]
+    save_file(tensors, path / "adapter_model.safetensors")
+
+
 BAD = {
     "no adapter": (
         lambda path: (path / "adapter_model.safetensors").unlink(),
@@ -119,6 +126,11 @@ BAD = {
     ),
     "damaged": (lambda path: spoilt(path, "adapter_model.safetensors", b"xxxxxxxxxxxx"), "is damaged"),
     "ranks file": (lambda path: spoilt(path, "grit_ranks.json", b"[]"), "is not what save_adapter"),
+    "incomplete ranks file": (
+        lambda path: spoilt(path, "grit_ranks.json", b'{"format": 1, "sites": [{"name": "x"}]}'),
+        "a site without parameters_before, predicted_loss, rank_before",
+    ),
+    "a pair without B": (lambda path: without(path, ".lora_B.weight"), "and no base_model.model.model.layers.0"),
     "newer ranks file": (lambda path: spoilt(path, "grit_ranks.json", b'{"format": 99}'), "format 99"),
 }
 
@@ -130,6 +142,16 @@ def test_what_cannot_be_read_is_said_in_one_line(adapter, tmp_path, capsys, spoi
     spoil(tmp_path)
     assert main(["ranks", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_diverged_adapter_has_ranks_and_no_spectrum(adapter, tmp_path, capsys):
+    tensors = load_file(adapter[0] / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("lora_A.weight"))
+    save_file({**tensors, name: tensors[name] * float("nan")}, tmp_path / "adapter_model.safetensors")
+    assert main(["ranks", str(tmp_path), "--json"]) == 0
+    sites = json.loads(capsys.readouterr().out)["sites"]
+    assert [site["entropy_rank"] is None for site in sites].count(True) == 1
+    assert all(site["rank"] for site in sites)
 
 
 def test_a_threshold_that_is_none(adapter, capsys):

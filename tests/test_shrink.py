@@ -232,7 +232,9 @@ def test_a_copy_is_told_its_model_and_holds_no_frozen_weights():
     held = [m for site in copy.deepcopy(optimizer)._sites for m in (site.a_modules, site.b_modules)]
     assert len(held) == 28
     assert all(p.requires_grad for m in held for p in m.parameters())
-    assert {f.name for f in dataclasses.fields(Site)} == {"name", "adapter", "a_modules", "b_modules", "scalings"}
+    fields = {f.name for f in dataclasses.fields(Site)}
+    assert fields == {"name", "adapter", "a_modules", "b_modules", "scalings", "layer_bias"}
+    assert all(site.layer_bias is None for site in optimizer._sites), "only a bias that is trained is held"
     with pytest.raises(ValueError, match="pass model="):
         twin.shrink_()
     before = logits(twin_model)
@@ -253,6 +255,19 @@ def test_a_bias_of_b_stays_when_all_directions_go():
     losses = tiny.train(model, optimizer, 2, first=4)
     assert all(loss < 10 for loss in losses)
     assert dict(optimizer.ranks()) == dict(report)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_depends_on_the_rank_is_not_shrunk(start):
+    """PEFT would take another term out of the base model's weights when it loads the smaller adapter."""
+    model = tiny.llama(layers=1, init_lora_weights=start)
+    optimizer = tiny.grit(model, min_lora_rank=0)
+    tiny.train(model, optimizer, 2)
+    optimizer.reduce_ranks_(0.5)
+    shapes = [p.shape for p in tiny.trained(model)]
+    with pytest.raises(ValueError, match=f"was started with init_lora_weights='{start}'"):
+        optimizer.shrink_()
+    assert [p.shape for p in tiny.trained(model)] == shapes
 
 
 def test_nothing_left_is_refused():

@@ -289,6 +289,16 @@ def test_json_lines_append_so_that_a_resumed_run_goes_on(tmp_path):
 # -------------------------------------------------------------------- TensorBoard, Weights & Biases
 
 
+@pytest.mark.parametrize("whole", [b"", b'{"kind": "start"}\n'], ids=["only line", "last line"])
+def test_a_line_that_was_cut_off_is_dropped(tmp_path, whole):
+    path = tmp_path / "grit.jsonl"
+    path.write_bytes(whole + b'{"kind": "st')
+    sink = sinks.JsonLines(path)
+    sink({"kind": "end"})
+    sink.close()
+    assert path.read_bytes() == whole + b'{"kind": "end"}\n'
+
+
 def test_flattened_records_have_totals_and_sites():
     _, records, _ = recorded({}, log_fisher_spectrum=True, log_top_eigs=2)
     short, whole = sinks.Flattener(per_site=False), sinks.Flattener(per_site=True)

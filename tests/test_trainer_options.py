@@ -146,7 +146,7 @@ def test_the_best_model_has_its_own_ranks(tmp_path):
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     assert in_use(model) == optimizer.ranks() == dict.fromkeys(in_use(model), 4)
-    told = json.loads((tmp_path / "grit_ranks.json").read_text())
+    told = json.loads((tmp_path / "grit_final_ranks.json").read_text())
     assert told["parameters_kept"] == told["parameters"]
     assert {entry["grit_mean_rank"] for entry in trainer.state.log_history[-3:] if "grit_mean_rank" in entry} != {4.0}
     assert optimizer.save_adapter(tmp_path / "adapter").parameters == told["parameters"]

@@ -146,6 +146,14 @@ def test_options_reach_grit_and_stand_in_the_ways_name(small_task, tmp_path):
     assert list(series) == ["grit, rank_budget (min_lora_rank=3)"]
 
 
+def test_an_option_that_grit_does_not_have_is_said_in_one_line(small_task, tmp_path, capsys):
+    arguments = ["--ways", "budget", "--budgets", "0.5", "--steps", "4", "--option", "zzz=1", "--out", str(tmp_path)]
+    assert main(["sizes", *arguments]) == 2
+    assert "GRIT cannot be built with --option as given" in capsys.readouterr().err
+    assert main(["count", "--model", "tiny", "--option", "zzz=1", "--out", str(tmp_path)]) == 2
+    assert "--optimizer grit cannot be built with --option as given" in capsys.readouterr().err
+
+
 def write(folder, way, budget, seed, heldout, size, lr=1e-2, task="naming", **config):
     """A results file of one point."""
     settings = {**vars(CONFIG), "optimizer": way, "seed": seed, "lr": lr, "task": task, **config}
