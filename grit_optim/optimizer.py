@@ -187,6 +187,7 @@ class GritOptimizer(ReportingOptimizer):
         self._given_sites = sites is not None
         self._frozen = []
         self._start(base, list(sites) if sites is not None else self._find_sites(base, model))
+        self._warn_of_ranks_that_stay()
 
     # ---------------------------------------------------------------- the step
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from grit_optim import adapter_config, budget, checkpoint, pairs, shrink
 from grit_optim._checks import PAPER_PROJECTIONS, check_budget_value, listed
+from grit_optim._warn import warn
 from grit_optim.budget import Origin
 from grit_optim.curvature import Curvature
 from grit_optim.export import History, export_adapter
@@ -262,6 +263,20 @@ class RankedOptimizer(TappingOptimizer):
         return export_adapter(
             model, path, adapter=adapter, fold_scale=fold_scale, dtype=dtype, history=history, threshold=threshold
         )
+
+    def _warn_of_ranks_that_stay(self) -> None:
+        """Say at once, and not after the run, that ranks to be given up in training cannot leave the saved adapter."""
+        options, model = self.options, self._watched_model()
+        gives_up = options.rank_budget is not None or options.enable_rank_adaptation
+        if model is None or options.reprojection in PAPER_PROJECTIONS or not gives_up:
+            return
+        for adapter in sorted({site.adapter for site in self._sites if site.in_peft}):
+            try:
+                config = peft_model_in(model).peft_config[adapter]
+                adapter_config.check_exportable(config, adapter)
+                adapter_config.check_start(config, adapter)
+            except ValueError as error:
+                warn(f"ranks will be given up in training, but save_adapter() and shrink_() will refuse: {error}")
 
     def _known(self, model: nn.Module | None) -> nn.Module | None:
         """The model given, else the one the optimizer was built with, if it is still there."""

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import warnings
 
 import bases
 import pytest
@@ -268,6 +269,18 @@ def test_a_start_that_depends_on_the_rank_is_not_shrunk(start):
     with pytest.raises(ValueError, match=f"was started with init_lora_weights='{start}'"):
         optimizer.shrink_()
     assert [p.shape for p in tiny.trained(model)] == shapes
+
+
+@pytest.mark.parametrize(
+    ("lora", "why"), [({"use_dora": True}, "uses DoRA"), ({"init_lora_weights": "pissa"}, "pissa")]
+)
+def test_ranks_that_could_not_be_saved_smaller_are_said_before_the_run(lora, why):
+    model = tiny.llama(layers=1, **lora)
+    with pytest.warns(UserWarning, match=rf"save_adapter\(\) and shrink_\(\) will refuse: .*{why}"):
+        tiny.grit(model, reprojection="balanced", rank_budget=0.5, min_lora_rank=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny.grit(model)
 
 
 def test_nothing_left_is_refused():
