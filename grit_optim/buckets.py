@@ -141,3 +141,23 @@ def _groups(bucket: Bucket, side: Side, param_group_of: Mapping[int, int]) -> li
         parameters = [parameter for _, parameter in found]
         groups.append(Group(side, parameters, index, param_group_of[id(parameters[0])], positions))
     return groups
+
+
+def check_distinct(sites: Sequence[Site]) -> None:
+    """Refuse sites that share a name or a pair.
+
+    Raises:
+        ValueError: two sites have the same name, or the same A or B.
+    """
+    for what, keys in (
+        ("the same name", [site.name for site in sites]),
+        ("the same A", [id(site.a) for site in sites]),
+        ("the same B", [id(site.b) for site in sites]),
+    ):
+        first: dict[object, int] = {}
+        for i, key in enumerate(keys):
+            if (other := first.setdefault(key, i)) != i:
+                raise ValueError(
+                    f"sites {other} ({sites[other].name!r}) and {i} ({sites[i].name!r}) have {what}; a site's name keys its "
+                    "state in checkpoints, and its pair is stepped once, so give each pair once, under a name of its own"
+                )

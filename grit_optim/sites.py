@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,7 +185,7 @@ def _mismatch(site: Site) -> str | None:
     return None
 
 
-def _reason_untapped(layer: nn.Module, site: Site, trained: set[int]) -> str | None:
+def _reason_untapped(layer: nn.Module, site: Site, trained: set[int], tied: set[int]) -> str | None:
     """Why a LoRA pair that is trained cannot be tapped, or None."""
     kind = type(layer).__name__
     if kind in _UNTAPPABLE_LAYERS:
@@ -193,6 +193,8 @@ def _reason_untapped(layer: nn.Module, site: Site, trained: set[int]) -> str | N
     variant = getattr(layer, "lora_variant", {}).get(site.adapter)
     if variant is not None and type(variant).__name__ not in _TAPPABLE_VARIANTS:
         return f"{type(variant).__name__} changes what lies between A and B"
+    if {m.untyped_storage().data_ptr() for m in (site.a, site.b)} & tied:
+        return "it shares its matrices with the adapter of an embedding"
     if not (id(site.a) in trained and id(site.b) in trained):
         return f"only {'A' if id(site.a) in trained else 'B'} is trained"
     return _mismatch(site)
@@ -203,6 +205,13 @@ def _site_of(name: str, adapter: str, layer: Any, bias_saved: bool = False) -> S
     bias = getattr(getattr(layer, "base_layer", None), "bias", None)
     held = bias if bias is not None and (bias_saved or bias.requires_grad) else None
     return Site(f"{name}.{adapter}", adapter, layer.lora_A, layer.lora_B, layer.scaling, held)
+
+
+def _embedding_storages(model: nn.Module) -> set[int]:
+    """Where the matrices of embeddings' adapters lie in memory."""
+    kinds = ("lora_embedding_A", "lora_embedding_B")
+    entries = (p for module in model.modules() for kind in kinds for p in getattr(module, kind, {}).values())
+    return {place for p in entries if (place := p.untyped_storage().data_ptr())}  # 0 on the meta device
 
 
 def _is_trained(module: nn.Module, trained: set[int]) -> bool:
@@ -223,6 +232,7 @@ def find_sites(
         The sites that can be tapped, and for the trained layers that cannot, name to reason.
     """
     trained = {id(p) for p in parameters if p.requires_grad or frozen_too}
+    tied = _embedding_storages(model)
     sites: list[Site] = []
     untapped: dict[str, str] = {}
     for full_name, layer in model.named_modules():
@@ -238,7 +248,7 @@ def find_sites(
             if not (_is_trained(a_modules[adapter], trained) or _is_trained(b_modules[adapter], trained)):
                 continue
             site = _site_of(name, adapter, layer)
-            reason = _reason_untapped(layer, site, trained)
+            reason = _reason_untapped(layer, site, trained, tied)
             if reason is None:
                 sites.append(site)
             else:
@@ -255,26 +265,6 @@ def frozen_pairs(model: nn.Module, parameters: Iterable[Tensor]) -> list[tuple[T
         for adapter, a_module in layer.lora_A.items()
     ]
     return [(a, b) for a, b in pairs if {id(a), id(b)} <= held and not (a.requires_grad and b.requires_grad)]
-
-
-def check_distinct(sites: Sequence[Site]) -> None:
-    """Refuse sites that share a name or a pair.
-
-    Raises:
-        ValueError: two sites have the same name, or the same A or B.
-    """
-    for what, keys in (
-        ("the same name", [site.name for site in sites]),
-        ("the same A", [id(site.a) for site in sites]),
-        ("the same B", [id(site.b) for site in sites]),
-    ):
-        first: dict[object, int] = {}
-        for i, key in enumerate(keys):
-            if (other := first.setdefault(key, i)) != i:
-                raise ValueError(
-                    f"sites {other} ({sites[other].name!r}) and {i} ({sites[i].name!r}) have {what}; a site's name keys its "
-                    "state in checkpoints, and its pair is stepped once, so give each pair once, under a name of its own"
-                )
 
 
 def peft_model_in(model: nn.Module) -> Any:
@@ -320,6 +310,7 @@ def adapter_layers(peft_model: Any, adapter: str) -> AdapterLayers:
     """All layers of one adapter, whether they are trained or not."""
     pairs: dict[str, Site] = {}
     others: dict[str, Any] = {}
+    tied = _embedding_storages(peft_model)
     bias_saved = getattr(peft_model.peft_config[adapter], "bias", "none") != "none"
     for full_name, layer in peft_model.get_base_model().named_modules():
         name = _WRAPPER_NAMES.sub("", full_name)
@@ -328,7 +319,7 @@ def adapter_layers(peft_model: Any, adapter: str) -> AdapterLayers:
         a_modules, b_modules = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
         if isinstance(a_modules, nn.ModuleDict) and isinstance(b_modules, nn.ModuleDict) and adapter in a_modules:
             site = _site_of(name, adapter, layer, bias_saved)
-            if _reason_untapped(layer, site, {id(site.a), id(site.b)}) is None:
+            if _reason_untapped(layer, site, {id(site.a), id(site.b)}, tied) is None:
                 pairs[name] = site
                 continue
         others[name] = layer

@@ -12,7 +12,7 @@ from grit_optim import budget, checkpoint, diagnosis, pairs, processes, regulari
 from grit_optim import precondition as modes
 from grit_optim._checks import Options, check_parameters, listed
 from grit_optim._warn import warn
-from grit_optim.buckets import build_buckets
+from grit_optim.buckets import build_buckets, check_distinct
 from grit_optim.budget import BudgetSchedule, Origin
 from grit_optim.capture import Capture
 from grit_optim.curvature import Curvature
@@ -23,7 +23,7 @@ from grit_optim.pace import Pace
 from grit_optim.presets import BALANCING_DAMPING
 from grit_optim.rank import Bids, RankPolicy, ranks_within
 from grit_optim.reprojection import Coordinates
-from grit_optim.sites import Site, check_distinct
+from grit_optim.sites import Site
 from grit_optim.telemetry import Counters, Outcome, StageTimes
 from grit_optim.wrapper import OptimizerWrapper
 

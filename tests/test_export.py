@@ -449,3 +449,20 @@ def test_an_adapter_that_has_diverged_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"infinite or NaN in 1 layer\(s\) \(model.layers.0.self_attn.q_proj\)"):
         export_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:GRIT leaves", "ignore::UserWarning:peft")
+def test_a_head_that_shares_the_embeddings_adapter_is_saved_whole(tmp_path):
+    """PEFT makes A and B of the head views of the embedding's B and A; cutting one would leave the other as it was."""
+    config = LoraConfig(
+        r=6, lora_alpha=6, target_modules=["embed_tokens", "lm_head", "q_proj", "v_proj"], ensure_weight_tying=True
+    )
+    model = get_peft_model(small_llama(tie_word_embeddings=True), config)
+    optimizer = tiny.grit(model, min_lora_rank=0)
+    assert len(optimizer.ranks()) == 2
+    tiny.train(model, optimizer, 3)
+    optimizer.reduce_ranks_(0.5)
+    expected = model.eval()(input_ids=tiny.tokens()).logits
+    optimizer.save_adapter(tmp_path)
+    loaded = PeftModel.from_pretrained(small_llama(tie_word_embeddings=True), tmp_path).eval()
+    torch.testing.assert_close(loaded(input_ids=tiny.tokens()).logits, expected)
