@@ -54,11 +54,11 @@ def replaced(path: Path, drop: Collection[str] = ()) -> Iterator[Path]:
 
 def _must_stay(path: Path) -> bool:
     """Whether another folder cannot take the place of this one, or would take it away from under the process."""
-    return (
-        os.path.ismount(path)
-        or not os.access(path.parent, os.W_OK | os.X_OK)
-        or Path.cwd().resolve().is_relative_to(path)
-    )
+    try:
+        inside = Path.cwd().is_relative_to(path)
+    except FileNotFoundError:  # the working directory is gone already
+        inside = False
+    return inside or os.path.ismount(path) or not os.access(path.parent, os.W_OK | os.X_OK)
 
 
 def _move_into(new: Path, path: Path, drop: Collection[str]) -> None:

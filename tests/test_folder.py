@@ -127,3 +127,13 @@ def test_a_folder_that_has_to_stay_gets_the_new_files(tmp_path, monkeypatch, why
     }
     assert path.stat().st_ino == inode
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_process_whose_working_directory_is_gone_can_save(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "adapter").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with folder.replaced(tmp_path / "adapter") as new:
+        (new / "weights").write_text("new")
+    assert (tmp_path / "adapter" / "weights").read_text() == "new"
