@@ -25,7 +25,7 @@ SHOWN = 0.49
 """The budget of the table's first part: with what a file has beside the tensors, half the bytes."""
 AIM = 0.005
 """Rise of the held-out loss that is aimed at, as a share of the whole adapter's."""
-_TICKS = (0, 0.5, 1, 1.5, 2, 5, 10, 20, 50, 100, 200)
+_TICKS = (-2, -1, 0, 0.5, 1, 1.5, 2, 5, 10, 20, 50, 100, 200)
 SLACK = 1.03
 """How many more bytes a way may have to count as one of the same size: ranks are whole numbers."""
 
@@ -246,18 +246,19 @@ def figure(tasks: Tasks, path: Path) -> Path:
 
 
 def _panel(axis: Axes, series: Series, looks: dict[str, dict[str, Any]]) -> None:
-    """One task's lines; the scale ends a little above the highest point."""
-    top = 1.0
+    """One task's lines; the scale ends a little beyond the lowest and the highest point."""
+    low, top = 0.0, 1.0
     for way, look in looks.items():
         found = ((points, against_whole(series, points)) for points in series[way].values())
         cells = sorted((_kilobytes(points), 100 * rise[1]) for points, rise in found if rise is not None)
         if cells:
             axis.plot(*zip(*cells, strict=True), label=way, **look)
-            top = max(top, *(rise for _, rise in cells))
+            rises = [rise for _, rise in cells]
+            low, top = min(low, *rises), max(top, *rises)
     axis.axhline(100 * AIM, color="0.5", linewidth=1, linestyle=":", label=f"{AIM:.1%} above the whole")
     axis.set_yscale("symlog", linthresh=2, linscale=2)
     axis.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
-    axis.set_ylim(-0.3, 1.2 * top)
+    axis.set_ylim(low - 0.3, 1.2 * top)
     axis.set_xlabel("bytes of adapter_model.safetensors (kB)")
     axis.legend(fontsize=7)
 

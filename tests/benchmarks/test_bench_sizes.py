@@ -199,3 +199,15 @@ def test_unknown_ways_and_budgets_are_refused(capsys):
     assert "unknown way 'magic'" in capsys.readouterr().err
     assert main(["sizes", "--budgets", "1.5", "--out", "x"]) == 2
     assert "shares of the whole adapter" in capsys.readouterr().err
+
+
+def test_the_figure_shows_adapters_that_are_better_than_the_whole_one(tmp_path, monkeypatch):
+    write(tmp_path, adapter_sizes.WHOLE, 1.0, 0, 2.0, 1000)
+    write(tmp_path, adapter_sizes_report.OURS, 0.5, 0, 1.97, 500)
+    drawn = []
+    monkeypatch.setattr(adapter_sizes_report, "save", lambda drawing, path: drawn.append(drawing) or path)
+    adapter_sizes_report.figure(adapter_sizes_report.read(tmp_path), tmp_path / "figure.png")
+    low, high = drawn[0].axes[0].get_ylim()
+    heights = [y for line in drawn[0].axes[0].get_lines() for y in line.get_ydata()]
+    assert min(heights) == pytest.approx(-1.5)
+    assert low < min(heights) < max(heights) < high
