@@ -153,6 +153,7 @@ class Steer(Preconditioner):
     def after(self, held: Held) -> None:
         """Turn the step that the base took."""
         assert held.weights is not None
+        assert held.gradient_norm is not None
         group = held.group
         taken = group.stack(group.parameters)
         decay = transport.decoupled_decay(self.base, self._settings(held), group.parameters)
@@ -164,8 +165,7 @@ class Steer(Preconditioner):
         target = self._length(held, step_size)
         length = target / size
         # Without a gradient (an expert that saw no token) the base's step fades out as its average does; so must this one.
-        there = held.gradient_norm > 0 if held.gradient_norm is not None else held.ready
-        turned = held.ready & length.isfinite() & there
+        turned = held.ready & length.isfinite() & (held.gradient_norm > 0)
         # A step that stays as it is has not been turned.
         held.cosine = torch.where(turned | cosine.isnan(), cosine, 1.0)
         held.without, held.turned = step_size, torch.where(turned, target, step_size)

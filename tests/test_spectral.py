@@ -131,9 +131,8 @@ def test_a_freshened_average_leaves_the_bases_length_what_that_momentum_gives(mo
             tiny.train(model, optimizer, 1, first=seed)
             steps = [(after - before[name]).norm() for name, after in tiny.weights(model).items()]
             lengths[beta1].append(torch.stack(steps).norm())
-    ours, expected = (
-        torch.stack(lengths[beta1][2:]) for beta1 in (0.9, 0.6)
-    )  # A has its first gradient in the second step
+    # A has its first gradient in the second step.
+    ours, expected = (torch.stack(lengths[beta1][2:]) for beta1 in (0.9, 0.6))
     torch.testing.assert_close(ours, expected, rtol=0.25, atol=0)
 
 
