@@ -25,7 +25,9 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
     given = {name: getattr(arguments, name) for name in ("minutes", "steps", "batch_size", "seed", "threads")}
     record = pretrain(PretrainConfig(**{k: v for k, v in given.items() if v is not None}), arguments.out)
-    print(f"held-out loss {record['heldout_loss_nats_per_token']:.4f} nats per token; written to {arguments.out}")
+    print(
+        f"held-out loss {record['heldout_loss_nats_per_token']:.4f} nats per token; written to {arguments.out}"
+    )
 
 
 def _template(arguments: argparse.Namespace) -> RunConfig:
@@ -95,7 +97,9 @@ def _truncation(arguments: argparse.Namespace) -> None:
         task, optimizer, arguments.lr, arguments.seed, arguments.steps, device=device, options=options,
         eval_every=arguments.steps,
     )  # fmt: skip
-    path = truncation(config, arguments.batches, arguments.drops, arguments.budgets, arguments.out, arguments.threads)
+    path = truncation(
+        config, arguments.batches, arguments.drops, arguments.budgets, arguments.out, arguments.threads
+    )
     print(f"written: {path}; table and figure: python -m benchmarks report {arguments.out}")
 
 
@@ -121,7 +125,9 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
     length.add_argument(
         "--minutes", type=read.positive, help="length of the run; the learning rate reaches 0 at its end"
     )
-    length.add_argument("--steps", type=read.positive_int, help="the same, counted in steps (repeatable exactly)")
+    length.add_argument(
+        "--steps", type=read.positive_int, help="the same, counted in steps (repeatable exactly)"
+    )
     parser.add_argument("--batch-size", type=read.positive_int)
     parser.add_argument("--seed", type=read.whole)
     parser.add_argument("--threads", type=read.positive_int)
@@ -148,20 +154,32 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--lrs", type=read.several(read.positive))
     parser.add_argument("--seeds", type=read.several(read.whole), help="by default 0")
     parser.add_argument("--out", type=Path, required=True)
-    for name, kind in (("steps", read.positive_int), ("batch-size", read.positive_int), ("rank", read.positive_int)):
-        parser.add_argument(f"--{name}", type=kind, help=f"by default {getattr(RunConfig, name.replace('-', '_'))}")
+    for name, kind in (
+        ("steps", read.positive_int),
+        ("batch-size", read.positive_int),
+        ("rank", read.positive_int),
+    ):
+        parser.add_argument(
+            f"--{name}", type=kind, help=f"by default {getattr(RunConfig, name.replace('-', '_'))}"
+        )
     parser.add_argument("--alpha", type=read.positive_int, help="LoRA's alpha; the rank by default")
     for name, check in (("beta1", read.beta), ("beta2", read.beta), ("weight-decay", read.not_negative)):
-        parser.add_argument(f"--{name}", type=check, help=f"by default {getattr(RunConfig, name.replace('-', '_'))}")
+        parser.add_argument(
+            f"--{name}", type=check, help=f"by default {getattr(RunConfig, name.replace('-', '_'))}"
+        )
     parser.add_argument("--warmup", type=read.whole, help=f"steps, by default {RunConfig.warmup}")
-    parser.add_argument("--eval-every", type=read.positive_int, help=f"steps, by default {RunConfig.eval_every}")
+    parser.add_argument(
+        "--eval-every", type=read.positive_int, help=f"steps, by default {RunConfig.eval_every}"
+    )
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
         help=f"bf16: frozen weights in bf16, adapters in fp32, autocast; by default {RunConfig.precision}",
     )
     parser.add_argument("--option", type=read.option, action="append", metavar="KEY=VALUE")
-    parser.add_argument("--jobs", type=read.positive_int, default=1, help="runs at a time (times are then shared)")
+    parser.add_argument(
+        "--jobs", type=read.positive_int, default=1, help="runs at a time (times are then shared)"
+    )
     parser.add_argument(
         "--threads", type=read.positive_int, help="torch threads per run; by default all, shared by jobs"
     )
@@ -177,9 +195,14 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_tasks(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("tasks", help="sizes, lengths and the untrained base model's loss of embedded tasks")
+    parser = commands.add_parser(
+        "tasks", help="sizes, lengths and the untrained base model's loss of embedded tasks"
+    )
     parser.add_argument(
-        "--task", type=read.several(str), default=sorted(TASKS), help=f"known: {', '.join(TASKS)}; by default all"
+        "--task",
+        type=read.several(str),
+        default=sorted(TASKS),
+        help=f"known: {', '.join(TASKS)}; by default all",
     )
     parser.set_defaults(call=_tasks)
 
@@ -193,12 +216,20 @@ def _add_truncation(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--lr", type=read.positive, default=1e-2)
     parser.add_argument("--seed", type=read.whole, default=0)
     parser.add_argument("--steps", type=read.positive_int, default=RunConfig.steps)
-    parser.add_argument("--batches", type=read.positive_int, default=12, help="fresh training batches for the factors")
     parser.add_argument(
-        "--drops", type=read.several(read.positive_int), default=[1, 2, 4, 8, 12], help="directions dropped per site"
+        "--batches", type=read.positive_int, default=12, help="fresh training batches for the factors"
     )
     parser.add_argument(
-        "--budgets", type=read.several(read.positive), default=[0.75, 0.5, 0.35, 0.25], help="shares of the parameters"
+        "--drops",
+        type=read.several(read.positive_int),
+        default=[1, 2, 4, 8, 12],
+        help="directions dropped per site",
+    )
+    parser.add_argument(
+        "--budgets",
+        type=read.several(read.positive),
+        default=[0.75, 0.5, 0.35, 0.25],
+        help="shares of the parameters",
     )
     parser.add_argument("--option", type=read.option, action="append", metavar="KEY=VALUE")
     parser.add_argument("--threads", type=read.positive_int)
@@ -221,20 +252,37 @@ def _sizes(arguments: argparse.Namespace) -> None:
 
 
 def _add_sizes(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("sizes", help="held-out loss against bytes of the saved adapter, several ways")
+    parser = commands.add_parser(
+        "sizes", help="held-out loss against bytes of the saved adapter, several ways"
+    )
     parser.add_argument("--task", default="naming", help=f"known: {', '.join(TASKS)}")
     parser.add_argument(
         "--ways",
         type=read.several(str),
-        default=["whole", "budget", "rank", "adamw-rank", "eva", "adalora", "two-sided", "one-sided", "paper"],
+        default=[
+            "whole",
+            "budget",
+            "rank",
+            "adamw-rank",
+            "eva",
+            "adalora",
+            "two-sided",
+            "one-sided",
+            "paper",
+        ],
         help="by default all: whole (GRIT, and the same cut by SVD and by predicted loss), budget, rank, adamw-rank, eva, "
         "adalora, two-sided, one-sided, paper; and rounded: saved in bf16, at a budget of 1 the whole adapter",
     )
     parser.add_argument(
-        "--budgets", type=read.several(read.positive), default=[0.75, 0.49, 0.25], help="shares of the whole adapter"
+        "--budgets",
+        type=read.several(read.positive),
+        default=[0.75, 0.49, 0.25],
+        help="shares of the whole adapter",
     )
     parser.add_argument("--seeds", type=read.several(read.whole), default=[0, 1, 2])
-    parser.add_argument("--lrs", type=read.several(read.positive), default=[1e-2], help="report keeps each way's best")
+    parser.add_argument(
+        "--lrs", type=read.several(read.positive), default=[1e-2], help="report keeps each way's best"
+    )
     parser.add_argument("--beta1", type=read.beta, default=RunConfig.beta1)
     parser.add_argument("--steps", type=read.positive_int, default=RunConfig.steps)
     parser.add_argument("--precision", choices=PRECISIONS, default=RunConfig.precision)
@@ -246,7 +294,9 @@ def _add_sizes(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_main(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("main", help="the comparison in the README: AdamW against GRIT, a few minutes")
+    parser = commands.add_parser(
+        "main", help="the comparison in the README: AdamW against GRIT, a few minutes"
+    )
     parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "main")
     parser.add_argument("--steps", type=read.positive_int, default=RunConfig.steps)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -281,7 +331,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped; what is finished is kept, the same command goes on from there", file=sys.stderr)
+        print(
+            str(stop) or "stopped; what is finished is kept, the same command goes on from there",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -48,7 +48,9 @@ def eva(job: Job) -> Saved:
             eva_config=EvaConfig(rho=2.0),
         )
         model = in_precision(get_peft_model(load_base_model()[0], config), job.config)
-        first = [collate(batch) for batch in islice(job.task.batches(job.config.seed, job.config.batch_size), 24)]
+        first = [
+            collate(batch) for batch in islice(job.task.batches(job.config.seed, job.config.batch_size), 24)
+        ]
         # Padding says nothing of the inputs. In a causal model the mask changes no other position.
         inputs = [{"input_ids": b.tokens, "attention_mask": (b.tokens != 0).long()} for b in first]
         with autocast(job.config):
@@ -81,15 +83,20 @@ def adalora(job: Job) -> Saved:
 
 def off_orthogonal(model: Any, weight: float) -> torch.Tensor:
     """AdaLoRA's regularizer, which its ``forward`` adds only to losses that the model computes itself."""
-    rows = [p if "lora_A" in n else p.T for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n]
-    return weight * torch.stack([torch.linalg.matrix_norm(m @ m.T - torch.eye(len(m)).to(m)) for m in rows]).mean()
+    rows = [
+        p if "lora_A" in n else p.T for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n
+    ]
+    return (
+        weight
+        * torch.stack([torch.linalg.matrix_norm(m @ m.T - torch.eye(len(m)).to(m)) for m in rows]).mean()
+    )
 
 
 def _project(job: Job, name: str, options: dict[str, Any], fixed: int | None, tau: float | None) -> Saved:
     """Train with the paper's projections, project once more at the end, and save the directions that are left.
 
-    The projections leave A and B at their full size, and the file would be as large as without them: what is counted is the
-    file of ``export_adapter(…, tolerance=1e-5)``, which writes the SVD of the projected ΔW.
+    The projections leave A and B at their full size, and the file would be as large as without them: what is
+    counted is the file of ``export_adapter(…, tolerance=1e-5)``, which writes the SVD of the projected ΔW.
     """
     from grit_optim import export_adapter, pairs
     from grit_optim.rank import RankPolicy

@@ -1,7 +1,8 @@
 """Held-out loss against bytes of the saved adapter: ways to get a small adapter, one JSON file for each run.
 
-Every loss is measured on the adapter as it was read back from its file by ``PeftModel.from_pretrained``. Batches, steps,
-schedule and seed are the same for all ways; the rate and β₁ are what the command is given, and searched for each way.
+Every loss is measured on the adapter as it was read back from its file by ``PeftModel.from_pretrained``.
+Batches, steps, schedule and seed are the same for all ways; the rate and β₁ are what the command is given,
+and searched for each way.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def fit(
     )
     batches = job.task.batches(config.seed, config.batch_size)
     model.train()
-    for step in trange(config.steps, desc=f"{config.optimizer} {config.task} seed {config.seed}", unit="step"):
+    for step in trange(
+        config.steps, desc=f"{config.optimizer} {config.task} seed {config.seed}", unit="step"
+    ):
         batch = collate(next(batches)).to(config.device)
         with autocast(config):
             loss = answer_loss(model, batch)
@@ -194,12 +197,18 @@ def run(job: Job, way: Callable[[Job], Saved]) -> list[dict[str, Any]]:
 
 
 def plan(
-    template: RunConfig, ways: Sequence[str], budgets: Sequence[float], lrs: Sequence[float], seeds: Sequence[int]
+    template: RunConfig,
+    ways: Sequence[str],
+    budgets: Sequence[float],
+    lrs: Sequence[float],
+    seeds: Sequence[int],
 ) -> list[RunConfig]:
     """Every combination, seeds outermost; all cuts of one whole adapter are one run, all else is a run for each budget."""
     sets = [tuple(budgets)] if budgets else []
     return [
-        replace(template, optimizer=way, lr=lr, seed=seed, options={**template.options, "budgets": list(shares)})
+        replace(
+            template, optimizer=way, lr=lr, seed=seed, options={**template.options, "budgets": list(shares)}
+        )
         for seed, way, lr in itertools.product(seeds, ways, lrs)
         for shares in (sets if way == "whole" else [(budget,) for budget in budgets])
     ]

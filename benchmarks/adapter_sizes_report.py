@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 Point = dict[str, Any]
 Budgets = dict[float | None, list[Point]]  # by budget (None: the way's own rule decides), one point per seed
 Series = dict[str, Budgets]  # by way
-Tasks = dict[str, tuple[Series, dict[str, Any]]]  # by task, with the configuration that its runs have in common
+Tasks = dict[
+    str, tuple[Series, dict[str, Any]]
+]  # by task, with the configuration that its runs have in common
 OURS = "grit, rank_budget"
 SHOWN = 0.49
 """The budget of the table's first part: with what a file has beside the tensors, half the bytes."""
@@ -41,7 +43,9 @@ def _results(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob(f"{KIND}-*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         if result.get("format") != FORMAT:
-            raise BenchmarkError(f"{path} has format {result.get('format')}, this program reads {FORMAT}; run again")
+            raise BenchmarkError(
+                f"{path} has format {result.get('format')}, this program reads {FORMAT}; run again"
+            )
         found.append(result)
     for task in {result["config"]["task"] for result in found}:
         kinds = {(r["fingerprint"], *_length(r["config"])) for r in found if r["config"]["task"] == task}
@@ -103,7 +107,9 @@ def read(folder: Path) -> Tasks:
         for way, points in _points(of_task).items():
             best = best_setting(points)
             chosen = {
-                _cell(p): {**p, "rates": sorted({q["lr"] for q in points})} for p in points if _setting(p) == best
+                _cell(p): {**p, "rates": sorted({q["lr"] for q in points})}
+                for p in points
+                if _setting(p) == best
             }
             for budget, seed in sorted(chosen, key=lambda cell: (cell[0] or 0, cell[1])):
                 series.setdefault(way, {}).setdefault(budget, []).append(chosen[budget, seed])
@@ -121,7 +127,9 @@ def rises(series: Series, points: Sequence[Point]) -> list[tuple[float, float]]:
 def against_whole(series: Series, points: Sequence[Point]) -> tuple[float, float] | None:
     """Means of :func:`rises`; None where there is no whole adapter to compare with."""
     found = rises(series, points)
-    return None if not found else (statistics.fmean(f[0] for f in found), statistics.fmean(f[1] for f in found))
+    return (
+        None if not found else (statistics.fmean(f[0] for f in found), statistics.fmean(f[1] for f in found))
+    )
 
 
 def _mean(points: Sequence[Point]) -> tuple[float, float] | None:
@@ -170,7 +178,9 @@ def _verdict(series: Series) -> list[str]:
     for budget in sorted((b for b in series.get(OURS, {}) if b is not None), reverse=True):
         lower, relative = lower_ways(series, budget), against_whole(series, series[OURS][budget])
         size = "" if relative is None else f" ({relative[0]:+.1%} bytes, {relative[1]:+.2%} loss)"
-        lines.append(f"- rank_budget={budget:g}{size}: {', '.join(lower) + ' lower' if lower else 'no way is lower'}")
+        lines.append(
+            f"- rank_budget={budget:g}{size}: {', '.join(lower) + ' lower' if lower else 'no way is lower'}"
+        )
     return lines
 
 
@@ -197,7 +207,9 @@ def summary(tasks: Tasks, budget: float) -> str:
     for way in sorted(ways, key=lambda way: way != OURS):
         found = [_points_at(series, way, budget) for series, _ in tasks.values()]
         if any(found):
-            cells = (_short(series, points) for (series, _), points in zip(tasks.values(), found, strict=True))
+            cells = (
+                _short(series, points) for (series, _), points in zip(tasks.values(), found, strict=True)
+            )
             lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -211,7 +223,11 @@ def _points_at(series: Series, way: str, budget: float) -> list[Point]:
 def _short(series: Series, points: Sequence[Point]) -> str:
     """Bytes and loss against the whole adapter, and over how many seeds."""
     relative = against_whole(series, points)
-    return "–" if relative is None else f"{relative[0]:+.1%}, **{relative[1]:+.2%}** (n={len(rises(series, points))})"
+    return (
+        "–"
+        if relative is None
+        else f"{relative[0]:+.1%}, **{relative[1]:+.2%}** (n={len(rises(series, points))})"
+    )
 
 
 def table(tasks: Tasks, budget: float = SHOWN) -> str:
@@ -223,7 +239,9 @@ def table(tasks: Tasks, budget: float = SHOWN) -> str:
         "the SVD of the projected ΔW. EVA reads 24 of the training batches once more at the start. Below each table: ways with "
         f"a lower mean loss, over the seeds that both have, at up to {SLACK - 1:.0%} more bytes."
     )
-    return "\n\n".join([summary(tasks, budget), legend, *(section(task, *found) for task, found in tasks.items())])
+    return "\n\n".join(
+        [summary(tasks, budget), legend, *(section(task, *found) for task, found in tasks.items())]
+    )
 
 
 def figure(tasks: Tasks, path: Path) -> Path:
@@ -231,7 +249,9 @@ def figure(tasks: Tasks, path: Path) -> Path:
     columns = min(2, len(tasks))
     rows = -(-len(tasks) // columns)
     drawing, axes = panels(rows, columns, 7.2 * columns, 4.6 * rows, share_y=False)
-    names = sorted({way for series, _ in tasks.values() for way in series}, key=lambda way: (way != OURS, way))
+    names = sorted(
+        {way for series, _ in tasks.values() for way in series}, key=lambda way: (way != OURS, way)
+    )
     looks = dict(zip(names, styles(), strict=False))
     for way in names[7:]:  # where colours and markers come again
         looks[way]["markerfacecolor"] = "white"

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 EMBEDDED, REFERENCE = "embedded", "adamw"
 
-BLOCK = 5  # steps in a row; blocks alternate as ABBA, so that a drift of the machine's speed falls on both alike
+BLOCK = (
+    5  # steps in a row; blocks alternate as ABBA, so that a drift of the machine's speed falls on both alike
+)
 PLAIN_LR = 5e-3  # AdamW's own: at another method's rate it may diverge, and then its times say nothing
 SHAPE_LR = 1e-4  # for models of random weights, whose losses mean nothing: low enough for none to diverge
 WARMUP = 10  # untimed steps of each: first allocations, and the samples that curvature waits for
@@ -30,7 +32,9 @@ WARMUP = 10  # untimed steps of each: first allocations, and the samples that cu
 
 def quartiles(values: list[float]) -> dict[str, float]:
     """Lower quartile, median and upper quartile."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    low, middle, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    )
     return {"q1": low, "median": middle, "q3": high}
 
 
@@ -48,7 +52,9 @@ def measure(config: RunConfig, task: Any, steps: int) -> dict[str, Any]:
     """Time `steps` full training steps (forward, backward, optimizer) of AdamW and of the configured optimizer."""
     from .train import Run
 
-    plain = replace(config, optimizer="adamw", lr=PLAIN_LR, beta1=RunConfig.beta1, beta2=RunConfig.beta2, options={})
+    plain = replace(
+        config, optimizer="adamw", lr=PLAIN_LR, beta1=RunConfig.beta1, beta2=RunConfig.beta2, options={}
+    )
     lanes = [Run(plain, task), Run(config, task)]
     for lane in lanes:
         for _ in range(WARMUP):
@@ -104,7 +110,9 @@ def show(result: dict[str, Any]) -> None:
         table = Table("stage, ms", "host, mean of a step", "device")
         on_device = result.get("stage_device_seconds", {})
         for name, seconds in result["stage_seconds_per_step"].items():
-            table.add_row(name, f"{1e3 * seconds:.2f}", f"{1e3 * on_device[name]:.2f}" if name in on_device else "–")
+            table.add_row(
+                name, f"{1e3 * seconds:.2f}", f"{1e3 * on_device[name]:.2f}" if name in on_device else "–"
+            )
         console.print(table)
 
 
@@ -135,11 +143,13 @@ def _write(result: dict[str, Any], path: Path) -> None:
     print(f"written: {path}")
 
 
-def cost(config: RunConfig, steps: int, path: Path, threads: int | None = None, **about: Any) -> dict[str, Any]:
+def cost(
+    config: RunConfig, steps: int, path: Path, threads: int | None = None, **about: Any
+) -> dict[str, Any]:
     """Measure an optimizer's step against plain AdamW with `steps` timed steps each; write the result and print a table.
 
-    `config` gives task, optimizer and its settings; its length is not used. `threads` is torch's, by default all cores;
-    `about` is written into the result as it is.
+    `config` gives task, optimizer and its settings; its length is not used. `threads` is torch's, by default
+    all cores; `about` is written into the result as it is.
     """
     from .base_model import load_tokenizer
     from .tasks import load_task
@@ -187,7 +197,9 @@ def cost_on_shape(
     names = list(dict.fromkeys([base, *optimizers]))
     outcome = compare(Shared(workload), names, lambda name: Settings(lr, base=base), plan)
     if base not in outcome.results:
-        raise BenchmarkError(f"plain {base} failed, so there is nothing to compare with: {outcome.failures[base]}")
+        raise BenchmarkError(
+            f"plain {base} failed, so there is nothing to compare with: {outcome.failures[base]}"
+        )
     for name, found in outcome.results.items():
         result = {
             "model": workload.label(),

@@ -59,14 +59,20 @@ def _add_cost(commands: argparse._SubParsersAction) -> None:
         description="On the embedded model with a task's data, each optimizer on a model of its own; or, with --model, on a "
         "model of that shape with random weights, which all optimizers share.",
     )
-    parser.add_argument("--task", help=f"for the embedded model; known: {', '.join(TASKS)}; by default naming")
-    parser.add_argument("--model", default="embedded", help=f"known: embedded (the default), {', '.join(SHAPES)}")
+    parser.add_argument(
+        "--task", help=f"for the embedded model; known: {', '.join(TASKS)}; by default naming"
+    )
+    parser.add_argument(
+        "--model", default="embedded", help=f"known: embedded (the default), {', '.join(SHAPES)}"
+    )
     parser.add_argument(
         "--optimizers", "--optimizer", dest="optimizers", type=read.several(str), default=["grit"],
         help=f"known: {', '.join(OPTIMIZERS)}; by default grit",
     )  # fmt: skip
     parser.add_argument(
-        "--steps", type=read.positive_int, help=f"timed, of each; {EMBEDDED_STEPS}, with --model {SHAPE_STEPS}"
+        "--steps",
+        type=read.positive_int,
+        help=f"timed, of each; {EMBEDDED_STEPS}, with --model {SHAPE_STEPS}",
     )
     parser.add_argument(
         "--lr", type=read.positive, help=f"by default {EMBEDDED_LR:g}, with --model so low that none diverges"
@@ -76,9 +82,13 @@ def _add_cost(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "cost")
     shape = parser.add_argument_group("with --model")
     _add_workload(shape)
-    shape.add_argument("--quantize", choices=QUANTIZATIONS, help="nf4: frozen linear layers in 4 bits (bitsandbytes)")
     shape.add_argument(
-        "--base", choices=["adamw", "adamw8bit"], help="what GRIT is put around and compared with; by default adamw"
+        "--quantize", choices=QUANTIZATIONS, help="nf4: frozen linear layers in 4 bits (bitsandbytes)"
+    )
+    shape.add_argument(
+        "--base",
+        choices=["adamw", "adamw8bit"],
+        help="what GRIT is put around and compared with; by default adamw",
     )
     shape.add_argument("--block", type=read.positive_int, help=f"timed steps in a row, by default {BLOCK}")
     shape.add_argument("--seconds", type=read.positive, help="begin no further pair of rounds after so long")
@@ -125,7 +135,12 @@ def _cost_embedded(arguments: argparse.Namespace) -> None:
     lr, device = arguments.lr or EMBEDDED_LR, resolve_device(arguments.device)
     for name in arguments.optimizers:
         path = arguments.out / f"cost-{task}-{name}.json"
-        cost(RunConfig(task, name, lr, 0, device=device), arguments.steps or EMBEDDED_STEPS, path, arguments.threads)
+        cost(
+            RunConfig(task, name, lr, 0, device=device),
+            arguments.steps or EMBEDDED_STEPS,
+            path,
+            arguments.threads,
+        )
 
 
 def _cost_on_shape(arguments: argparse.Namespace) -> None:
@@ -136,7 +151,9 @@ def _cost_on_shape(arguments: argparse.Namespace) -> None:
 
     check_model(arguments.model)
     if arguments.task:
-        raise BenchmarkError("--task is for the embedded model; a model of random weights is given random tokens")
+        raise BenchmarkError(
+            "--task is for the embedded model; a model of random weights is given random tokens"
+        )
     if arguments.scale is None and (arguments.scale_tokens or arguments.scale_layers):
         raise BenchmarkError("--scale-tokens and --scale-layers say what --scale varies; pass that too")
     workload = _workload(arguments, resolve_device(arguments.device))
@@ -156,7 +173,8 @@ def _cost_on_shape(arguments: argparse.Namespace) -> None:
 
 def _add_count(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "count", help="operations, bytes, kernels and memory of a step at a model's true shapes, without computing it"
+        "count",
+        help="operations, bytes, kernels and memory of a step at a model's true shapes, without computing it",
     )
     parser.add_argument("--model", default="llama-3-8b-shape", help=f"known: {', '.join(SHAPES)}")
     parser.add_argument("--optimizer", default="grit", help=f"known: {', '.join(OPTIMIZERS)}")

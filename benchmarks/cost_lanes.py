@@ -65,7 +65,8 @@ def _memory(lane: Lane, before: int) -> dict[str, int]:
 
     Args:
         lane: warm.
-        before: what was allocated before the lane was there; that is the model and what other lanes put aside.
+        before: what was allocated before the lane was there; that is the model and what other lanes put
+            aside.
     """
     device = lane.shared.workload.device
     state = lane.state_bytes()
@@ -131,11 +132,13 @@ def _start(shared: Shared, name: str, settings: Settings, plan: Plan) -> Measure
     return measured
 
 
-def compare(shared: Shared, names: Sequence[str], settings: Callable[[str], Settings], plan: Plan) -> Comparison:
+def compare(
+    shared: Shared, names: Sequence[str], settings: Callable[[str], Settings], plan: Plan
+) -> Comparison:
     """Measure every optimizer on the shared model, the first being what the others are compared with.
 
-    An optimizer that fails is named in the outcome, and the others are measured all the same; without the first there are no
-    results.
+    An optimizer that fails is named in the outcome, and the others are measured all the same; without the
+    first there are no results.
     """
     found: dict[str, Measured] = {}
     outcome = Comparison()
@@ -157,13 +160,18 @@ def compare(shared: Shared, names: Sequence[str], settings: Callable[[str], Sett
         except Exception as error:  # whatever a package does wrong, or memory that is used up
             failed(name, error)
     lanes = [one.lane for one in found.values()]
-    take_turns(lanes, plan.steps, plan.block, BETWEEN, plan.seconds, lambda lane, error: failed(lane.name, error))
+    take_turns(
+        lanes, plan.steps, plan.block, BETWEEN, plan.seconds, lambda lane, error: failed(lane.name, error)
+    )
     for name, one in list(found.items()):
         if not one.lane.step_seconds:
             failed(name, TimeoutError("stopped before a step of it was timed"))
         elif any(finite(loss) is None for loss in one.lane.losses):
             failed(
-                name, ArithmeticError("diverged while it was timed, and such times say nothing; choose a lower --lr")
+                name,
+                ArithmeticError(
+                    "diverged while it was timed, and such times say nothing; choose a lower --lr"
+                ),
             )
     if names[0] in found:
         outcome.results = {name: _result(found[names[0]], one) for name, one in found.items()}
@@ -200,4 +208,7 @@ def _result(reference: Measured, one: Measured) -> dict[str, Any]:
 def _per_step(one: Measured) -> dict[str, float]:
     """Host seconds per stage and step since the lane was warm; untimed steps between the blocks count as well."""
     steps = len(one.lane.losses)
-    return {name: (total - one.stages.get(name, 0.0)) / steps for name, total in stages(one.lane.optimizer).items()}
+    return {
+        name: (total - one.stages.get(name, 0.0)) / steps
+        for name, total in stages(one.lane.optimizer).items()
+    }

@@ -45,7 +45,9 @@ def _draw_axis(axis: Any, points: Sequence[dict[str, Any]], key: str) -> None:
     """One line per optimizer: median and quartiles of the ratio."""
     names = list(dict.fromkeys(name for point in points for name in point["results"] if name != "adamw"))
     for look, name in zip(styles(), names, strict=False):
-        there = [(point[key], point["results"][name]["ratio"]) for point in points if name in point["results"]]
+        there = [
+            (point[key], point["results"][name]["ratio"]) for point in points if name in point["results"]
+        ]
         if not there:
             continue
         sizes, ratios = zip(*there, strict=True)

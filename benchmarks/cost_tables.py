@@ -39,7 +39,9 @@ def _sum(costs: Iterable[Result]) -> dict[str, float]:
     """Counted costs added up."""
     costs = list(costs)
     names = ("launches", "elementwise", "read", "written", "device_seconds", "launch_seconds")
-    total: dict[str, float] = {name: math.fsum(cost[name] for cost in costs) for name in names}  # in whatever order
+    total: dict[str, float] = {
+        name: math.fsum(cost[name] for cost in costs) for name in names
+    }  # in whatever order
     return {
         **total,
         "flops": sum(sum(cost["products"].values()) for cost in costs),
@@ -97,7 +99,9 @@ def count_table(result: Result) -> str:
     ]
     own = own_stages(result)
     rows += [
-        _counted_row(f"{result['optimizer']}: {_STAGES.get(n, n)}", _sum([own[n]]), whole) for n in _STAGES if n in own
+        _counted_row(f"{result['optimizer']}: {_STAGES.get(n, n)}", _sum([own[n]]), whole)
+        for n in _STAGES
+        if n in own
     ]
     rows.append(_counted_row(f"**{result['optimizer']}, all of it**", _sum(own.values()), whole))
     checkpointing = "activation checkpointing" if work["checkpointing"] else "no checkpointing"
@@ -158,8 +162,14 @@ def sizes_table(results: Sequence[Result]) -> str:
         "launches, ms",
     ]
     rows = []
-    for result in sorted(results, key=lambda r: (r["workload"]["model"], r["parameters"]["sites"], _tokens(r))):
-        work, whole, own = result["workload"], _sum(result["reference"].values()), _sum(own_stages(result).values())
+    for result in sorted(
+        results, key=lambda r: (r["workload"]["model"], r["parameters"]["sites"], _tokens(r))
+    ):
+        work, whole, own = (
+            result["workload"],
+            _sum(result["reference"].values()),
+            _sum(own_stages(result).values()),
+        )
         rows.append([
             work["model"],
             str(result["parameters"]["sites"] // 7),
@@ -177,9 +187,7 @@ def _tokens(result: Result) -> int:
 
 
 def _spread(times: Mapping[str, float], scale: float = 1e3, digits: int = 1) -> str:
-    return (
-        f"{scale * times['median']:.{digits}f} ({scale * times['q1']:.{digits}f} to {scale * times['q3']:.{digits}f})"
-    )
+    return f"{scale * times['median']:.{digits}f} ({scale * times['q1']:.{digits}f} to {scale * times['q3']:.{digits}f})"
 
 
 def _peak(result: Result) -> str:
@@ -228,7 +236,9 @@ def _measured_row(result: Result) -> list[str]:
 def cost_table(results: Sequence[Result]) -> str:
     """One row per measurement: step time as a ratio of steps taken in turns, median and quartiles."""
     parts = [_rows(_MEASURED, map(_measured_row, results))]
-    failed = {f"- {r['model']}: {n} failed: {why}" for r in results for n, why in r.get("failures", {}).items()}
+    failed = {
+        f"- {r['model']}: {n} failed: {why}" for r in results for n, why in r.get("failures", {}).items()
+    }
     loads = [r["hardware"].get("load_average_before") for r in results]
     legend = (
         "Step against it: the same steps taken in turns, as a ratio; median and quartiles. Optimizer's step: from the end of "
@@ -261,7 +271,11 @@ def scaling_table(result: Result) -> str:
 
 def count_sentence(result: Result) -> str:
     """A count in one sentence, for whoever reads no table."""
-    work, own, whole = result["workload"], _sum(own_stages(result).values()), _sum(result["reference"].values())
+    work, own, whole = (
+        result["workload"],
+        _sum(own_stages(result).values()),
+        _sum(result["reference"].values()),
+    )
     tokens = work["accumulation"] * _tokens(result)
     return (
         f"{result['parameters']['sites']} sites and {tokens:,} tokens a step, counted without a GPU, GRIT's stages need at "

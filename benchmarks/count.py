@@ -1,7 +1,8 @@
 """What a training step asks of a device, stage by stage, counted at a model's true shapes without computing anything.
 
-The model, its adapters and the optimizer are built on PyTorch's meta device, where every operation has its shapes and no
-values, and whole training steps run there. So the counts are of what the code does, not of what it is meant to do.
+The model, its adapters and the optimizer are built on PyTorch's meta device, where every operation has its
+shapes and no values, and whole training steps run there. So the counts are of what the code does, not of what
+it is meant to do.
 """
 
 from __future__ import annotations
@@ -70,7 +71,13 @@ H100 = Device(
 
 
 def _counted_attention(
-    module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **_: Any
+    module: torch.nn.Module,
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    scaling: float | None = None,
+    **_: Any,
 ) -> tuple[Any, None]:
     """Flash attention, causal, as the default takes it on a GPU; keys and values are repeated for grouped queries."""
     import torch
@@ -139,7 +146,9 @@ def _counting(counter: Counter | None, stage: str) -> Iterator[None]:
         yield
 
 
-def _step(model: PeftModel, optimizer: Any, workload: Workload, counter: Counter | None, live: LiveBytes) -> _Alive:
+def _step(
+    model: PeftModel, optimizer: Any, workload: Workload, counter: Counter | None, live: LiveBytes
+) -> _Alive:
     """One training step, under the counter if there is one; returns what was alive when."""
     alive = _Alive(at_rest=live.now)
     live.reset()
@@ -183,7 +192,10 @@ def counted_step(
         raise BenchmarkError(
             f"{name} reads values from the device in its step, so it cannot be counted: {error}"
         ) from error
-    costs, operations = dict(counter.costs), {stage: dict(found) for stage, found in counter.operations.items()}
+    costs, operations = (
+        dict(counter.costs),
+        {stage: dict(found) for stage, found in counter.operations.items()},
+    )
     if not hasattr(optimizer, "stage_seconds"):  # no GRIT: all of its step is the base's
         costs["base"], operations["base"] = costs.pop("other"), operations.pop("other")
     if hasattr(optimizer, "close"):
@@ -194,12 +206,14 @@ def counted_step(
 def nf4_bytes(model: PeftModel, workload: Workload) -> dict[str, int]:
     """What NF4 adds to the passes, by formula: its kernels know no meta tensors.
 
-    bitsandbytes turns each frozen weight to bf16 before each product (4 bits and its scales read, 16 bits written): forward,
-    backward to the layer's input, and once more where activations are recomputed. The scales are one byte for 64 weights and
-    one float for 256 of those.
+    bitsandbytes turns each frozen weight to bf16 before each product (4 bits and its scales read, 16 bits
+    written): forward, backward to the layer's input, and once more where activations are recomputed. The
+    scales are one byte for 64 weights and one float for 256 of those.
     """
     weights = sum(
-        module.base_layer.weight.numel() for name, module in model.named_modules() if name.rpartition(".")[2] in TARGETS
+        module.base_layer.weight.numel()
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in TARGETS
     )
     uses = (3 if workload.checkpointing else 2) * workload.accumulation
     read = weights // 2 + weights // 64 + weights // 64 // 256 * 4
@@ -208,7 +222,10 @@ def nf4_bytes(model: PeftModel, workload: Workload) -> dict[str, int]:
 
 def _plain(costs: dict[str, Cost]) -> dict[str, dict[str, Any]]:
     """Costs by stage as JSON takes them, with the host's time for their launches."""
-    return {stage: {**cost.plain(), "launch_seconds": cost.launches * H100.launch} for stage, cost in costs.items()}
+    return {
+        stage: {**cost.plain(), "launch_seconds": cost.launches * H100.launch}
+        for stage, cost in costs.items()
+    }
 
 
 def count(
@@ -225,7 +242,9 @@ def count(
     result = {
         "kind": KIND,
         "format": FORMAT,
-        "workload": {name: value for name, value in asdict(workload).items() if name not in ("device", "quantize")},
+        "workload": {
+            name: value for name, value in asdict(workload).items() if name not in ("device", "quantize")
+        },
         "optimizer": optimizer,
         "options": options or {},
         "parameters": {

@@ -1,10 +1,11 @@
 """Counts what a piece of training asks of a device: products, bytes, kernels, and memory that is alive.
 
-The operations are seen as PyTorch hands them to its kernels (``TorchDispatchMode``), so nothing is guessed of what the code
-does; on the meta device they are seen at their true shapes and nothing is computed. What an operation costs follows from its
-tensors: products have a formula each (``torch.utils.flop_counter``), every other operation counts one per element of its
-largest tensor, and every tensor is read or written once. A kernel that keeps what it needs in a cache reads less, one that
-needs several passes more.
+The operations are seen as PyTorch hands them to its kernels (``TorchDispatchMode``), so nothing is guessed of
+what the code does; on the meta device they are seen at their true shapes and nothing is computed. What an
+operation costs follows from its
+tensors: products have a formula each (``torch.utils.flop_counter``), every other operation counts one per
+element of its largest tensor, and every tensor is read or written once. A kernel that keeps what it needs in
+a cache reads less, one that needs several passes more.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _EMPTY = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_em
 _OVERWRITTEN = frozenset(("copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"))
 # These read as many entries of their first argument as they give back, not all of it.
 _CHOOSING = frozenset(("index", "index_select", "gather", "embedding"))
-# aten/src/ATen/native/cuda/MultiTensorApply.cuh: lists that go through a kernel together, by their number, and how much.
+# aten/src/ATen/native/cuda/MultiTensorApply.cuh: lists that go through a kernel together, by their number,
+# and how much.
 _LIST_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 _LIST_BLOCKS, _LIST_CHUNK = 320, 65_536
 _CAT_TENSORS = 128  # aten/src/ATen/native/cuda/Shape.cu: CAT_ARRAY_BATCH_SIZE
@@ -45,14 +47,14 @@ class Cost:
 
     Attributes:
         calls: operations that compute or move something.
-        launches: kernels that this takes at the least: one for each call, and for operations on lists of tensors as many as
-            CUDA's own limits per kernel make of them.
+        launches: kernels that this takes at the least: one for each call, and for operations on lists of
+            tensors as many as CUDA's own limits per kernel make of them.
         products: floating-point operations of matrix products, by the operands' dtype.
         elementwise: one for every element of an operation's largest tensor, of all other operations.
         read: bytes.
         written: bytes.
-        device_seconds: the least time on a device that the counter was given: for each operation its products or what it moves,
-            whichever takes longer.
+        device_seconds: the least time on a device that the counter was given: for each operation its products
+            or what it moves, whichever takes longer.
     """
 
     calls: int = 0
@@ -103,14 +105,17 @@ def _tensors(values: Any) -> list[Tensor]:
 
 def stored_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor's different elements: an expanded dimension is stored once."""
-    sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0 or size == 0]
+    sizes = [
+        size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0 or size == 0
+    ]
     return int(torch.Size(sizes).numel()) * tensor.element_size()
 
 
 def list_launches(sizes: Iterable[int], depth: int) -> int:
     """Kernels that CUDA makes of one operation on ``depth`` lists of tensors with so many elements each.
 
-    A kernel takes chunks of 65,536 elements until it has 320 of them, or as many tensors as fit into its arguments.
+    A kernel takes chunks of 65,536 elements until it has 320 of them, or as many tensors as fit into its
+    arguments.
     """
     launches, tensors, blocks = 0, 0, 0
     for size in sizes:
@@ -147,7 +152,9 @@ def _written_arguments(function: Any, arguments: tuple[Any, ...]) -> list[Tensor
     """Tensors among the arguments that the operation changes in place."""
     declared = function._schema.arguments
     changed = [
-        v for a, v in zip(declared, arguments, strict=False) if a.alias_info is not None and a.alias_info.is_write
+        v
+        for a, v in zip(declared, arguments, strict=False)
+        if a.alias_info is not None and a.alias_info.is_write
     ]
     return _tensors(changed)
 

@@ -23,7 +23,9 @@ def _plot_curve(axis: Axes, best: Cell, key: str, label: str, style: dict[str, A
     axis.plot(positions, losses, label=label, **style)
     if len(best.finished) > 1:
         points = list(zip(*([p["loss"] for p in run["curve"]] for run in best.finished), strict=True))
-        axis.fill_between(positions, list(map(min, points)), list(map(max, points)), color=style["color"], alpha=0.15)
+        axis.fill_between(
+            positions, list(map(min, points)), list(map(max, points)), color=style["color"], alpha=0.15
+        )
 
 
 def _cut_start(axis: Axes, cells: Sequence[Cell]) -> None:

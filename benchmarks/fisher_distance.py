@@ -1,11 +1,13 @@
 """How far each Fisher approximation is from the dense per-token one: `python -m benchmarks.fisher_distance --out DIR`.
 
-The embedded model with an adapter that has been trained for a few steps; some of its sites, thousands of answer tokens, all
-in float64. For A and B of each site, F = E[vec(∇) vec(∇)ᵀ] over tokens is built as a matrix and compared with what each
-approximation stands for, its side of width d taken as isotropic where it says nothing about it:
+The embedded model with an adapter that has been trained for a few steps; some of its sites, thousands of
+answer tokens, all in float64. For A and B of each site, F = E[vec(∇) vec(∇)ᵀ] over tokens is built as a
+matrix and compared with what each approximation stands for, its side of width d taken as isotropic where it
+says nothing about it:
 
 - distance: ‖F − c F̂‖ / ‖F‖ at the best c, since a common factor is the learning rate's business;
-- cosine: between (F̂ + λ)⁻¹ ∇ and (F + λ)⁻¹ ∇ for the gradient ∇ of the whole batch, λ relative to the mean eigenvalue.
+- cosine: between (F̂ + λ)⁻¹ ∇ and (F + λ)⁻¹ ∇ for the gradient ∇ of the whole batch, λ relative to the mean
+  eigenvalue.
 """
 
 from __future__ import annotations
@@ -63,7 +65,10 @@ def per_token(site: Site, run: Callable[[], None]) -> tuple[Tensor, Tensor]:
         """Keep the gradient behind B."""
         output.register_hook(lambda g: seen.append(g.detach()))
 
-    hooks = [site.tap.register_forward_hook(watch), site.b_modules[site.adapter].register_forward_hook(watch_output)]
+    hooks = [
+        site.tap.register_forward_hook(watch),
+        site.b_modules[site.adapter].register_forward_hook(watch_output),
+    ]
     run()
     for hook in hooks:
         hook.remove()
@@ -183,7 +188,9 @@ def measure(config: RunConfig, examples: int) -> dict[str, Any]:
     model, batch = run.model.double(), collate(list(run.task.train[-examples:]))
     found = find_sites(model, model.parameters())[0]
     chosen = [site for site in found if any(part in site.name for part in SITES)]
-    rows = [row for site in chosen for row in measure_site(site, lambda: answer_loss(model, batch).backward())]
+    rows = [
+        row for site in chosen for row in measure_site(site, lambda: answer_loss(model, batch).backward())
+    ]
     return {"rows": rows, "step_seconds": seconds}
 
 
@@ -216,7 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write `fisher.json` and `fisher.md`."""
     import torch
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=10, help="training steps before the comparison")
     parser.add_argument("--examples", type=int, default=32, help="examples of the comparison's batch")
@@ -224,7 +233,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    config = RunConfig("naming", "grit", 1e-2, 0, steps=given.steps, rank=given.rank, alpha=given.rank, batch_size=16)
+    config = RunConfig(
+        "naming", "grit", 1e-2, 0, steps=given.steps, rank=given.rank, alpha=given.rank, batch_size=16
+    )
     result = {
         "rank": given.rank,
         "training_steps": given.steps,

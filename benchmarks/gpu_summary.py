@@ -21,8 +21,18 @@ PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "pytest", "rich", "matplotlib", "bitsandbytes", "pytorch_optimizer",
     "heavyball", "singd",
 )  # fmt: skip
-# GRIT and the peers worth the device's time, as far as they are installed; SOAP and Shampoo with both sides do not fit.
-COMPARED = ("grit", "riemannian", "lorarite", "soap-rank", "muon", "adamw8bit", "grit-eigenbasis", "grit-paper")
+# GRIT and the peers worth the device's time, as far as they are installed; SOAP and Shampoo with both sides
+# do not fit.
+COMPARED = (
+    "grit",
+    "riemannian",
+    "lorarite",
+    "soap-rank",
+    "muon",
+    "adamw8bit",
+    "grit-eigenbasis",
+    "grit-paper",
+)
 LOG_LINES = 30
 
 
@@ -33,7 +43,9 @@ def missing() -> list[str]:
 
 def optimizers() -> list[str]:
     """The optimizers to compare whose packages are installed."""
-    return [n for n in COMPARED if n not in PEERS or environment.installed_version(PEERS[n].package) is not None]
+    return [
+        n for n in COMPARED if n not in PEERS or environment.installed_version(PEERS[n].package) is not None
+    ]
 
 
 def describe() -> dict[str, Any]:
@@ -42,12 +54,16 @@ def describe() -> dict[str, Any]:
 
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
-        "versions": {**environment.versions(), **{name: environment.installed_version(name) for name in PACKAGES}},
+        "versions": {
+            **environment.versions(),
+            **{name: environment.installed_version(name) for name in PACKAGES},
+        },
         "missing": missing(),
         "optimizers": optimizers(),
         "cuda": torch.version.cuda,
         "devices": [
-            {"name": d.name, "bytes": d.total_memory, "multiprocessors": d.multi_processor_count} for d in devices
+            {"name": d.name, "bytes": d.total_memory, "multiprocessors": d.multi_processor_count}
+            for d in devices
         ],
         "hardware": environment.hardware("cuda" if devices else "cpu"),
         "code": environment.commit(),
@@ -59,7 +75,12 @@ def _parts(folder: Path) -> list[dict[str, Any]]:
     found = []
     for line in (folder / "parts.tsv").read_text(encoding="utf-8").splitlines():
         name, status, seconds, limit, command = line.split("\t")
-        part: dict[str, Any] = {"name": name, "seconds": int(seconds), "limit": int(limit), "command": command}
+        part: dict[str, Any] = {
+            "name": name,
+            "seconds": int(seconds),
+            "limit": int(limit),
+            "command": command,
+        }
         part["outcome"] = {"0": "done", "124": "out of time", "137": "out of time"}.get(status, status)
         if status.isdigit() and status not in ("0", "124", "137"):
             part["outcome"] = f"failed ({status})"
@@ -91,7 +112,9 @@ def tests(path: Path) -> dict[str, Any] | None:
 def _tests_text(found: dict[str, Any] | None) -> str:
     if found is None:
         return "Tests: none were run to their end."
-    lines = [f"Tests: {found['passed']} passed, {len(found['failed'])} failed, {len(found['skipped'])} skipped."]
+    lines = [
+        f"Tests: {found['passed']} passed, {len(found['failed'])} failed, {len(found['skipped'])} skipped."
+    ]
     lines += [f"- failed: {name}: {why}" for name, why in found["failed"].items()]
     lines += [f"- skipped, {count}: {why}" for why, count in Counter(found["skipped"].values()).items()]
     return "\n".join(lines)
@@ -106,15 +129,21 @@ def summary(folder: Path) -> str:
     surroundings = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
     costs = folder / "cost"
     found = {kind: read(costs, kind) for kind in KINDS}
-    write_json(folder / "summary.json", {"parts": parts, "tests": result, "environment": surroundings, **found})
+    write_json(
+        folder / "summary.json", {"parts": parts, "tests": result, "environment": surroundings, **found}
+    )
     lines = ["| part | outcome | seconds | limit |", "| --- | --- | --- | --- |"]
     lines += [f"| {p['name']} | {p['outcome']} | {p['seconds']} | {p['limit']} |" for p in parts]
     where = "environment unknown"
     if surroundings:
-        names = ", ".join(device["name"] for device in surroundings["devices"]) or surroundings["hardware"]["cpu"]
+        names = (
+            ", ".join(device["name"] for device in surroundings["devices"]) or surroundings["hardware"]["cpu"]
+        )
         absent = ", ".join(surroundings["missing"]) or "none"
         where = f"{names}; torch {surroundings['versions']['torch']}; missing packages: {absent}"
-    text = "\n\n".join([where, "\n".join(lines), _tests_text(result), *([table(costs)] if any(found.values()) else [])])
+    text = "\n\n".join(
+        [where, "\n".join(lines), _tests_text(result), *([table(costs)] if any(found.values()) else [])]
+    )
     write_text(folder / "summary.md", text.rstrip() + "\n")
     return text
 

@@ -17,7 +17,9 @@ _STAGE = "grit::"  # what GRIT's telemetry puts before a stage's name
 _LAUNCHED = ("kernel", "gpu_memcpy", "gpu_memset")  # the profiler's categories of what runs on the device
 
 
-def profiled(work: Callable[[], Any], device: str, with_stages: bool = True) -> tuple[dict[str, int], dict[str, float]]:
+def profiled(
+    work: Callable[[], Any], device: str, with_stages: bool = True
+) -> tuple[dict[str, int], dict[str, float]]:
     """Kernels, copies and fills on a GPU, ``{"operations": n}`` on a CPU; and the GPU's seconds by stage of GRIT.
 
     For the stages the profiler has to watch the host too, which takes seconds for a large model's pass.
@@ -50,7 +52,9 @@ def device_seconds(found: dict[str, Any]) -> dict[str, float]:
     return total
 
 
-def trace(work: Callable[[], Any], path: Path, activities: list[torch.profiler.ProfilerActivity] | None = None) -> None:
+def trace(
+    work: Callable[[], Any], path: Path, activities: list[torch.profiler.ProfilerActivity] | None = None
+) -> None:
     """Write a Chrome trace (chrome://tracing, Perfetto) of the work; ``.json.gz`` packs it. By default of all that there is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile(activities=activities) as profile:

@@ -1,7 +1,7 @@
 """Several optimizers in turns on one model: they share its frozen weights, and each has adapters and hooks of its own.
 
-At 8 B two models do not fit beside each other. So there is one; a lane that is not at work keeps the values of its adapters
-aside and its hooks off the model.
+At 8 B two models do not fit beside each other. So there is one; a lane that is not at work keeps the values
+of its adapters aside and its hooks off the model.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class Shared:
         before = allocated(workload.device)
         self.model: PeftModel = shapes.adapted_model(workload)
         weights = [*self.model.parameters(), *self.model.buffers()]
-        self.weight_bytes = allocated(workload.device) - before or sum(t.numel() * t.element_size() for t in weights)
+        self.weight_bytes = allocated(workload.device) - before or sum(
+            t.numel() * t.element_size() for t in weights
+        )
         self.parameters = trainable(self.model)
         self.start = [p.detach().clone() for p in self.parameters]
         self.hooks = self._all_hooks()
@@ -94,7 +96,9 @@ class Shared:
     def _all_hooks(self) -> list[tuple[dict[int, Any], frozenset[int]]]:
         """Every module's hook dictionaries, with the keys that are there without an optimizer."""
         modules = self.model.modules()
-        return [(found, frozenset(found)) for m in modules for n in _HOOKS if (found := getattr(m, n)) is not None]
+        return [
+            (found, frozenset(found)) for m in modules for n in _HOOKS if (found := getattr(m, n)) is not None
+        ]
 
     def take_hooks(self) -> _Hooks:
         """Take off all hooks that optimizers have put on since, and return them."""
@@ -134,7 +138,8 @@ class Lane:
         name: the optimizer's name.
         step_seconds: of each whole step: passes, optimizer, clearing of the gradients.
         pass_seconds: of the passes of each step.
-        optimizer_seconds: of each ``optimizer.step()``, on a GPU the device's time from the end of the passes.
+        optimizer_seconds: of each ``optimizer.step()``, on a GPU the device's time from the end of the
+            passes.
         losses: of each step's last pass.
     """
 
@@ -216,8 +221,8 @@ def take_turns(
 ) -> int:
     """Time blocks of steps of every lane in turns; returns how many steps each has.
 
-    Every other round goes backwards, so that a drift of the machine's speed falls on all alike. Ctrl-C ends the timing, and
-    what was timed until then counts.
+    Every other round goes backwards, so that a drift of the machine's speed falls on all alike. Ctrl-C ends
+    the timing, and what was timed until then counts.
 
     Args:
         lanes: the lanes, warm and paused.
@@ -234,7 +239,9 @@ def take_turns(
             for lane in list(left if turn % 2 == 0 else reversed(left)):
                 try:
                     _block(lane, size, warm)
-                except Exception as error:  # whatever a package does wrong, or memory that is used up; the others go on
+                except (
+                    Exception
+                ) as error:  # whatever a package does wrong, or memory that is used up; the others go on
                     left.remove(lane)
                     failed(lane, error)
             done, rounds = done + size, rounds + 1

@@ -12,8 +12,8 @@ _LARGEST = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Make glibc reuse large blocks instead of mapping fresh ones; returns whether it was done.
 
-    By default every large tensor is a fresh mapping whose pages the kernel zeroes again at each step, a third of the
-    time of a training step here. It is the same for every optimizer, so it changes no comparison.
+    By default every large tensor is a fresh mapping whose pages the kernel zeroes again at each step, a third
+    of the time of a training step here. It is the same for every optimizer, so it changes no comparison.
     """
     if not sys.platform.startswith("linux"):
         return False

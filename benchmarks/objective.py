@@ -41,8 +41,8 @@ class Batch:
 def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
     """Put examples side by side, padded on the right to the longest.
 
-    No attention mask is needed: in a causal model nothing on the right reaches the tokens on its left, and the labels on
-    padding are -100. The answer's last token is never an input.
+    No attention mask is needed: in a causal model nothing on the right reaches the tokens on its left, and
+    the labels on padding are -100. The answer's last token is never an input.
     """
     lengths = tuple(len(example) - 1 for example in examples)
     tokens = torch.full((len(examples), max(lengths)), pad)
@@ -79,9 +79,9 @@ class Score:
 def evaluate(model: Model, examples: Sequence[Example], batch_size: int = 96, device: str = "cpu") -> Score:
     """Score held-out examples.
 
-    An answer counts as exact if every one of its tokens, the end token included, is the most likely one given the right
-    tokens before it. That is the same as greedy decoding giving the answer: up to its first mistake greedy decoding has
-    exactly these tokens before it.
+    An answer counts as exact if every one of its tokens, the end token included, is the most likely one given
+    the right tokens before it. That is the same as greedy decoding giving the answer: up to its first mistake
+    greedy decoding has exactly these tokens before it.
     """
     was_training, losses, right, tokens = model.training, 0.0, 0, 0
     model.eval()

@@ -26,7 +26,9 @@ def _grit(**fixed: Any) -> Factory:
         """The variant over the model's trainable parameters."""
         from grit_optim import GritOptimizer
 
-        base = make_optimizer(settings.base, model, Settings(settings.lr, settings.betas, settings.weight_decay))
+        base = make_optimizer(
+            settings.base, model, Settings(settings.lr, settings.betas, settings.weight_decay)
+        )
         return GritOptimizer(base, model, **{**fixed, **settings.options})
 
     return factory
@@ -65,7 +67,9 @@ def check_base(optimizer: str, base: str) -> str:
             f"optimizer {optimizer!r} wraps no other, so it cannot have the base {base!r}; only grit can"
         )
     if check_optimizer(base).startswith("grit"):
-        raise BenchmarkError(f"the base {base!r} is GRIT itself; name what it is to wrap, such as adamw or adamw8bit")
+        raise BenchmarkError(
+            f"the base {base!r} is GRIT itself; name what it is to wrap, such as adamw or adamw8bit"
+        )
     return base
 
 
@@ -76,7 +80,9 @@ def make_optimizer(name: str, model: torch.nn.Module, settings: Settings) -> tor
         return factory(model, settings)
     except ImportError as error:
         package, extra = (PEERS[name].package, "peers") if name in PEERS else (error.name, "bench")
-        raise BenchmarkError(f"optimizer {name!r} needs {package}: {error}; pip install -e '.[{extra}]'") from error
+        raise BenchmarkError(
+            f"optimizer {name!r} needs {package}: {error}; pip install -e '.[{extra}]'"
+        ) from error
 
 
 def package_version(name: str) -> dict[str, str | None]:
@@ -87,8 +93,8 @@ def package_version(name: str) -> dict[str, str | None]:
 def state_tensors(state: Any) -> list[torch.Tensor]:
     """All tensors in a state dict, each once.
 
-    Dicts, lists and tuples are gone through, and so are the attributes of any other object: some packages keep their
-    matrices in classes of their own.
+    Dicts, lists and tuples are gone through, and so are the attributes of any other object: some packages
+    keep their matrices in classes of their own.
     """
     import torch
 
@@ -102,7 +108,11 @@ def state_tensors(state: Any) -> list[torch.Tensor]:
         if isinstance(value, torch.Tensor):
             return [value]
         items = value if isinstance(value, list | tuple | dict) else getattr(value, "__dict__", {})
-        return [tensor for item in (items.values() if isinstance(items, dict) else items) for tensor in collect(item)]
+        return [
+            tensor
+            for item in (items.values() if isinstance(items, dict) else items)
+            for tensor in collect(item)
+        ]
 
     return collect(state)
 

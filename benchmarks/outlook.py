@@ -16,7 +16,8 @@ Lengths = list[tuple[str, float]]  # (optimizer, steps) of runs to come
 def duration(results: Sequence[Result]) -> Callable[[str, float], float] | None:
     """Seconds of a run by optimizer and steps, from measured medians; None where nothing has been measured.
 
-    The median step of the optimizer (of all, where it has not run yet), and the median of what a run takes besides steps.
+    The median step of the optimizer (of all, where it has not run yet), and the median of what a run takes
+    besides steps.
     """
     timed = [result for result in results if "wall_seconds" in result]
     if not timed:

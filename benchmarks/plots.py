@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette without yellow: told apart with any colour vision; marker and line tell them apart in grey.
+# Okabe and Ito's palette without yellow: told apart with any colour vision; marker and line tell them apart
+# in grey.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _MARKERS, _LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")
 LOSS = "held-out loss (nats per token)"

@@ -215,10 +215,17 @@ def _train(run: _Run, data: Data, checkpoint: Path) -> None:
         bar.update(100 * run.progress() - bar.n)
         if run.step % 100 == 0 or run.progress() >= 1.0:
             held = heldout_loss(run.model, data.heldout, config.context, config.autocast)
-            point = {"step": run.step, "seconds": run.seconds, "train": sum(recent) / len(recent), "heldout": held}
+            point = {
+                "step": run.step,
+                "seconds": run.seconds,
+                "train": sum(recent) / len(recent),
+                "heldout": held,
+            }
             run.curve.append(point)
             recent.clear()
-            tqdm.write(f"step {run.step}: train {point['train']:.4f}, held-out {held:.4f}, {run.seconds:.0f} s")
+            tqdm.write(
+                f"step {run.step}: train {point['train']:.4f}, held-out {held:.4f}, {run.seconds:.0f} s"
+            )
         if run.seconds - saved > 60 * config.checkpoint_minutes:
             run.save(checkpoint)
             saved = run.seconds
@@ -231,7 +238,9 @@ def _write_model(run: _Run, data: Data, out: Path) -> dict[str, Any]:
     data.tokenizer.save(str(out / "tokenizer.json"))
     rounded = run.model.bfloat16()
     rounded.save_pretrained(out)
-    (out / "model.safetensors").chmod(0o644)  # the library writes 0600, which would follow it into a repository
+    (out / "model.safetensors").chmod(
+        0o644
+    )  # the library writes 0600, which would follow it into a repository
     (out / "generation_config.json").unlink(missing_ok=True)  # nothing here generates with it
     record = {
         "config": asdict(run.config),
@@ -255,7 +264,9 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     import torch
 
     if (config.minutes is None) == (config.steps is None):
-        raise BenchmarkError("give exactly one of --minutes and --steps: it is what the learning rate decays over")
+        raise BenchmarkError(
+            "give exactly one of --minutes and --steps: it is what the learning rate decays over"
+        )
     memory.keep_freed_memory()
     torch.set_num_threads(config.threads)
     out.mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,11 @@ def _origin(results: Sequence[Result]) -> str:
     hardware, config = first["hardware"], first["config"]
     device = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
     code = sorted({(result.get("code") or {}).get("commit") or "unknown" for result in results})
-    dirty = " (with uncommitted changes)" if any((result.get("code") or {}).get("dirty") for result in results) else ""
+    dirty = (
+        " (with uncommitted changes)"
+        if any((result.get("code") or {}).get("dirty") for result in results)
+        else ""
+    )
     return (
         f"{len(results)} runs of {config['steps']} steps of {config['batch_size']} examples, task {config['task']}, "
         f"data {first['fingerprint'][:12]}; {device}; commit {', '.join(name[:12] for name in code)}{dirty}."
@@ -106,8 +110,8 @@ def table(results: Sequence[Result]) -> str:
 def report(folder: Path) -> str:
     """Write `table.md` and the figures into `folder` and print the table; returns the table.
 
-    Runs that differ in data, model, hardware, versions or length never share a table: each such group gets its own,
-    headed by what it differs in. A folder that holds a suite gets the suite's report.
+    Runs that differ in data, model, hardware, versions or length never share a table: each such group gets
+    its own, headed by what it differs in. A folder that holds a suite gets the suite's report.
     """
     from .figures import draw
     from .suite import RECORD

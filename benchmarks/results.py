@@ -12,7 +12,16 @@ from .files import BenchmarkError, sha256, write_json
 
 FORMAT = 1
 PRECISIONS = ("fp32", "bf16")  # bf16: frozen weights in it, autocast of the rest, adapters in fp32
-_REQUIRED = ("config", "curve", "diverged", "fingerprint", "hardware", "seconds", "step_seconds_median", "versions")
+_REQUIRED = (
+    "config",
+    "curve",
+    "diverged",
+    "fingerprint",
+    "hardware",
+    "seconds",
+    "step_seconds_median",
+    "versions",
+)
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,13 @@ def read_result(path: Path) -> dict[str, Any]:
         raise BenchmarkError(f"{path} is no JSON ({error}); delete it and run again") from error
     missing = [key for key in _REQUIRED if not isinstance(result, dict) or key not in result]
     if missing:
-        raise BenchmarkError(f"{path} is no result of a run: {', '.join(missing)} missing; move it out of the folder")
+        raise BenchmarkError(
+            f"{path} is no result of a run: {', '.join(missing)} missing; move it out of the folder"
+        )
     if result.get("format") != FORMAT:
-        raise BenchmarkError(f"{path} has format {result.get('format')}, this program reads {FORMAT}; run again")
+        raise BenchmarkError(
+            f"{path} has format {result.get('format')}, this program reads {FORMAT}; run again"
+        )
     return result
 
 
@@ -85,7 +98,9 @@ def is_done(folder: Path, config: RunConfig, fingerprint: str) -> bool:
         return False
     found = read_result(path)
     if found["config"] != asdict(config):
-        raise BenchmarkError(f"{path} holds another configuration than its name says; move it away and run again")
+        raise BenchmarkError(
+            f"{path} holds another configuration than its name says; move it away and run again"
+        )
     if found["fingerprint"] != fingerprint:
         raise BenchmarkError(
             f"{path} was run on other data or another base model (fingerprint {found['fingerprint'][:12]}, now "

@@ -40,7 +40,9 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def plan(template: RunConfig, optimizers: Sequence[str], lrs: Sequence[float], seeds: Sequence[int]) -> list[RunConfig]:
+def plan(
+    template: RunConfig, optimizers: Sequence[str], lrs: Sequence[float], seeds: Sequence[int]
+) -> list[RunConfig]:
     """Every combination; seeds outermost, so that a job stopped half-way has all methods at the first seeds."""
     combinations = itertools.product(seeds, map(check_optimizer, optimizers), lrs)
     return [replace(template, optimizer=name, lr=lr, seed=seed) for seed, name, lr in combinations]
@@ -64,7 +66,9 @@ def pending(runs: Sequence[RunConfig], folder: Path, data: DataOptions | None = 
     return [run for run in runs if not is_done(folder, run, fingerprint(run.task, data))]
 
 
-def _child(config: RunConfig, folder: Path, threads: int, jobs: int, slot: int, data: DataOptions | None) -> Path:
+def _child(
+    config: RunConfig, folder: Path, threads: int, jobs: int, slot: int, data: DataOptions | None
+) -> Path:
     warnings.simplefilter("ignore", UserWarning)  # the parent has printed those about versions
     from .train import execute
 
@@ -106,11 +110,16 @@ def in_process(call: Callable[..., T], *arguments: Any) -> T:
 
 
 def execute_all(
-    runs: Sequence[RunConfig], folder: Path, jobs: int, threads: int | None = None, data: DataOptions | None = None
+    runs: Sequence[RunConfig],
+    folder: Path,
+    jobs: int,
+    threads: int | None = None,
+    data: DataOptions | None = None,
 ) -> dict[str, str]:
     """Carry out runs, `jobs` at a time; returns what went wrong with each that failed, by its result's name.
 
-    A process per run: peak memory is the run's own, and nothing that one optimizer changed can reach the next.
+    A process per run: peak memory is the run's own, and nothing that one optimizer changed can reach the
+    next.
     """
     for precision, device in sorted({(run.precision, run.device) for run in runs}):
         environment.warn_if_bf16_is_slow(precision, device)

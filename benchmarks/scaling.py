@@ -51,7 +51,12 @@ def _brief(results: dict[str, dict[str, Any]], names: Sequence[str]) -> list[str
 
 
 def scale(
-    workload: Workload, optimizers: Sequence[str], sweep: Sweep, plan: Plan, folder: Path, threads: int | None = None
+    workload: Workload,
+    optimizers: Sequence[str],
+    sweep: Sweep,
+    plan: Plan,
+    folder: Path,
+    threads: int | None = None,
 ) -> Path:
     """Measure at every size of the sweep; write one file with all points, anew after each, so that a stop keeps the rest."""
     from .lanes import Shared

@@ -1,6 +1,7 @@
 """Models of the shapes that people train, with random weights: what a step costs does not depend on what they are.
 
-Nothing is fetched. On an accelerator a model is built there at once, in bf16, so that host memory does not matter.
+Nothing is fetched. On an accelerator a model is built there at once, in bf16, so that host memory does not
+matter.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Workload:
 
     Attributes:
         model: a name in :data:`SHAPES`.
-        quantize: "nf4" keeps the frozen linear layers in 4 bits (bitsandbytes, double quantization), as QLoRA does.
+        quantize: "nf4" keeps the frozen linear layers in 4 bits (bitsandbytes, double quantization), as QLoRA
+            does.
         rank: LoRA's rank; alpha is the same.
         layers: decoder layers, None for as many as the model has.
         batch_size: sequences per forward pass.
@@ -122,7 +124,9 @@ def frozen_model(workload: Workload, attention: str = "sdpa") -> PreTrainedModel
 
     dtype = torch.bfloat16 if workload.mixed else torch.float32
     with torch.device(workload.device):
-        model = AutoModelForCausalLM.from_config(model_config(workload), dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            model_config(workload), dtype=dtype, attn_implementation=attention
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if workload.quantize == "nf4":
@@ -141,9 +145,13 @@ def adapted_model(workload: Workload, attention: str = "sdpa", seed: int = 0) ->
 
     torch.manual_seed(seed)
     model = frozen_model(workload, attention)
-    lora = LoraConfig(r=workload.rank, lora_alpha=workload.rank, target_modules=list(TARGETS), lora_dropout=0.0)
+    lora = LoraConfig(
+        r=workload.rank, lora_alpha=workload.rank, target_modules=list(TARGETS), lora_dropout=0.0
+    )
     with warnings.catch_warnings(), torch.device(workload.device):
-        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, nothing that is used here
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # between peft and transformers, nothing that is used here
         return get_peft_model(model, lora).train()
 
 
@@ -153,11 +161,15 @@ def _quantize(model: PreTrainedModel, workload: Workload) -> None:
     from peft import prepare_model_for_kbit_training
 
     if workload.device == "meta":
-        raise BenchmarkError("NF4 has no kernels on the meta device; count without --quantize, NF4's share is computed")
+        raise BenchmarkError(
+            "NF4 has no kernels on the meta device; count without --quantize, NF4's share is computed"
+        )
     try:
         import bitsandbytes
     except ImportError as error:
-        raise BenchmarkError(f"--quantize nf4 needs bitsandbytes: {error}; pip install bitsandbytes") from error
+        raise BenchmarkError(
+            f"--quantize nf4 needs bitsandbytes: {error}; pip install bitsandbytes"
+        ) from error
     for block in model.model.layers:
         for name, module in list(block.named_modules()):
             if isinstance(module, torch.nn.Linear):

@@ -39,7 +39,9 @@ def read_suite(folder: Path) -> Suite:
         settings = SuiteSettings(**{**found["settings"], "seeds": tuple(found["settings"]["seeds"])})
         return Suite(settings, tuple(found["tasks"]), tuple(Contender(**one) for one in found["contenders"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BenchmarkError(f"{path} is no record of a suite ({error}); delete it and run the suite again") from error
+        raise BenchmarkError(
+            f"{path} is no record of a suite ({error}); delete it and run the suite again"
+        ) from error
 
 
 def _united(old: Suite, new: Suite, folder: Path) -> Suite:
@@ -72,7 +74,8 @@ def read_ledger(folder: Path) -> Ledger:
     results = [read_result(path) for path in sorted(folder.glob("*-seed*.json"))]
     by_name = {RunConfig(**result["config"]).file_name(): result for result in results}
     notes = {
-        path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / FAILED).glob("*.json"))
+        path.name: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((folder / FAILED).glob("*.json"))
     }
     return Ledger(by_name, {name: note["error"] for name, note in notes.items() if name not in by_name})
 
@@ -146,7 +149,9 @@ def _train(stay: Stay) -> dict[str, str]:
             return failures
         runs = pending(planned, stay.folder)
         if not runs:
-            raise BenchmarkError(f"{stay.folder} changed while it was being read; start the same command again")
+            raise BenchmarkError(
+                f"{stay.folder} changed while it was being read; start the same command again"
+            )
         print(outlook(trials, runs, stay.phases, target, stay.jobs))
         found = execute_all(runs, stay.folder, stay.jobs, stay.threads)
         failures |= found
@@ -168,7 +173,9 @@ def _time_steps(stay: Stay) -> dict[str, str]:
         except Exception as error:  # whatever the contender does wrong; the others are still to be timed
             failures[path.name] = f"{type(error).__name__}: {error}"
             print(f"failed: {path.name}: {failures[path.name]}", file=sys.stderr)
-            write_json(stay.folder / FAILED / path.name, {"config": asdict(config), "error": failures[path.name]})
+            write_json(
+                stay.folder / FAILED / path.name, {"config": asdict(config), "error": failures[path.name]}
+            )
         else:
             (stay.folder / FAILED / path.name).unlink(missing_ok=True)
     return failures
@@ -180,7 +187,9 @@ def _cost(config: RunConfig, steps: int, path: Path, label: str) -> None:
     cost(config, steps, path, contender=label)
 
 
-def run_suite(folder: Path, suite: Suite, phases: Collection[str], jobs: int = 1, threads: int | None = None) -> None:
+def run_suite(
+    folder: Path, suite: Suite, phases: Collection[str], jobs: int = 1, threads: int | None = None
+) -> None:
     """Run what the suite still needs in these phases; an error at the end that names the runs that failed."""
     from .optimizers import check_optimizer
     from .runner import fingerprint

@@ -8,7 +8,16 @@ from typing import Any
 
 from . import arguments as read
 from .files import BenchmarkError
-from .suites import PHASES, QUICK_CONTENDERS, QUICK_SETTINGS, QUICK_TASKS, RUN_SETTINGS, SUITES, SuiteSettings, choose
+from .suites import (
+    PHASES,
+    QUICK_CONTENDERS,
+    QUICK_SETTINGS,
+    QUICK_TASKS,
+    RUN_SETTINGS,
+    SUITES,
+    SuiteSettings,
+    choose,
+)
 from .tasks import TASKS
 
 _SUITE_SETTINGS = {
@@ -19,7 +28,10 @@ _SUITE_SETTINGS = {
         read.positive,
         "shortest budget that is tried first, as a share of the full one; shorter ones where it reaches the target",
     ),
-    "longest_budget": (read.positive, "budget at which a contender is tried that misses the target at the full one"),
+    "longest_budget": (
+        read.positive,
+        "budget at which a contender is tried that misses the target at the full one",
+    ),
     "cost_steps": (read.positive_int, "timed steps of a contender, and as many of AdamW"),
 }
 _SUITE_ONLY = ("contenders", "tasks", "quick", "phases", *_SUITE_SETTINGS)
@@ -32,9 +44,15 @@ def _flag(name: str) -> str:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of suites to `run`."""
-    group = parser.add_argument_group("suites", "a suite brings its optimizers, and searches their learning rates")
-    group.add_argument("--suite", choices=sorted(SUITES), help="run a whole comparison; stopped, it goes on from there")
-    group.add_argument("--contenders", type=read.several(str), help="only these, by label; by default all of the suite")
+    group = parser.add_argument_group(
+        "suites", "a suite brings its optimizers, and searches their learning rates"
+    )
+    group.add_argument(
+        "--suite", choices=sorted(SUITES), help="run a whole comparison; stopped, it goes on from there"
+    )
+    group.add_argument(
+        "--contenders", type=read.several(str), help="only these, by label; by default all of the suite"
+    )
     group.add_argument("--tasks", type=read.several(str), help=f"by default {','.join(TASKS)}")
     group.add_argument("--phases", type=read.several(str), help=f"by default {','.join(PHASES)}")
     group.add_argument(
@@ -46,15 +64,23 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse options that the command would ignore, and name those that it lacks."""
-    wrong = [name for name in (_PLAIN_ONLY if arguments.suite else _SUITE_ONLY) if getattr(arguments, name) is not None]
+    wrong = [
+        name
+        for name in (_PLAIN_ONLY if arguments.suite else _SUITE_ONLY)
+        if getattr(arguments, name) is not None
+    ]
     if wrong:
         names = ", ".join(map(_flag, wrong))
         raise BenchmarkError(
             f"--suite brings its own: leave out {names}" if arguments.suite else f"{names}: only with --suite"
         )
-    missing = [name for name in ("optimizers", "lrs") if not arguments.suite and getattr(arguments, name) is None]
+    missing = [
+        name for name in ("optimizers", "lrs") if not arguments.suite and getattr(arguments, name) is None
+    ]
     if missing:
-        raise BenchmarkError(f"the following arguments are required: {', '.join(map(_flag, missing))} (or --suite)")
+        raise BenchmarkError(
+            f"the following arguments are required: {', '.join(map(_flag, missing))} (or --suite)"
+        )
 
 
 def _phases(given: list[str] | None) -> list[str]:

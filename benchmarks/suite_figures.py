@@ -68,7 +68,9 @@ def _cut_above(axis: Axes, named: Sequence[Points], others: Sequence[Points], sh
         axis.set_ylim(low - 0.07 * (top - low), top)
     outside = sum(1 for line in others if line and min(height for _, height in line) > top)
     if outside:
-        axis.annotate(f"{outside} others lie above", (0.02, 0.98), xycoords="axes fraction", va="top", fontsize=7)
+        axis.annotate(
+            f"{outside} others lie above", (0.02, 0.98), xycoords="axes fraction", va="top", fontsize=7
+        )
 
 
 def _draw_lines(
@@ -117,7 +119,9 @@ def _curve(one: Standing) -> Points:
 
     The batches are the same for all contenders, so their ups and downs are common to all lines.
     """
-    steps = [statistics.fmean(losses) for losses in zip(*(run["train_losses"] for run in one.runs), strict=True)]
+    steps = [
+        statistics.fmean(losses) for losses in zip(*(run["train_losses"] for run in one.runs), strict=True)
+    ]
     return [(end, statistics.fmean(steps[end - _SMOOTHED : end])) for end in range(_SMOOTHED, len(steps) + 1)]
 
 
@@ -126,7 +130,9 @@ def _target_line(axis: Axes, standings: Sequence[Standing]) -> None:
     if target is not None:
         axis.axhline(target, color="#555555", linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
         across = axis.get_yaxis_transform()
-        axis.annotate("AdamW's best", (0.01, target), xycoords=across, va="bottom", fontsize=7, color="#333333")
+        axis.annotate(
+            "AdamW's best", (0.01, target), xycoords=across, va="bottom", fontsize=7, color="#333333"
+        )
 
 
 def _finish_curves(axis: Axes, standings: list[Standing]) -> None:
@@ -190,7 +196,9 @@ def _label_ratios(axis: Axes, labels: list[str]) -> None:
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
     axis.set_ylim(-0.7, len(labels) - 0.3)
-    axis.set_xlabel("steps to AdamW's best loss, as a ratio to AdamW's full budget (mean over tasks)", fontsize=8)
+    axis.set_xlabel(
+        "steps to AdamW's best loss, as a ratio to AdamW's full budget (mean over tasks)", fontsize=8
+    )
     axis.set_title(
         "●: interpolated, with 95 % bootstrap interval over seeds; ○: shortest budget measured\n"
         "|: single tasks, interpolated; ▷: at least, the target of a task was not reached",

@@ -50,7 +50,9 @@ def data(suite: Suite, ledger: Ledger, costs: Mapping[str, Mapping[str, Any]]) -
     trials = suite.trials(ledger)
     best = {task: reference(trials, task) for task in suite.tasks}
     return {
-        "targets": {task: one and {"loss": one.loss, "contender": one.contender.label} for task, one in best.items()},
+        "targets": {
+            task: one and {"loss": one.loss, "contender": one.contender.label} for task, one in best.items()
+        },
         "contenders": [
             {
                 "label": entry.contender.label,
@@ -105,7 +107,9 @@ def _groups(ledger: Ledger) -> list[tuple[dict[str, str], Ledger]]:
 def read_costs(folder: Path, suite: Suite) -> dict[str, Any]:
     """Step times by contender, of those that have been measured."""
     paths = {one.label: folder / cost_name(suite.tasks[0], one.label) for one in suite.contenders}
-    return {label: json.loads(path.read_text(encoding="utf-8")) for label, path in paths.items() if path.exists()}
+    return {
+        label: json.loads(path.read_text(encoding="utf-8")) for label, path in paths.items() if path.exists()
+    }
 
 
 def suite_report(folder: Path) -> str:

@@ -213,7 +213,10 @@ class Entry:
             for remark in standing.remarks:
                 found.setdefault(remark, []).append(standing.trial.task)
         everywhere = len(self.standings)
-        lines = [text if len(tasks) == everywhere else f"{', '.join(tasks)}: {text}" for text, tasks in found.items()]
+        lines = [
+            text if len(tasks) == everywhere else f"{', '.join(tasks)}: {text}"
+            for text, tasks in found.items()
+        ]
         return lines + ([f"cost failed: {self.cost_failure}"] if self.cost_failure else [])
 
     @property
@@ -224,7 +227,9 @@ class Entry:
 
 def _adamw_losses(standings: Sequence[Standing]) -> tuple[tuple[float, ...], ...]:
     """Final losses of every AdamW contender that has a best rate."""
-    adamw = [one for one in standings if one.trial.contender.optimizer == REFERENCE and one.trial.best is not None]
+    adamw = [
+        one for one in standings if one.trial.contender.optimizer == REFERENCE and one.trial.best is not None
+    ]
     return tuple(tuple(one.losses) for one in adamw)
 
 

@@ -100,7 +100,13 @@ def _grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _main_table(found: Sequence[Entry], tasks: Sequence[str]) -> str:
-    header = ["optimizer", "β₁, β₂", *(f"{task}: loss" for task in tasks), "steps to AdamW's best", "seconds to it"]
+    header = [
+        "optimizer",
+        "β₁, β₂",
+        *(f"{task}: loss" for task in tasks),
+        "steps to AdamW's best",
+        "seconds to it",
+    ]
     lines = [
         [
             entry.contender.label,
@@ -153,7 +159,9 @@ def _target_lines(suite: Suite, ledger: Ledger) -> str:
     for task in suite.tasks:
         best = reference(suite.trials(ledger), task)
         if best is None or best.best is None:
-            lines.append(f"- {task}: no target, because AdamW's runs are not finished here; steps are not counted")
+            lines.append(
+                f"- {task}: no target, because AdamW's runs are not finished here; steps are not counted"
+            )
         else:
             lines.append(
                 f"- {task}: {best.loss:.4f} nats per token, by {best.contender.label} "
@@ -197,11 +205,19 @@ def _origin(suite: Suite, results: Sequence[Result]) -> str:
     """Where the numbers come from: sizes, hardware, commits, packages of the peers."""
     sizes, machines = suite.settings, sorted({_machine(result["hardware"]) for result in results})
     commits = Counter((result.get("code") or {}).get("commit") or "unknown" for result in results)
-    dirty = " (some with uncommitted changes)" if any((r.get("code") or {}).get("dirty") for r in results) else ""
+    dirty = (
+        " (some with uncommitted changes)" if any((r.get("code") or {}).get("dirty") for r in results) else ""
+    )
     packages = {
-        name: version for result in results for name, version in (result.get("optimizer_package") or {}).items()
+        name: version
+        for result in results
+        for name, version in (result.get("optimizer_package") or {}).items()
     }
-    peers = "; " + ", ".join(f"{name} {version}" for name, version in sorted(packages.items())) if packages else ""
+    peers = (
+        "; " + ", ".join(f"{name} {version}" for name, version in sorted(packages.items()))
+        if packages
+        else ""
+    )
     data = {result["config"]["task"]: result["fingerprint"][:12] for result in results}
     return (
         f"{len(results)} runs; full budget {sizes.steps} steps of {sizes.batch_size} examples, seeds "

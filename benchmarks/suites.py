@@ -34,7 +34,9 @@ class SuiteSettings:
     """Sizes of a suite's runs; lengths in optimizer steps, budgets as shares of `steps`."""
 
     steps: int = 60  # the full budget
-    explore_steps: int = 60  # of the runs that first search the rates; at the full budget these are not run twice
+    explore_steps: int = (
+        60  # of the runs that first search the rates; at the full budget these are not run twice
+    )
     batch_size: int = 48
     rank: int = 16
     alpha: int = 16
@@ -55,7 +57,9 @@ class SuiteSettings:
         """The grid of budgets in steps, rising; the full budget is always one of them, and none ends within the warm-up."""
         places = range(1, round(self.longest_budget / self.budget_grid) + 1)
         lengths = {self._steps_at(place) for place in places}
-        return sorted({length for length in lengths if length > self.warmup} | {self.lowest_budget(), self.steps})
+        return sorted(
+            {length for length in lengths if length > self.warmup} | {self.lowest_budget(), self.steps}
+        )
 
     def lowest_budget(self) -> int:
         """Where the bisection begins, in steps."""
@@ -85,8 +89,8 @@ _PEERS = (
 )  # fmt: skip
 _ABLATIONS = ("grit-eigenbasis", "grit-steer", "grit-balanced", "grit-inverse", "grit-paper")
 
-# AdamW's own momentum is swept, or a gain that comes from less momentum would be credited to another update rule; so is
-# that of the peers that came nearest to the default with their own.
+# AdamW's own momentum is swept, or a gain that comes from less momentum would be credited to another update
+# rule; so is that of the peers that came nearest to the default with their own.
 SUITES: dict[str, tuple[Contender, ...]] = {
     "peers": (
         _contender("adamw"),
@@ -125,7 +129,9 @@ def choose(suite: str, labels: Sequence[str] | None) -> tuple[Contender, ...]:
     known = [contender.label for contender in contenders]
     unknown = [label for label in labels or () if label not in known]
     if unknown:
-        raise BenchmarkError(f"no contender {', '.join(unknown)} in suite {suite!r}; known: {', '.join(known)}")
+        raise BenchmarkError(
+            f"no contender {', '.join(unknown)} in suite {suite!r}; known: {', '.join(known)}"
+        )
     return tuple(contender for contender in contenders if labels is None or contender.label in labels)
 
 

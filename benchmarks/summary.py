@@ -17,7 +17,8 @@ _SHARED = ("task", "steps", "batch_size", "rank", "alpha", "warmup", "eval_every
 _VARIANT = ("beta1", "beta2", "weight_decay", "options")
 
 
-# Changes times, which a suite does not take from its training runs, and losses by rounding alone, which the seeds cover.
+# Changes times, which a suite does not take from its training runs, and losses by rounding alone, which the
+# seeds cover.
 _TIMING = frozenset({"hardware jobs", "hardware cpu", "hardware cores", "hardware threads"})
 
 
@@ -35,7 +36,10 @@ def loss_surroundings(result: Result) -> dict[str, str]:
 
 def setting(result: Result) -> dict[str, str]:
     """What must agree for two runs to stand in one table, as text by name."""
-    config = {"precision": "fp32", **result["config"]}  # what the first results, which do not name it, were made in
+    config = {
+        "precision": "fp32",
+        **result["config"],
+    }  # what the first results, which do not name it, were made in
     shared = {name: str(config[name]) for name in _SHARED}
     return {"data and model": result["fingerprint"][:16], **shared, **surroundings(result)}
 
@@ -50,7 +54,9 @@ def comparable(
     settings = {key: json.loads(key) for key in sorted(groups)}
     names = {name for one in settings.values() for name in one}
     differing = sorted(name for name in names if len({one.get(name) for one in settings.values()}) > 1)
-    return [({name: one.get(name, "none") for name in differing}, groups[key]) for key, one in settings.items()]
+    return [
+        ({name: one.get(name, "none") for name in differing}, groups[key]) for key, one in settings.items()
+    ]
 
 
 T = TypeVar("T")
@@ -62,7 +68,11 @@ def sections(groups: Sequence[tuple[dict[str, str], T]]) -> Iterator[tuple[list[
     Several groups are headed by what their results differ in.
     """
     for number, (difference, group) in enumerate(groups, start=1):
-        above = [f"These runs are not all comparable, so they stand in {len(groups)} tables."] if number == 1 else []
+        above = (
+            [f"These runs are not all comparable, so they stand in {len(groups)} tables."]
+            if number == 1
+            else []
+        )
         what = "; ".join(f"{name}: {value}" for name, value in difference.items())
         above = [*above, f"### Table {number}: {what}"] if len(groups) > 1 else []
         yield above, group, f"-{number}" if len(groups) > 1 else ""
@@ -104,8 +114,8 @@ class Cell:
     def unseen_loss(self) -> float | None:
         """Mean loss of the training batches when they were first met, over all steps after the first point of the curve.
 
-        Within one epoch no example is met twice, so this is a held-out loss on the training packages, of many more
-        examples than the held-out split has; every method meets the same batches. None beyond one epoch.
+        Within one epoch no example is met twice, so this is a held-out loss on the training packages, of many
+        more examples than the held-out split has; every method meets the same batches. None beyond one epoch.
         """
         runs = self.finished
         if not runs or any(run.get("epochs", 2.0) > 1.0 for run in runs):

@@ -1,8 +1,8 @@
 """Which runs a suite needs next, from the results that are there; nothing here trains.
 
-Per task and contender: `explore` searches the learning rate on a short budget, `narrow` settles it at the full budget with
-every seed, `budgets` finds the shortest budget that reaches AdamW's best loss. What is on disk decides, so a stopped suite
-goes on by being planned again.
+Per task and contender: `explore` searches the learning rate on a short budget, `narrow` settles it at the
+full budget with every seed, `budgets` finds the shortest budget that reaches AdamW's best loss. What is on
+disk decides, so a stopped suite goes on by being planned again.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Bracket:
 def bracket(start: int, loss: Callable[[int], float | None], extensions: int) -> Bracket:
     """Search from `start` and its neighbours outwards until the best is neither the first nor the last.
 
-    After `extensions` further places it ends with the best at the edge. Equal losses count for the lower place, so a search
-    that only diverges goes down.
+    After `extensions` further places it ends with the best at the edge. Equal losses count for the lower
+    place, so a search that only diverges goes down.
     """
     places = [start - 1, start, start + 1]
     while True:
@@ -79,15 +79,19 @@ class Search:
 
     missing: int | None = None
     shortest: int | None = None
-    at_limit: bool = False  # the shortest budget of the grid reaches the target: the true one may be shorter still
+    at_limit: bool = (
+        False  # the shortest budget of the grid reaches the target: the true one may be shorter still
+    )
 
 
-def shortest_budget(budgets: Sequence[int], lowest: int, full: int, reaches: Callable[[int], bool | None]) -> Search:
+def shortest_budget(
+    budgets: Sequence[int], lowest: int, full: int, reaches: Callable[[int], bool | None]
+) -> Search:
     """Bisect rising `budgets` from `lowest` on for one that reaches the target while the one below it does not.
 
-    Where the loss falls with the budget that is the shortest one that does. A contender that misses the target at the `full`
-    budget is tried at the longest first; one that reaches it at `lowest` goes on below it, a budget at a time, until one
-    misses. `reaches` is None where the budget has not been run.
+    Where the loss falls with the budget that is the shortest one that does. A contender that misses the
+    target at the `full` budget is tried at the longest first; one that reaches it at `lowest` goes on below
+    it, a budget at a time, until one misses. `reaches` is None where the budget has not been run.
     """
     low, high = budgets.index(lowest) - 1, budgets.index(full)
     if not reaches(full):
@@ -166,15 +170,20 @@ class Trial:
     def mean(self, place: int) -> float | None:
         """Mean final loss over all seeds at the full budget; a rate far behind with the first seed is judged by that seed.
 
-        Seeds shift all rates alike, so a rate that is `margin` behind with one of them would hardly come first with more. Where
-        the first seed's loss is below the mean of the rate that is ahead, the other seeds are run all the same.
+        Seeds shift all rates alike, so a rate that is `margin` behind with one of them would hardly come
+        first with more. Where the first seed's loss is below the mean of the rate that is ahead, the other
+        seeds are run all the same.
         """
         steps = self.settings.steps
         first = self._first_loss(place, steps)
         best = self.narrowed.best if self.narrowed else None
         if first is not None and best is not None:
             ahead, leader = self._first_loss(best, steps), self.ledger.mean(self.configs(best, steps))
-            if ahead is not None and first > ahead + self.settings.margin and (leader is None or first > leader):
+            if (
+                ahead is not None
+                and first > ahead + self.settings.margin
+                and (leader is None or first > leader)
+            ):
                 return first
         return self.ledger.mean(self.configs(place, steps))
 
@@ -213,7 +222,9 @@ class Trial:
         """The phase that the search for the rate is in, and what it needs."""
         sizes, first = self.settings, self.settings.seeds[0]
         if self.explored.missing:
-            return "explore", [self.config(place, first, sizes.explore_steps) for place in self.explored.missing]
+            return "explore", [
+                self.config(place, first, sizes.explore_steps) for place in self.explored.missing
+            ]
         if self.narrowed and self.narrowed.missing:
             return "narrow", [self.config(place, first, sizes.steps) for place in self.narrowed.missing]
         if self.settled and self.settled.missing:
@@ -270,7 +281,9 @@ def targets(trials: Sequence[Trial]) -> dict[str, float | None]:
     return {task: trial.loss if trial else None for task, trial in found.items()}
 
 
-def plan(trials: Sequence[Trial], phases: Collection[str], target: Mapping[str, float | None]) -> list[RunConfig]:
+def plan(
+    trials: Sequence[Trial], phases: Collection[str], target: Mapping[str, float | None]
+) -> list[RunConfig]:
     """The runs that can be started now, each once; none when nothing is left in these phases."""
     runs: dict[str, RunConfig] = {}
     for trial in trials:

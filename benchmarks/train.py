@@ -32,15 +32,20 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 def adapted_model(config: RunConfig) -> PeftModel:
     """The base model with LoRA on every linear layer; the initial adapter depends on rank and seed alone.
 
-    In "bf16" the frozen weights are kept in that precision; the adapter stays in fp32, as mixed-precision training has it.
+    In "bf16" the frozen weights are kept in that precision; the adapter stays in fp32, as mixed-precision
+    training has it.
     """
     from peft import LoraConfig, get_peft_model
 
     model, _ = load_base_model()
     torch.manual_seed(config.seed)
-    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(LORA_TARGETS), lora_dropout=0.0)
+    lora = LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=list(LORA_TARGETS), lora_dropout=0.0
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, nothing that is used here
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # between peft and transformers, nothing that is used here
         adapted = get_peft_model(model, lora)
     return in_precision(adapted, config).train()
 
@@ -160,7 +165,8 @@ def plain(value: Any) -> Any:
 def train(run: Run, advance: Callable[[float], None] = lambda loss: None) -> bool:
     """All steps with the held-out curve; returns whether the run diverged (and then stops at once).
 
-    The curve starts before the first step and ends after the last; where it has no point between, it is the end alone.
+    The curve starts before the first step and ends after the last; where it has no point between, it is the
+    end alone.
     """
     diverged = run.config.eval_every < run.config.steps and run.measure() is None
     for step in range(1, run.config.steps + 1):
@@ -176,7 +182,12 @@ def train(run: Run, advance: Callable[[float], None] = lambda loss: None) -> boo
 
 
 def execute(
-    config: RunConfig, folder: Path, threads: int, jobs: int = 1, slot: int = 0, data: DataOptions | None = None
+    config: RunConfig,
+    folder: Path,
+    threads: int,
+    jobs: int = 1,
+    slot: int = 0,
+    data: DataOptions | None = None,
 ) -> Path:
     """Carry out one run in this process, with a progress bar, and write its result."""
     from tqdm import tqdm
@@ -199,7 +210,8 @@ def execute(
         diverged = train(run, advance)
     result = {
         **run.result(diverged),
-        "wall_seconds": time.perf_counter() - begun,  # with loading and evaluation: what planning a suite goes by
+        "wall_seconds": time.perf_counter()
+        - begun,  # with loading and evaluation: what planning a suite goes by
         "fingerprint": fingerprint,
         "versions": environment.versions(),
         "optimizer_package": package_version(config.optimizer),

@@ -1,9 +1,9 @@
 """What dropping directions of a trained adapter costs, predicted from its factors and measured: one JSON file.
 
-Every way to drop directions replaces h = A x by M h, with M an r×r matrix of each site: the optimal one in balanced
-coordinates, the GRIT paper's projections, the truncated SVD of ΔW, the largest rows and columns. To second order, and with the
-K-FAC factors, that changes the loss by ``½·N·T·tr((I − M)ᵀ Σ_g (I − M) Σ_a)`` (see :meth:`grit_optim.fisher.Factors.fold`).
-Nothing is trained after the cut.
+Every way to drop directions replaces h = A x by M h, with M an r×r matrix of each site: the optimal one in
+balanced coordinates, the GRIT paper's projections, the truncated SVD of ΔW, the largest rows and columns. To
+second order, and with the K-FAC factors, that changes the loss by ``½·N·T·tr((I − M)ᵀ Σ_g (I − M) Σ_a)`` (see
+:meth:`grit_optim.fisher.Factors.fold`). Nothing is trained after the cut.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Point:
         rank: directions kept per site; None where sites differ.
         parameters: share of the adapter's parameters that is kept.
         predicted: rise of the loss by the factors, in nats per token.
-        first_order: what the gradient alone predicts (it is no part of ``predicted``), on the examples of the factors.
+        first_order: what the gradient alone predicts (it is no part of ``predicted``), on the examples of the
+            factors.
         measured: rise of the loss on the examples that the factors come from.
         heldout: rise of the loss on the task's held-out examples; None where only one site was cut.
     """
@@ -227,13 +228,20 @@ def common_ranks(adapter: Adapter, parameters: float) -> Tensor:
 
 
 def truncation(
-    config: RunConfig, batches: int, drops: Sequence[int], budgets: Sequence[float], folder: Path, threads: int | None
+    config: RunConfig,
+    batches: int,
+    drops: Sequence[int],
+    budgets: Sequence[float],
+    folder: Path,
+    threads: int | None,
 ) -> Path:
     """Train once, gather the factors on fresh training batches, cut in every way, and write what came out."""
     from tqdm import tqdm
 
     if max(drops) >= config.rank:
-        raise BenchmarkError(f"--drops {max(drops)} leaves nothing of rank {config.rank}; drop fewer directions")
+        raise BenchmarkError(
+            f"--drops {max(drops)} leaves nothing of rank {config.rank}; drop fewer directions"
+        )
     if threads:
         torch.set_num_threads(threads)
     task = load_task(config.task, load_tokenizer())

@@ -26,10 +26,14 @@ def is_folder(folder: Path) -> bool:
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """All measurements of a folder, sorted by name."""
-    found = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob(f"{KIND}-*.json"))]
+    found = [
+        (path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob(f"{KIND}-*.json"))
+    ]
     for path, result in found:
         if result.get("format") != FORMAT:
-            raise BenchmarkError(f"{path} has format {result.get('format')}, this program reads {FORMAT}; run again")
+            raise BenchmarkError(
+                f"{path} has format {result.get('format')}, this program reads {FORMAT}; run again"
+            )
     return [result for _, result in found]
 
 
@@ -52,7 +56,9 @@ def _constant(result: dict[str, Any]) -> list[str]:
     """How the prediction stands to the measurement, where it is small and where it is not."""
     single = [p for p in result["points"] if p["site"] != "all"]
     together = [p for p in result["points"] if p["site"] == "all"]
-    second = [(p["measured"] - p["first_order"]) / p["predicted"] for p in single if 1e-5 < p["predicted"] <= SMALL]
+    second = [
+        (p["measured"] - p["first_order"]) / p["predicted"] for p in single if 1e-5 < p["predicted"] <= SMALL
+    ]
     return [
         f"- one site cut, predicted 1e-5 to {SMALL:g} nats: measured / predicted = "
         f"{_median(ratios(single, 1e-5, SMALL))}, without the first-order part {_median(second)}",
@@ -75,7 +81,11 @@ def table(result: dict[str, Any]) -> str:
     for rank in ranks:
         cells = [next(p for p in whole(result, name) if p["rank"] == rank) for name in METHODS]
         lines.append(f"| {rank} | " + " | ".join(map(_cell, cells)) + " |")
-    lines += ["", "| share of the parameters, one common budget | measured, held out, predicted |", "| --- | --- |"]
+    lines += [
+        "",
+        "| share of the parameters, one common budget | measured, held out, predicted |",
+        "| --- | --- |",
+    ]
     lines += [f"| {p['parameters']:.0%} | {_cell(p)} |" for p in whole(result, COMMON_BUDGET)]
     config, loss = result["config"], result["loss"]
     run = f"{config['optimizer']} on {config['task']}, rate {config['lr']:g}, {config['steps']} steps, seed {config['seed']}"

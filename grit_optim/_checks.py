@@ -92,10 +92,20 @@ class Options:
         _real("gradient_share", self.gradient_share, "in [0, 1]", lambda x: 0 <= x <= 1)
         _real("caution", self.caution, "in [0, 1]", lambda x: 0 <= x <= 1)
         if self.step_length != "base":
-            _real("step_length", self.step_length, "above 0, or 'base' for the base's own length", lambda x: x > 0)
+            _real(
+                "step_length",
+                self.step_length,
+                "above 0, or 'base' for the base's own length",
+                lambda x: x > 0,
+            )
         _real("rank_adaptation_threshold", self.rank_adaptation_threshold, "in (0, 1]", lambda x: 0 < x <= 1)
         if self.fisher_decay is not None:
-            _real("fisher_decay", self.fisher_decay, "in [0, 1), or None for the running mean", lambda x: 0 <= x < 1)
+            _real(
+                "fisher_decay",
+                self.fisher_decay,
+                "in [0, 1), or None for the running mean",
+                lambda x: 0 <= x < 1,
+            )
         if self.max_grad_norm is not None:
             _real("max_grad_norm", self.max_grad_norm, "above 0, or None for no limit", lambda x: x > 0)
         for name in ("preserve_norm", "enable_rank_adaptation", "rank_regrowth", "adaptive_schedule"):
@@ -167,7 +177,11 @@ class Options:
                 "so that it can be taken back"
             )
         if self.rank_budget is None:
-            if self.rank_budget_start is not None or self.rank_budget_steps or self.rank_budget_schedule != "linear":
+            if (
+                self.rank_budget_start is not None
+                or self.rank_budget_steps
+                or self.rank_budget_schedule != "linear"
+            ):
                 raise ValueError(
                     "rank_budget_start, rank_budget_schedule and rank_budget_steps say how to come to rank_budget, which is "
                     "None; set it too"
@@ -257,8 +271,8 @@ def check_base(base: object) -> None:
     """Refuse what cannot be a base optimizer.
 
     Raises:
-        TypeError: ``base`` is no ``torch.optim.Optimizer``, or is one that evaluates the loss several times per step,
-            acts during the backward pass, or works on copies of the weights.
+        TypeError: ``base`` is no ``torch.optim.Optimizer``, or is one that evaluates the loss several times
+            per step, acts during the backward pass, or works on copies of the weights.
     """
     if not isinstance(base, Optimizer):
         raise TypeError(
@@ -310,7 +324,8 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
     """Refuse parameters that are partitioned over processes.
 
     Raises:
-        NotImplementedError: a parameter is a DTensor (FSDP2, tensor parallelism) or no matrix (FSDP1, ZeRO-3).
+        NotImplementedError: a parameter is a DTensor (FSDP2, tensor parallelism) or no matrix (FSDP1,
+            ZeRO-3).
     """
     for name, parameter in parameters.items():
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":

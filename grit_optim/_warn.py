@@ -6,7 +6,16 @@ import sys
 import warnings
 from types import FrameType
 
-_LIBRARIES = {"grit_optim", "torch", "peft", "transformers", "accelerate", "trl", "lightning", "pytorch_lightning"}
+_LIBRARIES = {
+    "grit_optim",
+    "torch",
+    "peft",
+    "transformers",
+    "accelerate",
+    "trl",
+    "lightning",
+    "pytorch_lightning",
+}
 
 
 def warn(message: str) -> None:

@@ -1,8 +1,9 @@
 r"""PEFT's configuration of an adapter whose layers have ranks of their own.
 
-PEFT matches the keys of ``rank_pattern`` and ``alpha_pattern`` as regular expressions, ``(.*\.)?(key)$`` from the start, and
-the first that matches wins; JSON sorts them. So every key here is a layer's whole name, escaped and anchored, and no other
-key is left beside them: names that share a suffix cannot take each other's rank.
+PEFT matches the keys of ``rank_pattern`` and ``alpha_pattern`` as regular expressions, ``(.*\.)?(key)$`` from
+the start, and the first that matches wins; JSON sorts them. So every key here is a layer's whole name,
+escaped and anchored, and no other key is left beside them: names that share a suffix cannot take each other's
+rank.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 from grit_optim._checks import listed
 from grit_optim.sites import AdapterLayers, alpha_for
 
-# Starts that leave the base model's weights as they are. All others subtract something from them that depends on the rank.
+# Starts that leave the base model's weights as they are. All others subtract something from them that depends
+# on the rank.
 _HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
@@ -79,7 +81,9 @@ def with_ranks(config: Any, layers: AdapterLayers, ranks: Mapping[str, int], fol
     at_full_rank = Counter(alphas[name] for name, rank in sizes.items() if rank == config.r)
     config.lora_alpha = at_full_rank.most_common(1)[0][0]
     config.rank_pattern = {anchored(name): rank for name, rank in sizes.items() if rank != config.r}
-    config.alpha_pattern = {anchored(name): alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
+    config.alpha_pattern = {
+        anchored(name): alpha for name, alpha in alphas.items() if alpha != config.lora_alpha
+    }
     if fold_scale:
         config.use_rslora = False
     left_out = [name for name, rank in ranks.items() if rank == 0]
@@ -87,7 +91,9 @@ def with_ranks(config: Any, layers: AdapterLayers, ranks: Mapping[str, int], fol
         config.exclude_modules = excluding(config.exclude_modules, left_out)
     if any(rank != pair.rank for rank, pair in zip(ranks.values(), layers.pairs.values(), strict=True)):
         check_start(config, _adapter_of(layers))
-        config.init_lora_weights = True  # "orthogonal" refuses odd ranks, and loading overwrites what it draws
+        config.init_lora_weights = (
+            True  # "orthogonal" refuses odd ranks, and loading overwrites what it draws
+        )
         config.eva_config = None
     return config
 
@@ -132,5 +138,7 @@ def choose_adapter(peft_model: Any, adapter: str | None) -> str:
         return known[0]
     if adapter is None or adapter not in known:
         what = "has several adapters" if adapter is None else f"has no adapter {adapter!r}"
-        raise ValueError(f"the model {what}; pass adapter= one of: {listed([repr(name) for name in known], 20)}")
+        raise ValueError(
+            f"the model {what}; pass adapter= one of: {listed([repr(name) for name in known], 20)}"
+        )
     return adapter

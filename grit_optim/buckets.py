@@ -1,8 +1,10 @@
 """Sites stacked for batched algebra.
 
-A :class:`Bucket` holds the sites of one rank on one device, so that their factors form tensors ``[S, r, r]``. Within it, a
-:class:`Group` holds the matrices of one side (A or B) that share a shape, a dtype and a parameter group of the base
-optimizer: what is applied to all of them is one batched product, never a loop that launches a kernel per site.
+A :class:`Bucket` holds the sites of one rank on one device, so that their factors form tensors ``[S, r, r]``.
+Within it, a :class:`Group` holds the matrices of one side (A or B) that share a shape, a dtype and a
+parameter group of the base
+optimizer: what is applied to all of them is one batched product, never a loop that launches a kernel per
+    site.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ class Group:
         parameters: the m parameters, in the order of ``index``.
         index: position of each in its bucket, ``[m]``, on the bucket's device.
         positions: ``index`` as plain numbers.
-        param_group: position in the base optimizer's ``param_groups`` of the group that holds them (the dict itself is
-            replaced by ``load_state_dict``).
+        param_group: position in the base optimizer's ``param_groups`` of the group that holds them (the dict
+            itself is replaced by ``load_state_dict``).
     """
 
     side: Side
@@ -117,7 +119,8 @@ def build_buckets(sites: Iterable[Site], param_group_of: Mapping[int, int]) -> l
 
     Args:
         sites: the sites, in the model's order.
-        param_group_of: ``id(parameter)`` to the position of its group in the base optimizer's ``param_groups``.
+        param_group_of: ``id(parameter)`` to the position of its group in the base optimizer's
+            ``param_groups``.
     """
     buckets: dict[tuple[int, torch.device], Bucket] = {}
     for site in sites:

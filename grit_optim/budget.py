@@ -53,7 +53,9 @@ def check(name: str, budget: float, origins: Collection[Origin], floor: int) -> 
         )
     if wanted < least:
         what = (
-            f"min_lora_rank={floor} keeps {least:,}" if floor else f"the smallest direction of any site has {least:,}"
+            f"min_lora_rank={floor} keeps {least:,}"
+            if floor
+            else f"the smallest direction of any site has {least:,}"
         )
         raise ValueError(
             f"{name}={budget!r} is {math.floor(wanted):,} of the adapter's {total:,} parameters, but {what}; raise the budget"
@@ -68,12 +70,12 @@ class BudgetSchedule:
     Attributes:
         start: parameters at the beginning.
         end: parameters at the end.
-        kind: ``"linear"``; ``"cosine"``: half a period of a cosine, slow at both ends; ``"adaptive"``: linear, but standing
-            still while the loss suffers.
+        kind: ``"linear"``; ``"cosine"``: half a period of a cosine, slow at both ends; ``"adaptive"``:
+            linear, but standing still while the loss suffers.
         first: step at which the way begins.
         steps: its length; 0 for the end at once.
-        tolerance: "adaptive" stands still while the mean loss since the last cut is above the lowest mean so far by more
-            than this share.
+        tolerance: "adaptive" stands still while the mean loss since the last cut is above the lowest mean so
+            far by more than this share.
         progress: how much of the way is done, a scalar in [0, 1].
     """
 
@@ -82,7 +84,13 @@ class BudgetSchedule:
         self.first, self.steps, self.tolerance = first, steps, tolerance
         self._warned = self._observed = False
         zero = torch.zeros((), dtype=torch.float64)
-        self.progress, self._sum, self._count, self._lowest, self._last = zero, zero, zero, zero + torch.inf, first
+        self.progress, self._sum, self._count, self._lowest, self._last = (
+            zero,
+            zero,
+            zero,
+            zero + torch.inf,
+            first,
+        )
 
     def observe(self, loss: Tensor | float) -> None:
         """Take note of a loss, of training or of held-out data; one that is not finite is left out."""
@@ -139,7 +147,11 @@ class BudgetSchedule:
         """Go on from a saved state; an empty one changes nothing."""
         if state:
             self.progress, self._lowest = state["progress"].clone(), state["lowest"].clone()
-            self._sum, self._count, self._last = state["loss_sum"].clone(), state["loss_count"].clone(), state["last"]
+            self._sum, self._count, self._last = (
+                state["loss_sum"].clone(),
+                state["loss_count"].clone(),
+                state["last"],
+            )
             self._observed = True
 
 

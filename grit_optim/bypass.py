@@ -1,9 +1,10 @@
 """Notices a training that goes on without the optimizer's ``step()``.
 
-Hugging Face's Trainer drops ``optimizers=`` under DeepSpeed, layerwise optimizers step inside the backward pass, and a loop
-may step the base alone. The taps fire then, and the optimizer that they belong to is never asked. What can be seen from the
-forward pass, without reading a value from the device: the last backward pass has left something with the taps, nobody has
-stepped or cleared since, and yet the weights were changed in place or the gradients are gone.
+Hugging Face's Trainer drops ``optimizers=`` under DeepSpeed, layerwise optimizers step inside the backward
+pass, and a loop may step the base alone. The taps fire then, and the optimizer that they belong to is never
+asked. What can be seen from the forward pass, without reading a value from the device: the last backward pass
+has left something with the taps, nobody has stepped or cleared since, and yet the weights were changed in
+place or the gradients are gone.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class BypassWatch:
             position: the site's place among all, one that is watched.
             site: the site.
             fired: backward passes since the optimizer stepped or cleared.
-            inner: gives Σ h·δ of those, or None; not finite after an overflow, which is why a GradScaler skips a step.
+            inner: gives Σ h·δ of those, or None; not finite after an overflow, which is why a GradScaler
+                skips a step.
         """
         self._position = position
         weight, last = site.a, self._version

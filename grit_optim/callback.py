@@ -1,6 +1,7 @@
 """For those who train with transformers' Trainer: ``Trainer(..., callbacks=[GritCallback()])``. Needs transformers.
 
-Nothing of GRIT depends on it; it starts and ends the logging with the training, and adds a few numbers to the Trainer's logs.
+Nothing of GRIT depends on it; it starts and ends the logging with the training, and adds a few numbers to the
+Trainer's logs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class GritCallback(TrainerCallback):
         self._log = log
         self._optimizer: GritOptimizer | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         """Find the optimizer and start logging; a run that was interrupted is ended first."""
         if self._optimizer is not None:
             self._optimizer.finish_logging()
@@ -38,7 +41,9 @@ class GritCallback(TrainerCallback):
         if state.is_world_process_zero:
             self._optimizer.log_to(self._sink or Path(args.output_dir) / "grit.jsonl", **self._log)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Add GRIT's numbers to those that the Trainer logs for the step; it has waited for the device already."""
         if self._optimizer is None or logs is None or "loss" not in logs:
             return

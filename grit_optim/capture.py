@@ -1,8 +1,8 @@
 """Taps on the outputs of ``lora_A``: from one hook per site, h in the forward pass and δ in the backward pass.
 
-The forward value of ``lora_A``'s output is h = A x and the gradient that arrives there is δ = ∂L/∂h, so one tap gives both
-Fisher factors without any product of width d_in or d_out. A tensor hook fires exactly once for each backward pass through
-a forward pass, whatever activation checkpointing recomputes.
+The forward value of ``lora_A``'s output is h = A x and the gradient that arrives there is δ = ∂L/∂h, so one
+tap gives both Fisher factors without any product of width d_in or d_out. A tensor hook fires exactly once for
+each backward pass through a forward pass, whatever activation checkpointing recomputes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class _Seen(NamedTuple):
 class Tap:
     """Forward hook on ``lora_A``. Holds its capture weakly, so that no model keeps an optimizer alive.
 
-    A copied or unpickled model carries taps that do nothing: its optimizer, if it has one, puts its own there.
+    A copied or unpickled model carries taps that do nothing: its optimizer, if it has one, puts its own
+    there.
     """
 
     def __init__(self, capture: Capture | None, position: int) -> None:
@@ -67,7 +68,8 @@ class Capture:
 
     Attributes:
         active: whether rows are recorded; taps that fire are counted in any case.
-        fired: how often each site's tap has seen a gradient since the last :meth:`collect`, in the order of ``sites``.
+        fired: how often each site's tap has seen a gradient since the last :meth:`collect`, in the order of
+            ``sites``.
     """
 
     def __init__(
@@ -105,7 +107,9 @@ class Capture:
     def watch(self, position: int, output: Tensor) -> None:
         """Take note of h and ask for its gradient."""
         if self.bypass.watches(position):
-            self.bypass.forward(position, self.sites[position], self.fired[position], partial(self.inner, position))
+            self.bypass.forward(
+                position, self.sites[position], self.fired[position], partial(self.inner, position)
+            )
         if not self.active:
             output.register_hook(partial(self._count, position))
             return
@@ -140,7 +144,9 @@ class Capture:
             return None
         total = self._inner[bucket][slot]
         for seen in waiting:
-            total = total + torch.dot(seen.h.reshape(-1).float(), seen.delta.reshape(-1).float()).to(total.device)
+            total = total + torch.dot(seen.h.reshape(-1).float(), seen.delta.reshape(-1).float()).to(
+                total.device
+            )
         return total
 
     def seen(self) -> list[tuple[int, Tensor | None]]:
@@ -169,7 +175,8 @@ class Capture:
         for (*_, stride), members in by_shape.items():
             index = self._index(bucket, tuple(seen.slot for seen in members))
             h, delta = self._stacked(bucket, index, members, keep_inner)
-            # Padding, and tokens after which nothing is predicted, have δ = 0 but h ≠ 0: they say nothing of the loss.
+            # Padding, and tokens after which nothing is predicted, have δ = 0 but h ≠ 0: they say nothing of
+            # the loss.
             matters = torch.linalg.vecdot(delta, delta)[..., None] != 0
             h = torch.where(matters, h, 0.0)
             sums.activation.index_add_(0, index, h.mT @ h)
@@ -178,12 +185,16 @@ class Capture:
             sums.rows.index_add_(0, index, rows)
             sums.tokens.index_add_(0, index, rows, alpha=stride)
 
-    def _stacked(self, bucket: int, index: Tensor, members: list[_Seen], keep_inner: bool) -> tuple[Tensor, Tensor]:
+    def _stacked(
+        self, bucket: int, index: Tensor, members: list[_Seen], keep_inner: bool
+    ) -> tuple[Tensor, Tensor]:
         """The tokens of h and δ that are taken, ``[len(members), tokens, r]`` each, in fp32."""
         taken = slice(self.offset % members[0].stride, None, members[0].stride)
         h = [self._by_token(bucket, seen.slot, seen.h) for seen in members]
         delta = [self._by_token(bucket, seen.slot, seen.delta) for seen in members]
-        if not keep_inner and self.buckets[bucket].device.type == "cpu":  # less to copy; a device wants one copy of all
+        if (
+            not keep_inner and self.buckets[bucket].device.type == "cpu"
+        ):  # less to copy; a device wants one copy of all
             return torch.stack([t[taken] for t in h]).float(), torch.stack([t[taken] for t in delta]).float()
         all_h, all_delta = torch.stack(h), torch.stack(delta)
         if keep_inner:

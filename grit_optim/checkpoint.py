@@ -1,7 +1,7 @@
 """GRIT's own part of a ``state_dict``: plain containers and fp32 tensors, keyed by site name.
 
-What can be derived from the factors at the next step is left out. The operators are saved only where they come from
-factors that have moved on since, or where the base's moments are expressed in them.
+What can be derived from the factors at the next step is left out. The operators are saved only where they
+come from factors that have moved on since, or where the base's moments are expressed in them.
 """
 
 from __future__ import annotations
@@ -30,9 +30,14 @@ def pack_sites(curvatures: Iterable[Curvature], with_operators: bool) -> dict[st
     for curvature in curvatures:
         for position, name in enumerate(curvature.bucket.names()):
             state = {key: getattr(curvature.factors, key)[position].clone() for key in _FACTORS}
-            state["rank"], state["dropped"] = curvature.rank[position].clone(), curvature.dropped[position].clone()
+            state["rank"], state["dropped"] = (
+                curvature.rank[position].clone(),
+                curvature.dropped[position].clone(),
+            )
             if with_operators:
-                state.update({k: v[position].clone() for k in _OPERATORS if (v := getattr(curvature, k)) is not None})
+                state.update(
+                    {k: v[position].clone() for k in _OPERATORS if (v := getattr(curvature, k)) is not None}
+                )
             if curvature.moments is not None:
                 state.update(curvature.moments.pack(position, with_operators))
             packed[name] = state

@@ -66,7 +66,12 @@ class Curvature:
         return group.apply(basis if group.side == "A" else basis.mT, stacked)
 
     def fold(
-        self, sums: Sums, accept: Tensor, gradient_unit: Tensor, loss_tokens: Tensor, moment_unit: Tensor | None
+        self,
+        sums: Sums,
+        accept: Tensor,
+        gradient_unit: Tensor,
+        loss_tokens: Tensor,
+        moment_unit: Tensor | None,
     ) -> None:
         """Take one step into the factors and, where ``fisher`` asks for them, the moments of the gradients.
 
@@ -111,9 +116,9 @@ class Curvature:
     def step_rank(self) -> Tensor:
         """What the square of a step's length grows with, in directions ``[S]``: the rank, or under a budget ``first²/rank``.
 
-        A direction moves by the same amount in each step whatever the rank is, so an adapter that gives directions up learns
-        less per step. Under a budget those that stay move by ``first / rank`` more: the step's singular values, which are all
-        alike in "spectral", add up to what they did before.
+        A direction moves by the same amount in each step whatever the rank is, so an adapter that gives
+        directions up learns less per step. Under a budget those that stay move by ``first / rank`` more: the
+        step's singular values, which are all alike in "spectral", add up to what they did before.
         """
         if self.options.rank_budget is None:
             return self.rank
@@ -122,8 +127,8 @@ class Curvature:
     def paired_factors(self) -> tuple[Tensor, Tensor]:
         """The factor that belongs to A and the one that belongs to B, each ``[S, r, r]``, on the inversion device.
 
-        K-FAC pairs A with Σ_g and B with Σ_a, since ``F_A ≈ Σ_g ⊗ E[x xᵀ]`` and ``F_B ≈ E[g gᵀ] ⊗ Σ_a``; the GRIT paper
-        does the opposite.
+        K-FAC pairs A with Σ_g and B with Σ_a, since ``F_A ≈ Σ_g ⊗ E[x xᵀ]`` and ``F_B ≈ E[g gᵀ] ⊗ Σ_a``; the
+        GRIT paper does the opposite.
         """
         pair = (self.factors.gradient, self.factors.activation)
         if self.options.pairing == "paper":
@@ -194,7 +199,10 @@ class Curvature:
         self.damping_used = damping_used
         ready_a, ready_b = self.paired_readiness()
         size = len(self.bucket.sites)
-        self.a_ready, self.b_ready = ready_a & damping_used[0].isfinite(), ready_b & damping_used[1].isfinite()
+        self.a_ready, self.b_ready = (
+            ready_a & damping_used[0].isfinite(),
+            ready_b & damping_used[1].isfinite(),
+        )
         self.a_operator = _where_ready(self.a_ready, operators[:size])
         self.b_operator = _where_ready(self.b_ready, operators[size:])
 
@@ -215,7 +223,8 @@ class Curvature:
         """Have no operator in force until the next refresh, after a checkpoint of another kind.
 
         Args:
-            same_fisher: the checkpoint's ``fisher`` is ours, so that ekfac's moments are expressed in its eigenbases.
+            same_fisher: the checkpoint's ``fisher`` is ours, so that ekfac's moments are expressed in its
+                eigenbases.
         """
         if same_fisher and self.moments is not None and self.moments.kind == "ekfac":
             self.a_ready, self.b_ready = torch.zeros_like(self.a_ready), torch.zeros_like(self.b_ready)

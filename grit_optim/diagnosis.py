@@ -1,8 +1,9 @@
 """Proof, per site, that the taps see what the gradients saw.
 
-For every LoRA pair ``⟨A, ∇A⟩ = ⟨B, ∇B⟩ = Σ over tokens of h·δ``, since A enters the loss only through h = A x and B only
-through B h. A common factor between gradients and taps is the loss scale and the trainer's clipping; a factor of one
-site's own means that its taps missed, or doubled, some of what its gradients come from.
+For every LoRA pair ``⟨A, ∇A⟩ = ⟨B, ∇B⟩ = Σ over tokens of h·δ``, since A enters the loss only through h = A x
+and B only through B h. A common factor between gradients and taps is the loss scale and the trainer's
+clipping; a factor of one site's own means that its taps missed, or doubled, some of what its gradients come
+from.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class SiteReport:
         tap_inner: Σ over tokens of h·δ, or None where nothing was recorded.
         a_inner: ⟨A, ∇A⟩, or None without a gradient.
         b_inner: ⟨B, ∇B⟩, or None without a gradient. A gradient of zeros is none.
-        status: ``"ok"``; ``"unused"``: no gradient; ``"silent"``: gradients, but the tap never fired; ``"mismatch"``: the
-            tap saw something else than the gradients; ``"unknown"``: nothing to compare (B is still zero, this step's
-            rows were not recorded, or a value is not finite).
+        status: ``"ok"``; ``"unused"``: no gradient; ``"silent"``: gradients, but the tap never fired;
+            ``"mismatch"``: the tap saw something else than the gradients; ``"unknown"``: nothing to compare
+            (B is still zero, this step's rows were not recorded, or a value is not finite).
     """
 
     name: str
@@ -51,7 +52,10 @@ class SiteReport:
 
 
 def inspect(
-    sites: Sequence[Site], seen: Sequence[tuple[int, Tensor | float | None]], rounding: float, compare: bool = True
+    sites: Sequence[Site],
+    seen: Sequence[tuple[int, Tensor | float | None]],
+    rounding: float,
+    compare: bool = True,
 ) -> list[SiteReport]:
     """Compare taps and gradients now, after a backward pass and before the optimizer's step.
 
@@ -59,21 +63,25 @@ def inspect(
         sites: the pairs.
         seen: per site, how often its tap fired, and Σ over tokens of h·δ or None, up to a common factor.
         rounding: the machine epsilon of the coarsest dtype that h or δ came in.
-        compare: whether the amounts can be compared; under data-parallel training one process's taps see its own tokens
-            and the gradients are averaged over all.
+        compare: whether the amounts can be compared; under data-parallel training one process's taps see its
+            own tokens and the gradients are averaged over all.
     """
-    measured = [_measure(site, fired, inner, rounding) for site, (fired, inner) in zip(sites, seen, strict=True)]
+    measured = [
+        _measure(site, fired, inner, rounding) for site, (fired, inner) in zip(sites, seen, strict=True)
+    ]
     ratios = [m.a_inner / m.tap_inner for m, _ in measured if m.a_inner and m.tap_inner]
     ratios = [ratio for ratio in ratios if math.isfinite(ratio)]
     common = statistics.median(ratios) if ratios else 1.0
     return [_judge(report, slack, common, compare) for report, slack in measured]
 
 
-def _measure(site: Site, fired: int, inner: Tensor | float | None, rounding: float) -> tuple[SiteReport, float]:
+def _measure(
+    site: Site, fired: int, inner: Tensor | float | None, rounding: float
+) -> tuple[SiteReport, float]:
     """The three amounts, and the rounding error to expect in them.
 
-    Each entry of a gradient is off by ``rounding`` times itself, and independently so: in the sum over all entries that
-    is rounding·‖w ∘ ∇w‖, which matters where the sum itself nearly cancels.
+    Each entry of a gradient is off by ``rounding`` times itself, and independently so: in the sum over all
+    entries that is rounding·‖w ∘ ∇w‖, which matters where the sum itself nearly cancels.
     """
     products: list[float | None] = []
     slack = 0.0
@@ -128,8 +136,9 @@ class TapWatch:
         self.steps_left -= 1
         if all(r.status == "ok" for r in reports):
             self.steps_left = 0
-        # A single mismatch is what a step skipped by a GradScaler leaves, if the trainer cleared the gradients by
-        # model.zero_grad(): the taps still hold that batch. A second one in a row is no accident.
+        # A single mismatch is what a step skipped by a GradScaler leaves, if the trainer cleared the
+        # gradients by model.zero_grad(): the taps still hold that batch. A second one in a row is no
+        # accident.
         suspects, self._suspects = self._suspects, {r.name for r in reports if r.status == "mismatch"}
         if any(r.status == "silent" for r in reports) or suspects & self._suspects:
             self.steps_left = 0

@@ -51,38 +51,48 @@ def export_adapter(
 ) -> RankReport:
     """Save an adapter without the directions that it does not use, for ``PeftModel.from_pretrained``.
 
-    Directions whose row of A or column of B is exactly zero are left out, and so are layers that keep none. The model is not
-    changed. ``path`` holds the old adapter or the new one at every moment, however the process ends.
+    Directions whose row of A or column of B is exactly zero are left out, and so are layers that keep none.
+    The model is not changed. ``path`` holds the old adapter or the new one at every moment, however the
+    process ends.
 
     Args:
         model: the PEFT model, or a wrapper that holds it.
         path: the folder to write; what else is in it stays.
         adapter: the adapter's name; needed where there are several.
-        fold_scale: multiply the scale s into B and save ``alpha = r``, for programs that ignore ``alpha_pattern`` and rsLoRA.
-        tolerance: also leave out what ΔW's singular values show to be unused: those up to this share of the layer's largest.
-            Layers with such are written as the factors of their SVD. 0 changes no weight.
-        dtype: ``torch.bfloat16`` or ``torch.float16`` to save an adapter that was trained in fp32 at half the bytes, rounded;
+        fold_scale: multiply the scale s into B and save ``alpha = r``, for programs that ignore
+            ``alpha_pattern`` and rsLoRA.
+        tolerance: also leave out what ΔW's singular values show to be unused: those up to this share of the
+            layer's largest. Layers with such are written as the factors of their SVD. 0 changes no weight.
+        dtype: ``torch.bfloat16`` or ``torch.float16`` to save an adapter that was trained in fp32 at half the
+            bytes, rounded;
             None: as it is. PEFT makes it fp32 again when it loads it, unless told otherwise.
-        history: site name (name in the base model) to what is known of its past; :meth:`GritOptimizer.save_adapter` passes it.
+        history: site name (name in the base model) to what is known of its past;
+            :meth:`GritOptimizer.save_adapter` passes it.
         threshold: τ of the report.
 
     Returns:
         The ranks, also saved as ``grit_ranks.json``.
 
     Raises:
-        ValueError: no PEFT adapter of that name, DoRA or no LoRA at all, a start that changed the base weights, no
-            direction left, or a value that ``dtype`` cannot hold.
+        ValueError: no PEFT adapter of that name, DoRA or no LoRA at all, a start that changed the base
+            weights, no direction left, or a value that ``dtype`` cannot hold.
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype!r}")
     if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance must be a share of the largest singular value in [0, 1), got {tolerance!r}")
+        raise ValueError(
+            f"tolerance must be a share of the largest singular value in [0, 1), got {tolerance!r}"
+        )
     peft_model = peft_model_in(model)
     adapter = adapter_config.choose_adapter(peft_model, adapter)
     config = peft_model.peft_config[adapter]
     adapter_config.check_exportable(config, adapter)
     layers = adapter_layers(peft_model, adapter)
-    broken = [name for name, site in layers.pairs.items() if not (site.a.isfinite().all() and site.b.isfinite().all())]
+    broken = [
+        name
+        for name, site in layers.pairs.items()
+        if not (site.a.isfinite().all() and site.b.isfinite().all())
+    ]
     if broken:
         raise ValueError(
             f"adapter {adapter!r} has weights that are infinite or NaN in {len(broken)} layer(s) ({listed(broken, 3)}): the "
@@ -159,8 +169,14 @@ def _tensors(
 
 def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors in that type, but for those that hold no floating-point numbers."""
-    rounded = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
-    lost = [key for key, t in rounded.items() if not torch.isfinite(t).all() and torch.isfinite(tensors[key]).all()]
+    rounded = {
+        key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()
+    }
+    lost = [
+        key
+        for key, t in rounded.items()
+        if not torch.isfinite(t).all() and torch.isfinite(tensors[key]).all()
+    ]
     if lost:
         raise ValueError(
             f"{dtype} cannot hold values of {listed(lost)} (at most {torch.finfo(dtype).max:g}); use torch.bfloat16 or None"
@@ -190,12 +206,20 @@ def _report(
         entropy, count = effective_ranks(spectrum, threshold)[0]
         sites.append(
             SiteRank(
-                name, a.shape[0], past.rank, entropy, count, a.numel() + b.numel(), past.parameters, past.predicted_loss
+                name,
+                a.shape[0],
+                past.rank,
+                entropy,
+                count,
+                a.numel() + b.numel(),
+                past.parameters,
+                past.predicted_loss,
             )
         )
     gone = [name for name in history if name not in layers.pairs]
     sites += [
-        SiteRank(n, 0, history[n].rank, None, None, 0, history[n].parameters, history[n].predicted_loss) for n in gone
+        SiteRank(n, 0, history[n].rank, None, None, 0, history[n].parameters, history[n].predicted_loss)
+        for n in gone
     ]
     return RankReport(sites, threshold)
 
@@ -205,7 +229,9 @@ def _write(path: Path, peft_model: Any, tensors: dict[str, Tensor], config: Any,
 
     base = peft_model.get_base_model()
     config.inference_mode = True
-    config.base_model_name_or_path = config.base_model_name_or_path or getattr(base, "name_or_path", None) or None
+    config.base_model_name_or_path = (
+        config.base_model_name_or_path or getattr(base, "name_or_path", None) or None
+    )
     mapping = None
     if config.task_type is None:  # as PEFT does, for AutoPeftModel
         mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}

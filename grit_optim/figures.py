@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette without yellow, told apart with any colour vision; markers and lines tell it apart in grey too.
+# Okabe and Ito's palette without yellow, told apart with any colour vision; markers and lines tell it apart
+# in grey too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 _MARKERS, _LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")
 _SEQUENTIAL, _DIVERGING = "cividis", "PuOr"
@@ -64,7 +65,11 @@ def spectrum(run: RunLog, factor: str) -> Figure:
         factor: "a" or "g".
     """
     members = _members(run)
-    steps = [step for step in run.having(f"eigenvalues_{factor}") if any(_numbers(step["sites"][f"trace_{factor}"]))]
+    steps = [
+        step
+        for step in run.having(f"eigenvalues_{factor}")
+        if any(_numbers(step["sites"][f"trace_{factor}"]))
+    ]
     if not steps:
         raise RunError(f"{run.path}: no step has seen a token whose gradient is not zero yet")
     columns = min(4, len(members))
@@ -74,7 +79,13 @@ def spectrum(run: RunLog, factor: str) -> Figure:
     for axis, (projection, sites) in zip(axes, members.items(), strict=False):
         for step in steps:
             shares = _median_shares(step["sites"], factor, sites)
-            axis.plot(range(1, len(shares) + 1), shares, color=scale.to_rgba(step["step"]), linewidth=1.3, marker=".")
+            axis.plot(
+                range(1, len(shares) + 1),
+                shares,
+                color=scale.to_rgba(step["step"]),
+                linewidth=1.3,
+                marker=".",
+            )
         axis.set_title(f"{projection} ({len(sites)} layers)" if len(sites) > 1 else projection, fontsize=10)
         axis.set_yscale("log")
         _grid(axis)
@@ -178,7 +189,9 @@ def eigenvectors(run: RunLog) -> Figure:
     for row, (letter, title) in enumerate(FACTORS.items()):
         for column, vectors in enumerate(last["sites"][f"eigenvectors_{letter}"]):
             axis, size = axes[row * count + column], len(vectors)
-            image = axis.imshow(vectors, cmap=_DIVERGING, vmin=-1, vmax=1, extent=(0.5, size + 0.5, size + 0.5, 0.5))
+            image = axis.imshow(
+                vectors, cmap=_DIVERGING, vmin=-1, vmax=1, extent=(0.5, size + 0.5, size + 0.5, 0.5)
+            )
             axis.set_title(f"{run.sites[column]}\n{title}", fontsize=9)
             axis.set_xlabel("eigenvector, largest eigenvalue first", fontsize=8)
             axis.set_ylabel("rank coordinate", fontsize=8)
@@ -197,9 +210,19 @@ def gradients(run: RunLog) -> Figure:
     looks = dict(zip("AB", _styles(), strict=False))
     for side, style in looks.items():
         _band(axes[0], run, f"gradient_norm_{side}", f"∇{side}", style)
-        for column, line, label in ((f"norm_with_{side}", "-", "with"), (f"norm_without_{side}", ":", "without")):
+        for column, line, label in (
+            (f"norm_with_{side}", "-", "with"),
+            (f"norm_without_{side}", ":", "without"),
+        ):
             if any(column in step["sites"] for step in run.steps):
-                _band(axes[1], run, column, f"{side}, {label} curvature", {**style, "linestyle": line}, shade=False)
+                _band(
+                    axes[1],
+                    run,
+                    column,
+                    f"{side}, {label} curvature",
+                    {**style, "linestyle": line},
+                    shade=False,
+                )
         if any(f"angle_{side}" in step["sites"] for step in run.steps):
             _band(axes[2], run, f"angle_{side}", side, style)
     for axis, title, label in zip(
@@ -224,7 +247,9 @@ def gradients(run: RunLog) -> Figure:
     return figure
 
 
-def _band(axis: Axes, run: RunLog, column: str, label: str, style: dict[str, Any], shade: bool = True) -> None:
+def _band(
+    axis: Axes, run: RunLog, column: str, label: str, style: dict[str, Any], shade: bool = True
+) -> None:
     """Median over sites with a band from the 10th to the 90th percentile."""
     steps, quantiles = [], []
     for step in run.having(column):

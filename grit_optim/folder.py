@@ -18,9 +18,9 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 def replaced(path: Path, drop: Collection[str] = ()) -> Iterator[Path]:
     """A new, empty folder to write to, which takes the place of ``path`` when the body ends without an error.
 
-    Whatever else the old folder held is there afterwards too. A body that fails, or a process that is killed, leaves the old
-    folder as it was. A folder that has to stay the same one (a mount point, the working directory, one in a folder that is not
-    writable) gets the new files one by one instead, the largest last.
+    Whatever else the old folder held is there afterwards too. A body that fails, or a process that is killed,
+    leaves the old folder as it was. A folder that has to stay the same one (a mount point, the working
+    directory, one in a folder that is not writable) gets the new files one by one instead, the largest last.
 
     Args:
         path: the folder; it need not exist.

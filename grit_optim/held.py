@@ -21,15 +21,16 @@ class Held:
         group: the parameters that have a gradient in this step, m of them.
         originals: their own gradients, given back after the step.
         loss_gradient: these stacked, ``[m, rows, columns]``; None once they are replaced.
-        gradient: what the base will see, ``[m, rows, columns]``; the same tensor while nothing has changed it.
+        gradient: what the base will see, ``[m, rows, columns]``; the same tensor while nothing has changed
+            it.
         weights: the matrices before the step ``[m, rows, columns]``, for the modes that need them.
         rotated: the matrices as the base saw them, for the mode that turns them.
         gradient_norm: Frobenius norm of each gradient of the loss, ``[m, 1, 1]``.
-        without: norm of each update without curvature, ``[m, 1, 1]``: of the gradient in "inverse", of the base's step in
-            "spectral" and "steer"; None in the modes that only know the one with.
+        without: norm of each update without curvature, ``[m, 1, 1]``: of the gradient in "inverse", of the
+            base's step in "spectral" and "steer"; None in the modes that only know the one with.
         turned: the same with curvature.
-        cosine: of the angle between the update with and without curvature, ``[m, 1, 1]``; NaN where one is zero, None in
-            the modes that only know the one with.
+        cosine: of the angle between the update with and without curvature, ``[m, 1, 1]``; NaN where one is
+            zero, None in the modes that only know the one with.
     """
 
     curvature: Curvature

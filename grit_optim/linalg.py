@@ -1,8 +1,9 @@
 """Pure batched algebra on stacks of r×r matrices.
 
-Shapes used throughout: ``S`` sites, ``r`` rank. A *factor* is a symmetric positive semi-definite tensor ``[S, r, r]``; a
-*mask* is a boolean tensor ``[S, r]`` that is true where a rank coordinate is in use. Nothing here knows of hooks,
-modules or optimizers, and nothing reads a tensor's value back to the host except where it already lies there (CPU).
+Shapes used throughout: ``S`` sites, ``r`` rank. A *factor* is a symmetric positive semi-definite tensor ``[S,
+r, r]``; a *mask* is a boolean tensor ``[S, r]`` that is true where a rank coordinate is in use. Nothing here
+knows of hooks, modules or optimizers, and nothing reads a tensor's value back to the host except where it
+already lies there (CPU).
 """
 
 from __future__ import annotations
@@ -63,14 +64,16 @@ def damped_inverse(factor: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
         strength: λ per matrix ``[S]``.
 
     Returns:
-        The inverses ``[S, r, r]`` and λ as used ``[S]``. Where every escalation failed (a zero or non-finite matrix) the
-        inverse is the identity and λ is NaN.
+        The inverses ``[S, r, r]`` and λ as used ``[S]``. Where every escalation failed (a zero or non-finite
+        matrix) the inverse is the identity and λ is NaN.
     """
     cholesky, info = torch.linalg.cholesky_ex(damped(factor, strength))
     if factor.device.type == "cpu" and not info.any():  # the usual case; looking costs nothing on the host
         return torch.cholesky_inverse(cholesky), strength
     # All rungs of the ladder at once, as a batch: no rung's outcome has to be read back before the next.
-    rungs = strength * (10.0 ** torch.arange(ESCALATIONS + 1, device=factor.device, dtype=factor.dtype))[:, None]
+    rungs = (
+        strength * (10.0 ** torch.arange(ESCALATIONS + 1, device=factor.device, dtype=factor.dtype))[:, None]
+    )
     cholesky, info = torch.linalg.cholesky_ex(damped(factor.expand(len(rungs), *factor.shape), rungs))
     succeeded = info == 0
     first = succeeded.int().argmax(0)
@@ -91,25 +94,28 @@ def damped_power(factor: Tensor, strength: Tensor, power: float) -> tuple[Tensor
         power: 1 for the inverse, 0.5 for the inverse root.
 
     Returns:
-        The powers ``[S, r, r]`` and λ as used ``[S]``. Where M + λ I has no positive eigenvalue (a zero or non-finite matrix)
-        the power is the identity and λ is NaN.
+        The powers ``[S, r, r]`` and λ as used ``[S]``. Where M + λ I has no positive eigenvalue (a zero or
+        non-finite matrix) the power is the identity and λ is NaN.
     """
     values, vectors = descending_eigh(factor)
     values = values.clamp_min(0) + strength[:, None]
     largest = values[:, :1]
     usable = (largest > 0) & largest.isfinite()
-    # Rounding may leave an eigenvalue at zero where λ is tiny; it counts as what the largest one's rounding hides.
+    # Rounding may leave an eigenvalue at zero where λ is tiny; it counts as what the largest one's rounding
+    # hides.
     floor = largest * torch.finfo(values.dtype).eps
     scaled = torch.where(usable, torch.maximum(values, floor), 1.0).pow(-power)
     result = (vectors * scaled[:, None, :]) @ vectors.mT
-    return torch.where(usable[:, :, None], result, eye_like(result)), torch.where(usable[:, 0], strength, torch.nan)
+    return torch.where(usable[:, :, None], result, eye_like(result)), torch.where(
+        usable[:, 0], strength, torch.nan
+    )
 
 
 def damped_root(factor: Tensor, strength: Tensor, order: int, damping: float) -> tuple[Tensor, Tensor]:
     """``(M + λ I)^(−1/order)``.
 
-    On the CPU by eigendecomposition; elsewhere by products alone where the damping bounds the condition number, since an
-    eigendecomposition makes the host wait for the device.
+    On the CPU by eigendecomposition; elsewhere by products alone where the damping bounds the condition
+    number, since an eigendecomposition makes the host wait for the device.
 
     Args:
         factor: symmetric positive semi-definite matrices ``[S, r, r]``.
@@ -133,8 +139,8 @@ def newton_root(factor: Tensor, strength: Tensor, order: int, damping: float) ->
         factor: symmetric positive semi-definite matrices ``[S, r, r]``.
         strength: λ per matrix ``[S]``.
         order: 2 or 4.
-        damping: what λ is in units of tr(M)/r, or less; under :data:`SMALLEST_NEWTON_DAMPING` fp32 does not carry the
-            iteration.
+        damping: what λ is in units of tr(M)/r, or less; under :data:`SMALLEST_NEWTON_DAMPING` fp32 does not
+            carry the iteration.
 
     Returns:
         The roots ``[S, r, r]``; the identity where M is zero or not finite.
@@ -143,7 +149,9 @@ def newton_root(factor: Tensor, strength: Tensor, order: int, damping: float) ->
     size = torch.linalg.matrix_norm(matrix, keepdim=True)
     usable = (size > 0) & size.isfinite()
     matrix = torch.where(usable, matrix / size, eye_like(matrix))
-    smallest = damping / (factor.shape[-1] * (1 + damping))  # λ over the trace, which is no less than the norm
+    smallest = damping / (
+        factor.shape[-1] * (1 + damping)
+    )  # λ over the trace, which is no less than the norm
     root, result = _newton_schulz(matrix, smallest)
     if order == 4:
         _, result = _newton_schulz(root, smallest**0.5)
@@ -169,7 +177,8 @@ def damped_elementwise_power(values: Tensor, strength: Tensor, power: float) -> 
         power: 1 for the inverse, 0.5 for the inverse root.
 
     Returns:
-        The powers ``[S, rows, columns]`` and λ as used ``[S]``; ones and NaN where s is zero throughout or not finite.
+        The powers ``[S, rows, columns]`` and λ as used ``[S]``; ones and NaN where s is zero throughout or
+        not finite.
     """
     damped_values = values + strength[:, None, None]
     largest = damped_values.amax((1, 2))
@@ -182,8 +191,8 @@ def damped_elementwise_power(values: Tensor, strength: Tensor, power: float) -> 
 def descending_eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues ``[S, r]`` and eigenvectors ``[S, r, r]`` (columns), the largest eigenvalue first.
 
-    A matrix that holds a non-finite value counts as zero: on the CPU ``eigh`` would give an answer for it without
-    complaint.
+    A matrix that holds a non-finite value counts as zero: on the CPU ``eigh`` would give an answer for it
+    without complaint.
     """
     finite = torch.isfinite(factor).all(-1).all(-1)
     values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], factor, torch.zeros_like(factor)))
@@ -193,15 +202,18 @@ def descending_eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
 def block(matrix: Tensor, mask: Tensor) -> Tensor:
     """``matrix`` ``[S, r, r]`` on the coordinates in ``mask`` ``[S, r]``, exactly the identity on the others."""
     inside = mask[:, :, None] & mask[:, None, :]
-    return torch.where(inside, matrix, torch.where(mask[:, :, None], torch.zeros_like(matrix), eye_like(matrix)))
+    return torch.where(
+        inside, matrix, torch.where(mask[:, :, None], torch.zeros_like(matrix), eye_like(matrix))
+    )
 
 
 def leading_eigenbasis(factor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of a factor that is zero outside the leading block ``mask``, block-exact.
 
     Returns:
-        Eigenvalues ``[S, r]``, largest first and zero outside the mask, and an orthogonal ``[S, r, r]`` that is exactly
-        the identity outside the mask, so that coordinates that were given up stay exactly zero under it.
+        Eigenvalues ``[S, r]``, largest first and zero outside the mask, and an orthogonal ``[S, r, r]`` that
+        is exactly the identity outside the mask, so that coordinates that were given up stay exactly zero
+        under it.
     """
     # A given-up coordinate has eigenvalue 0, which a rank-deficient factor has too; −1 keeps the two apart.
     isolated = torch.where(mask[:, None, :] & mask[:, :, None], factor, -eye_like(factor) * ~mask[:, None, :])
@@ -223,8 +235,9 @@ def leading_mask(rank: Tensor, size: int) -> Tensor:
 def balance(activation: Tensor, gradient: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The change of coordinates that makes both factors diagonal and proportional (balanced truncation).
 
-    With ``Σ_a = L Lᵀ`` and ``Lᵀ Σ_g L = U Λ² Uᵀ``: ``T = Λ^{1/2} Uᵀ L⁻¹`` gives ``T Σ_a Tᵀ = T⁻ᵀ Σ_g T⁻¹ = Λ``; T is then
-    scaled to ``|det T| = 1``, so that neither A nor B grows as a whole (Moore 1981, on the K-FAC factors of a LoRA pair).
+    With ``Σ_a = L Lᵀ`` and ``Lᵀ Σ_g L = U Λ² Uᵀ``: ``T = Λ^{1/2} Uᵀ L⁻¹`` gives ``T Σ_a Tᵀ = T⁻ᵀ Σ_g T⁻¹ =
+    Λ``; T is then scaled to ``|det T| = 1``, so that neither A nor B grows as a whole (Moore 1981, on the
+    K-FAC factors of a LoRA pair).
 
     Args:
         activation: Σ_a, positive definite on the mask ``[S, r, r]``.
@@ -232,14 +245,16 @@ def balance(activation: Tensor, gradient: Tensor, mask: Tensor) -> tuple[Tensor,
         mask: the coordinates in use, a leading block ``[S, r]``; T is the identity on the others.
 
     Returns:
-        ``T``, ``T⁻¹`` ``[S, r, r]`` and Λ ``[S, r]``, largest first and zero outside the mask; in double precision,
-        since T may be much worse conditioned than what it is applied to.
+        ``T``, ``T⁻¹`` ``[S, r, r]`` and Λ ``[S, r]``, largest first and zero outside the mask; in double
+        precision, since T may be much worse conditioned than what it is applied to.
     """
     activation = block(activation.double(), mask)
     gradient = torch.where(mask[:, :, None] & mask[:, None, :], gradient.double(), 0.0)
     lower, info = torch.linalg.cholesky_ex(activation)
     lower = torch.where((info == 0)[:, None, None], lower, eye_like(lower))
-    squared, rotation = descending_eigh(lower.mT @ gradient @ lower)  # 0 on given-up coordinates: they sort last
+    squared, rotation = descending_eigh(
+        lower.mT @ gradient @ lower
+    )  # 0 on given-up coordinates: they sort last
     rotation = block(rotation, mask)
     spectrum = torch.where(mask, squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt(), 1.0)
     log_det = (0.5 * spectrum.log() - lower.diagonal(dim1=-2, dim2=-1).log()).sum(-1)

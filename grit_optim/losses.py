@@ -18,8 +18,8 @@ class OutputTap:
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Take the loss of a training pass; evaluation builds no graph.
 
-        A Trainer that tells the model how many tokens the whole step has (``num_items_in_batch``) gets this micro-batch's share
-        of the step's loss, not a mean of its own.
+        A Trainer that tells the model how many tokens the whole step has (``num_items_in_batch``) gets this
+        micro-batch's share of the step's loss, not a mean of its own.
         """
         losses = self._losses() if self._losses is not None else None
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
@@ -91,5 +91,7 @@ def _single(loss: Tensor | float) -> Tensor | float:
     if not isinstance(loss, Tensor):
         return float(loss)
     if loss.numel() != 1:
-        raise ValueError(f"observe() takes one loss, got a tensor of shape {list(loss.shape)}; pass loss.mean()")
+        raise ValueError(
+            f"observe() takes one loss, got a tensor of shape {list(loss.shape)}; pass loss.mean()"
+        )
     return loss.detach().float().reshape(())

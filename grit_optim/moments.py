@@ -1,7 +1,8 @@
 """Second moments of the gradients themselves: the Fisher approximations that are not made of token factors.
 
-Each is a mean over steps of what one step's gradient ∇A ``[r, d_in]`` or ∇B ``[d_out, r]`` gives; a step of one token gives
-the per-token Fisher information exactly, a step of N tokens N times it where their gradients are independent.
+Each is a mean over steps of what one step's gradient ∇A ``[r, d_in]`` or ∇B ``[d_out, r]`` gives; a step of
+one token gives the per-token Fisher information exactly, a step of N tokens N times it where their gradients
+are independent.
 
     block_diagonal   E[∇A ∇Aᵀ], E[∇Bᵀ ∇B]     r×r per matrix: the Fisher's rank side, the other side taken as isotropic
     diagonal         E[∇A²], E[∇B²]            entry by entry
@@ -26,8 +27,8 @@ def covariance(gradients: Tensor, side: Side) -> Tensor:
 def mean_square(groups: Sequence[Group], device: torch.device, relative: bool) -> Tensor:
     """The unit of the moments in one step, a scalar on ``device``, not finite if a gradient is not.
 
-    All gradients of a step share the batch's 1/N and the loss scale. Divided by the mean square of all their entries the
-    moments know neither; that is the unit if ``relative`` and it is not zero, else 1.
+    All gradients of a step share the batch's 1/N and the loss scale. Divided by the mean square of all their
+    entries the moments know neither; that is the unit if ``relative`` and it is not zero, else 1.
     """
     stacks = [group.stack(group.gradients()) for group in groups]
     entries = max(1, sum(g.numel() for g in stacks))
@@ -43,9 +44,10 @@ class GradientMoments:
     Attributes:
         kind: ``"block_diagonal"``, ``"diagonal"`` or ``"ekfac"``.
         weight: total weight in the means ``[S]`` per side.
-        means: per side a tensor per site: ``[r, r]`` for block_diagonal, the matrix's own shape ``[r, d_in]`` or ``[d_out, r]``
-            for the others.
-        scales: per side what each entry of a matrix is multiplied by, tensors like ``means``; of use for the last two.
+        means: per side a tensor per site: ``[r, r]`` for block_diagonal, the matrix's own shape ``[r, d_in]``
+            or ``[d_out, r]`` for the others.
+        scales: per side what each entry of a matrix is multiplied by, tensors like ``means``; of use for the
+            last two.
     """
 
     def __init__(self, kind: str, bucket: Bucket) -> None:
@@ -54,8 +56,12 @@ class GradientMoments:
         size, rank, device = len(bucket.sites), bucket.rank, bucket.device
         self.weight = {side: torch.zeros(size, device=device) for side in SIDES}
         shapes = {
-            "A": [(rank, rank) if kind == "block_diagonal" else site.a.flatten(1).shape for site in bucket.sites],
-            "B": [(rank, rank) if kind == "block_diagonal" else site.b.flatten(1).shape for site in bucket.sites],
+            "A": [
+                (rank, rank) if kind == "block_diagonal" else site.a.flatten(1).shape for site in bucket.sites
+            ],
+            "B": [
+                (rank, rank) if kind == "block_diagonal" else site.b.flatten(1).shape for site in bucket.sites
+            ],
         }
         self.means = {side: [torch.zeros(s, device=device) for s in shapes[side]] for side in SIDES}
         self.scales = {side: [torch.ones(s, device=device) for s in shapes[side]] for side in SIDES}

@@ -30,99 +30,113 @@ class GritOptimizer(ReportingOptimizer):
     2. every ``kfac_update_freq`` steps derives from them what it applies;
     3. prepares the gradients (or coordinates) of every pair, then adds those of the penalties;
     4. lets the base optimizer step, and turns that step back ("eigenbasis") or aside ("spectral", "steer");
-    5. every ``reprojection_freq`` steps reprojects the pairs, moves the base's moments along and adapts the rank;
+    5. every ``reprojection_freq`` steps reprojects the pairs, moves the base's moments along and adapts the
+       rank;
     6. counts, and records for whoever listens (:meth:`log_to`), without waiting for the device.
 
-    Where several processes train together (DDP), the first stage adds the sums of all of them up, so every process has to call
-    :meth:`step`, and whatever else changes the model (``reduce_ranks_``, ``shrink_``).
+    Where several processes train together (DDP), the first stage adds the sums of all of them up, so every
+    process has to call :meth:`step`, and whatever else changes the model (``reduce_ranks_``, ``shrink_``).
 
-    Parameters that belong to no LoRA pair go to the base untouched. Learning rate, weight decay and all else are the
-    base's: ``param_groups``, ``state`` and ``defaults`` are its own.
+    Parameters that belong to no LoRA pair go to the base untouched. Learning rate, weight decay and all else
+    are the base's: ``param_groups``, ``state`` and ``defaults`` are its own.
 
     Args:
         base: any ``torch.optim.Optimizer`` except LBFGS, already built on the model's trainable parameters.
-        model: the PEFT model (or one that contains such layers), used to find the pairs; a weak reference is kept. A pair that
-            the base holds but that is frozen (another adapter, a layer to be unfrozen later) is tapped once it is trained.
+        model: the PEFT model (or one that contains such layers), used to find the pairs; a weak reference is
+            kept. A pair that the base holds but that is frozen (another adapter, a layer to be unfrozen
+            later) is tapped once it is trained.
         sites: the pairs, instead of looking for PEFT's: hand-written LoRA is passed as
             ``[Site.from_modules(name, a, b, scaling), …]``.
         precondition: how the curvature is used.
-            ``"spectral"``: the base steps, and its step is turned to the direction of steepest descent in the spectral norm of
-            Fisher coordinates: momentum whitened on the rank side, as Muon does to whole matrices.
-            ``"eigenbasis"``: the base works in the eigenbasis of each pair's factors; its moments are kept in that basis.
-            ``"steer"``: the base's step is turned to the direction of the natural gradient of its moment.
-            ``"balanced"``: the pairs are kept in coordinates in which both factors are diagonal and proportional.
-            ``"inverse"``: the gradient is multiplied by the damped inverse before the base sees it (the GRIT paper).
-            ``"none"``: exactly the base.
-        fisher: what approximates the Fisher information. ``"kfac"``: the token factors Σ_a and Σ_g. ``"block_diagonal"``:
-            E[∇A ∇Aᵀ] and E[∇Bᵀ ∇B], the r×r covariances of each matrix's own gradient. ``"diagonal"``: E[∇A²] and E[∇B²],
-            entry by entry. ``"ekfac"``: the eigenbases of Σ_g and Σ_a, with E[(Qᵀ∇A)²] and E[(∇B Q)²] as eigenvalues. The
-            last two keep as much state as one of Adam's moments.
+            ``"spectral"``: the base steps, and its step is turned to the direction of steepest descent in the
+            spectral norm of Fisher coordinates: momentum whitened on the rank side, as Muon does to whole
+            matrices. ``"eigenbasis"``: the base works in the eigenbasis of each pair's factors; its moments
+            are kept in that basis. ``"steer"``: the base's step is turned to the direction of the natural
+            gradient of its moment. ``"balanced"``: the pairs are kept in coordinates in which both factors
+            are diagonal and proportional. ``"inverse"``: the gradient is multiplied by the damped inverse
+            before the base sees it (the GRIT paper). ``"none"``: exactly the base.
+        fisher: what approximates the Fisher information. ``"kfac"``: the token factors Σ_a and Σ_g.
+            ``"block_diagonal"``: E[∇A ∇Aᵀ] and E[∇Bᵀ ∇B], the r×r covariances of each matrix's own gradient.
+            ``"diagonal"``: E[∇A²] and E[∇B²], entry by entry. ``"ekfac"``: the eigenbases of Σ_g and Σ_a,
+            with E[(Qᵀ∇A)²] and E[(∇B Q)²] as eigenvalues. The last two keep as much state as one of Adam's
+            moments.
         pairing: ``"kfac"`` multiplies ∇A by Σ_g⁻¹ and ∇B by Σ_a⁻¹; ``"paper"`` the other way round.
-        fisher_decay: weight in [0, 1) that the factors' past keeps per recorded step; None for the mean over all tokens.
-        kfac_update_freq: steps between two refreshes of what is derived from the factors. None: 1 for "spectral",
-            "steer" and "inverse", 2 for "eigenbasis", 10 for "balanced"; the last two move the base's moments at each refresh.
+        fisher_decay: weight in [0, 1) that the factors' past keeps per recorded step; None for the mean over
+            all tokens.
+        kfac_update_freq: steps between two refreshes of what is derived from the factors. None: 1 for
+            "spectral", "steer" and "inverse", 2 for "eigenbasis", 10 for "balanced"; the last two move the
+            base's moments at each refresh.
         kfac_min_samples: tokens that a factor must have seen before it is used.
-        kfac_damping: λ added to the factors before they are inverted or balanced. None: 0.3 for "spectral" and
-            "steer", 0.03 for "inverse", 1e-4 for "balanced"; "eigenbasis" needs none.
-        damping: ``"relative"``: λ is in units of the factor's mean eigenvalue; ``"absolute"``: in the loss's own units,
-            as in the GRIT library, whose λ so depends on batch size and loss scale.
-        kfac_power: power p of Σ⁻¹ in "spectral" and "steer": 1 is the natural gradient, 0 leaves the tokens' curvature out.
+        kfac_damping: λ added to the factors before they are inverted or balanced. None: 0.3 for "spectral"
+            and "steer", 0.03 for "inverse", 1e-4 for "balanced"; "eigenbasis" needs none.
+        damping: ``"relative"``: λ is in units of the factor's mean eigenvalue; ``"absolute"``: in the loss's
+            own units, as in the GRIT library, whose λ so depends on batch size and loss scale.
+        kfac_power: power p of Σ⁻¹ in "spectral" and "steer": 1 is the natural gradient, 0 leaves the tokens'
+            curvature out.
             None: 0.5 for "spectral", 1 for "steer".
-        direction_momentum: what the average of the gradient keeps per step in "spectral" and "steer", whose direction wants to
-            be fresher than Adam's: the base's first moment of the pairs is made to forget so fast, and its own β₁ (SGD's
-            momentum) counts for other parameters only. ``"base"`` leaves it alone. None: 0.6 for "spectral" around any kind of
-            Adam whose β₁ is not 0 and that does not find its own rate, else "base".
-        gradient_share: share of the newest gradient in the direction of "spectral" and "steer", beside that average; 0.4 at a
-            momentum of 0.6 is Nesterov's. None: 0.4 for "spectral", 0 for "steer".
-        caution: share in [0, 1] that entries of the direction lose where they go up the newest gradient, in "spectral" and
-            "steer"; 0 leaves them as they are, 1 drops them. None: 0.7 for "spectral", 0 for "steer".
-        step_length: how long a step of "spectral" or "steer" is: root mean square of its entries, in units of the learning
-            rate, or ``"base"`` for the length of the step that the base took. None: 0.6 in "spectral" around any kind of
-            Adam, else "base". With a ``rank_budget`` it grows by r₀/r where a pair has r of r₀ directions left, so that the
-            step's singular values add up to what they did.
-        a_step_ratio: how much longer A's steps are than B's, in "spectral" and "steer". None: 1.5 for "spectral", 1 for
+        direction_momentum: what the average of the gradient keeps per step in "spectral" and "steer", whose
+            direction wants to be fresher than Adam's: the base's first moment of the pairs is made to forget
+            so fast, and its own β₁ (SGD's momentum) counts for other parameters only. ``"base"`` leaves it
+            alone. None: 0.6 for "spectral" around any kind of Adam whose β₁ is not 0 and that does not find
+            its own rate, else "base".
+        gradient_share: share of the newest gradient in the direction of "spectral" and "steer", beside that
+            average; 0.4 at a momentum of 0.6 is Nesterov's. None: 0.4 for "spectral", 0 for "steer".
+        caution: share in [0, 1] that entries of the direction lose where they go up the newest gradient, in
+            "spectral" and "steer"; 0 leaves them as they are, 1 drops them. None: 0.7 for "spectral", 0 for
             "steer".
+        step_length: how long a step of "spectral" or "steer" is: root mean square of its entries, in units of
+            the learning rate, or ``"base"`` for the length of the step that the base took. None: 0.6 in
+            "spectral" around any kind of Adam, else "base". With a ``rank_budget`` it grows by r₀/r where a
+            pair has r of r₀ directions left, so that the step's singular values add up to what they did.
+        a_step_ratio: how much longer A's steps are than B's, in "spectral" and "steer". None: 1.5 for
+            "spectral", 1 for "steer".
         kfac_inversion_device: where factors are inverted or decomposed; None for where they are.
         cov_update_freq: the taps record in one step of so many.
         max_tokens: tokens per pair and step that enter the factors, evenly spaced; None for all.
         ng_warmup_steps: steps at the start during which the curvature is gathered but not applied.
-        preserve_norm: "inverse" keeps the Frobenius norm of each matrix's gradient, so that the learning rate and a
-            trainer's clipping keep their meaning.
-        max_grad_norm: upper bound on the joint norm of the pairs' gradients as the base gets them; None for no bound.
+        preserve_norm: "inverse" keeps the Frobenius norm of each matrix's gradient, so that the learning rate
+            and a trainer's clipping keep their meaning.
+        max_grad_norm: upper bound on the joint norm of the pairs' gradients as the base gets them; None for
+            no bound.
         reprojection: ``"balanced"``: drops the coordinates that matter least in the K-FAC metric, for good;
-            ``"two_sided"``, ``"one_sided"``: project A and B onto leading eigenvectors of their factors (the GRIT paper);
-            ``"none"``.
+            ``"two_sided"``, ``"one_sided"``: project A and B onto leading eigenvectors of their factors (the
+            GRIT paper); ``"none"``.
         reprojection_freq: steps between two reprojections.
         reprojection_k: directions kept while there is no rank adaptation; None keeps all.
         reprojection_warmup_steps: steps before the first reprojection.
-        enable_rank_adaptation: keep as many directions as hold the share ``rank_adaptation_threshold`` of the energy:
-            eigenvalues of Σ_a in the paper's projections, Λ² in balanced coordinates.
+        enable_rank_adaptation: keep as many directions as hold the share ``rank_adaptation_threshold`` of the
+            energy: eigenvalues of Σ_a in the paper's projections, Λ² in balanced coordinates.
         rank_adaptation_threshold: τ in (0, 1].
-        min_lora_rank: directions that rank adaptation always leaves. With a ``rank_budget`` it may be 0: sites that are not
-            worth a direction are then left out of the exported adapter.
+        min_lora_rank: directions that rank adaptation always leaves. With a ``rank_budget`` it may be 0:
+            sites that are not worth a direction are then left out of the exported adapter.
         rank_adaptation_start_step: steps before the first adaptation.
-        rank_budget: parameters that all pairs together may keep: a float is a share of what the adapter has, an int a number
-            of them. All directions of all sites compete by the rise of the loss that dropping them is predicted to cost, per
-            parameter. Needs ``reprojection="balanced"``; takes the place of ``enable_rank_adaptation``.
-        rank_budget_start: budget from which ``rank_budget`` is approached; None for the whole adapter. A start below the end,
-            as in GRIT-VLM's ``projection_budget_start=32, projection_budget_end=96``, needs ``rank_regrowth``.
-        rank_budget_schedule: ``"linear"``, ``"cosine"``, or ``"adaptive"``: linear, but standing still while the loss suffers,
-            which is known as for ``adaptive_schedule``.
-        rank_budget_steps: steps from the start to the end of the budget, counted from ``rank_adaptation_start_step``; 0 goes
-            to the end at once. The budget takes effect at reprojections.
-        rank_budget_tolerance: how much the mean loss since the last cut may exceed the lowest mean so far, as a share, before
-            "adaptive" stands still.
-        rank_regrowth: give directions that were given up back to sites whose spectrum is still flat at its end. They start as
-            LoRA does, A random and B zero.
-        lambda_kfac: λ_K of the penalty λ_K (tr(Aᵀ Σ_a A) + tr(B Σ_g Bᵀ)) on directions of high curvature, in the units of
-            ``damping``. Its gradient, and the next one's, is added after the preconditioner and before ``max_grad_norm``;
-            "spectral" and "steer" turn the base's step as a whole, and it with the rest. 0: none.
-        lambda_reproj: λ_R of the penalty λ_R (‖(I − P_a) A‖² + ‖B (I − P_g)‖²) on what lies outside the leading directions of
-            Σ_a and Σ_g, as many as a reprojection would keep. 0: none.
+        rank_budget: parameters that all pairs together may keep: a float is a share of what the adapter has,
+            an int a number of them. All directions of all sites compete by the rise of the loss that dropping
+            them is predicted to cost, per parameter. Needs ``reprojection="balanced"``; takes the place of
+            ``enable_rank_adaptation``.
+        rank_budget_start: budget from which ``rank_budget`` is approached; None for the whole adapter. A
+            start below the end, as in GRIT-VLM's ``projection_budget_start=32, projection_budget_end=96``,
+            needs ``rank_regrowth``.
+        rank_budget_schedule: ``"linear"``, ``"cosine"``, or ``"adaptive"``: linear, but standing still while
+            the loss suffers, which is known as for ``adaptive_schedule``.
+        rank_budget_steps: steps from the start to the end of the budget, counted from
+            ``rank_adaptation_start_step``; 0 goes to the end at once. The budget takes effect at
+            reprojections.
+        rank_budget_tolerance: how much the mean loss since the last cut may exceed the lowest mean so far, as
+            a share, before "adaptive" stands still.
+        rank_regrowth: give directions that were given up back to sites whose spectrum is still flat at its
+            end. They start as LoRA does, A random and B zero.
+        lambda_kfac: λ_K of the penalty λ_K (tr(Aᵀ Σ_a A) + tr(B Σ_g Bᵀ)) on directions of high curvature, in
+            the units of ``damping``. Its gradient, and the next one's, is added after the preconditioner and
+            before ``max_grad_norm``; "spectral" and "steer" turn the base's step as a whole, and it with the
+            rest. 0: none.
+        lambda_reproj: λ_R of the penalty λ_R (‖(I − P_a) A‖² + ‖B (I − P_g)‖²) on what lies outside the
+            leading directions of Σ_a and Σ_g, as many as a reprojection would keep. 0: none.
         regularizer_warmup_steps: steps over which both penalties grow from nothing on a straight line.
-        adaptive_schedule: lengthen the periods of refresh and reprojection while the loss falls, shorten them when it
-            stalls, and let the damping follow the loss's noise (``pace.py`` has the rule and its bounds). The loss is what
-            :meth:`observe` was given, else the closure's, else that of the model's output.
+        adaptive_schedule: lengthen the periods of refresh and reprojection while the loss falls, shorten them
+            when it stalls, and let the damping follow the loss's noise (``pace.py`` has the rule and its
+            bounds). The loss is what :meth:`observe` was given, else the closure's, else that of the model's
+            output.
 
     Raises:
         TypeError: ``base`` is no optimizer, or cannot be wrapped, or an option has the wrong type.
@@ -182,7 +196,9 @@ class GritOptimizer(ReportingOptimizer):
         self.options = Options(**with_mode_defaults(given, base))
         check_direction_momentum(direction_momentum, base)
         if not isinstance(model, nn.Module):
-            raise TypeError(f"the second argument must be the model (a torch.nn.Module), got {type(model).__name__}")
+            raise TypeError(
+                f"the second argument must be the model (a torch.nn.Module), got {type(model).__name__}"
+            )
         self._model = weakref.ref(model)
         self._given_sites = sites is not None
         self._frozen = []
@@ -196,7 +212,8 @@ class GritOptimizer(ReportingOptimizer):
         """One step of the base optimizer, with curvature.
 
         Args:
-            closure: runs zero_grad, forward and backward and returns the loss; run once, with gradients enabled.
+            closure: runs zero_grad, forward and backward and returns the loss; run once, with gradients
+                enabled.
 
         Returns:
             What the closure returned, or None.
@@ -206,7 +223,9 @@ class GritOptimizer(ReportingOptimizer):
             RuntimeError: the optimizer was closed.
         """
         if self._closed:
-            raise RuntimeError("this GritOptimizer was closed; go on with its base optimizer, or build a new one")
+            raise RuntimeError(
+                "this GritOptimizer was closed; go on with its base optimizer, or build a new one"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -241,9 +260,7 @@ class GritOptimizer(ReportingOptimizer):
         self._closed = True
 
     def __repr__(self) -> str:
-        return (
-            f"GritOptimizer(precondition={self.options.precondition!r}, sites={len(self._sites)}, base={self.base!r})"
-        )
+        return f"GritOptimizer(precondition={self.options.precondition!r}, sites={len(self._sites)}, base={self.base!r})"
 
     # ---------------------------------------------------------------- copying, saving, loading
 
@@ -290,7 +307,10 @@ class GritOptimizer(ReportingOptimizer):
         self._curvatures = [Curvature(c.bucket, self.options) for c in self._curvatures]
         own = own or {"sites": {}}
         self._steps = own.get("steps", 0)
-        self._capture.calls_per_step, self._capture.offset = own.get("calls_per_step", 1), own.get("offset", 0)
+        self._capture.calls_per_step, self._capture.offset = (
+            own.get("calls_per_step", 1),
+            own.get("offset", 0),
+        )
         self._capture.active = schedule.capture_due(self._steps, self.options.cov_update_freq)
         self._counters.refreshes = own.get("refreshes", 0)
         self._counters.reprojections = own.get("reprojections", 0)

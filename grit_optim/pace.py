@@ -2,14 +2,16 @@
 
 The losses of every :data:`WINDOW` steps are compared in two halves, as the GRIT library does:
 
-- the second half's mean is more than 1 % below the first's: curvature changes little, periods are 1.5 times the given ones;
+- the second half's mean is more than 1 % below the first's: curvature changes little, periods are 1.5 times
+  the given ones;
 - else, the loss has stalled: 0.75 times;
-- the damping is the given one times the loss's noise in units of its noise at the start, between ¼ and 4. Noise is the standard
-  deviation of the differences of successive losses, over √2 and the mean loss; a steady fall does not raise it.
+- the damping is the given one times the loss's noise in units of its noise at the start, between ¼ and 4.
+  Noise is the standard deviation of the differences of successive losses, over √2 and the mean loss; a steady
+  fall does not raise it.
 
-So a period never leaves [0.75, 1.5] times what was asked for (and never falls below 1), damping never [¼, 4] times.
-Decisions are taken every half window and come into force half a window later: the numbers travel to the host meanwhile, and
-what is decided depends on the losses alone, not on when they arrive.
+So a period never leaves [0.75, 1.5] times what was asked for (and never falls below 1), damping never [¼, 4]
+times. Decisions are taken every half window and come into force half a window later: the numbers travel to
+the host meanwhile, and what is decided depends on the losses alone, not on when they arrive.
 """
 
 from __future__ import annotations
@@ -30,7 +32,14 @@ HALF = WINDOW // 2
 LONGER, SHORTER, FALL = 1.5, 0.75, 0.99
 DAMPING_BOUND = 4.0
 
-_TRACKED = ("period_scale", "damping_scale", "last_refresh", "last_reprojection", "previous_mean", "first_noise")
+_TRACKED = (
+    "period_scale",
+    "damping_scale",
+    "last_refresh",
+    "last_reprojection",
+    "previous_mean",
+    "first_noise",
+)
 
 
 class Pace:

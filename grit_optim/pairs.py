@@ -23,7 +23,9 @@ _START_NORM = 3**-0.5
 def coordinates(curvature: Curvature, damping: float) -> reprojection.Coordinates:
     """The pairs' balanced coordinates, in the order of the bucket; nothing is changed."""
     in_use = curvature.mask.sum(-1)
-    return reprojection.balanced_coordinates(curvature.factors, in_use, curvature.options.kfac_min_samples, damping)
+    return reprojection.balanced_coordinates(
+        curvature.factors, in_use, curvature.options.kfac_min_samples, damping
+    )
 
 
 def balance(base: Optimizer, curvature: Curvature, policy: RankPolicy, damping: float) -> None:
@@ -48,8 +50,8 @@ def truncate(base: Optimizer, curvature: Curvature, found: reprojection.Coordina
 def regrow(base: Optimizer, curvature: Curvature, rank: Tensor, seed: int) -> None:
     """Take coordinates that are not in use back into use, up to ``rank`` ``[S]``, without changing what the pairs compute.
 
-    As in LoRA's own start the new columns of B are zero and the new rows of A are random; their norm is the root mean square of
-    that of the rows that the site has.
+    As in LoRA's own start the new columns of B are zero and the new rows of A are random; their norm is the
+    root mean square of that of the rows that the site has.
 
     Args:
         base: the base optimizer, for copies of the weights among its state.
@@ -79,9 +81,10 @@ def _typical_row_norm(stacked: Tensor, rank: Tensor) -> Tensor:
 def settle_ranks(curvatures: Sequence[Curvature]) -> None:
     """Let the ranks be what A and B use: all coordinates up to the last that is not zero in both.
 
-    The optimizer leaves them so itself; weights that were loaded since, from another checkpoint or without the optimizer's
-    state, may use more or less. Where they use more, the factors describe other coordinates than theirs, and start anew. The
-    paper's projections give no coordinate up, so the weights say nothing of their ranks.
+    The optimizer leaves them so itself; weights that were loaded since, from another checkpoint or without
+    the optimizer's state, may use more or less. Where they use more, the factors describe other coordinates
+    than theirs, and start anew. The paper's projections give no coordinate up, so the weights say nothing of
+    their ranks.
     """
     for curvature in curvatures:
         if curvature.options.reprojection not in PAPER_PROJECTIONS:
@@ -104,8 +107,8 @@ def _settle(curvature: Curvature) -> None:
 def clear_given_up(curvature: Curvature) -> None:
     """Set what was given up to zero once more, whatever the base made of it.
 
-    Gradients and moments of a dropped coordinate are zero, and no elementwise optimizer moves it. One that adds noise, or
-    keeps state that could not be moved along, might.
+    Gradients and moments of a dropped coordinate are zero, and no elementwise optimizer moves it. One that
+    adds noise, or keeps state that could not be moved along, might.
     """
     for group in curvature.bucket.groups:
         group.write(group.masked(group.stack(group.parameters), curvature.mask))

@@ -18,7 +18,9 @@ def add(commands: Any) -> None:
     """Add the command to a parser's subcommands."""
     parser: argparse.ArgumentParser = commands.add_parser("plot", help="draw the figures of a run")
     parser.add_argument("run", type=Path, help="the file that optimizer.log_to(path) writes")
-    parser.add_argument("--out", type=Path, help="folder of the figures (default: beside the run, RUN-figures)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the figures (default: beside the run, RUN-figures)"
+    )
     parser.add_argument(
         "--only", nargs="+", choices=tuple(FIGURES), metavar="FIGURE", help=f"some of: {', '.join(FIGURES)}"
     )

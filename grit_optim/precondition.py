@@ -1,7 +1,8 @@
 """The ways to use the curvature: what happens to a site's gradients and weights around the base optimizer's step.
 
 A mode has three parts, each a no-op unless it says otherwise: ``refresh`` derives operators from the factors,
-``before`` changes the gradient (or the coordinates) that the base is about to see, ``after`` what the base made of it.
+``before`` changes the gradient (or the coordinates) that the base is about to see, ``after`` what the base
+made of it.
 """
 
 from __future__ import annotations
@@ -135,11 +136,12 @@ class Balanced(Preconditioner):
 class Steer(Preconditioner):
     """``"steer"``: the base steps, and its step is turned to the natural gradient's direction.
 
-    For A the direction is ``−Σ^(−p) (m / c)``, with m the base's average of the gradient, which is made to forget as
-    ``direction_momentum`` says and mixed with ``gradient_share`` of the newest gradient, c the root of its average of the
-    squared gradient, averaged over the rank (one value per column of A, per row of B), and p ``kfac_power``; a base that keeps
-    neither gets the gradient and 1. Entries that would go up the newest gradient lose the share ``caution``. ``step_length``
-    says how long the step is. Decoupled weight decay stays outside.
+    For A the direction is ``−Σ^(−p) (m / c)``, with m the base's average of the gradient, which is made to
+    forget as ``direction_momentum`` says and mixed with ``gradient_share`` of the newest gradient, c the root
+    of its average of the squared gradient, averaged over the rank (one value per column of A, per row of B),
+    and p ``kfac_power``; a base that keeps neither gets the gradient and 1. Entries that would go up the
+    newest gradient lose the share ``caution``. ``step_length`` says how long the step is. Decoupled weight
+    decay stays outside.
     """
 
     def refresh(self, curvature: Curvature) -> None:
@@ -164,7 +166,8 @@ class Steer(Preconditioner):
         cosine = -inner_product(step, direction) / (step_size * size)
         target = self._length(held, step_size)
         length = target / size
-        # Without a gradient (an expert that saw no token) the base's step fades out as its average does; so must this one.
+        # Without a gradient (an expert that saw no token) the base's step fades out as its average does; so
+        # must this one.
         turned = held.ready & length.isfinite() & (held.gradient_norm > 0)
         # A step that stays as it is has not been turned.
         held.cosine = torch.where(turned | cosine.isnan(), cosine, 1.0)
@@ -189,7 +192,9 @@ class Steer(Preconditioner):
         if options.step_length == "base":
             decay, wanted = moment_decay(settings), self._momentum(held)
             if wanted != decay:  # the base's bias correction knows nothing of what was freshened
-                ratio *= transport.freshened_correction(self.base, group.parameters[0], settings, decay, wanted)
+                ratio *= transport.freshened_correction(
+                    self.base, group.parameters[0], settings, decay, wanted
+                )
             return ratio * base_length
         entries = held.curvature.step_rank[group.index] * group.width
         rms = float(options.step_length) * transport.rate(settings)
@@ -198,8 +203,12 @@ class Steer(Preconditioner):
     def _scaled_moment(self, held: Held) -> Tensor:
         """``m / c``, ``[m, rows, columns]``."""
         group = held.group
-        moments = [m for m in (transport.first_moment(self.base, p) for p in group.parameters) if m is not None]
-        squares = [s for s in (transport.second_moment(self.base, p) for p in group.parameters) if s is not None]
+        moments = [
+            m for m in (transport.first_moment(self.base, p) for p in group.parameters) if m is not None
+        ]
+        squares = [
+            s for s in (transport.second_moment(self.base, p) for p in group.parameters) if s is not None
+        ]
         complete = len(group.parameters)
         moment = self._mixed(held, group.stack(moments)) if len(moments) == complete else self._newest(held)
         if len(squares) < complete:
@@ -251,9 +260,9 @@ class Steer(Preconditioner):
 class Spectral(Steer):
     """``"spectral"``: as "steer", with the direction of steepest descent in the spectral norm of Fisher coordinates.
 
-    With ``P = Σ^(−p/2)`` and ``X = P (m / c)``: for A the direction is ``−P (X Xᵀ)^(−1/2) X``. Muon (Jordan et al. 2024)
-    orthogonalises the momentum of a whole weight matrix; here the r×r side is enough, the curvature of the tokens sets the
-    coordinates, and nothing is kept between steps but the factors.
+    With ``P = Σ^(−p/2)`` and ``X = P (m / c)``: for A the direction is ``−P (X Xᵀ)^(−1/2) X``. Muon (Jordan
+    et al. 2024) orthogonalises the momentum of a whole weight matrix; here the r×r side is enough, the
+    curvature of the tokens sets the coordinates, and nothing is kept between steps but the factors.
     """
 
     def refresh(self, curvature: Curvature) -> None:

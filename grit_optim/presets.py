@@ -12,8 +12,8 @@ from grit_optim._checks import is_adam
 BALANCING_DAMPING = 1e-4
 """Relative damping of factors that are balanced; small, so that their spectrum stays true."""
 
-# Defaults that belong to a way of using the curvature rather than to all of them, as measured (benchmarks/FINDINGS.md).
-# Balanced coordinates move the weights themselves, so they are changed seldom.
+# Defaults that belong to a way of using the curvature rather than to all of them, as measured
+# (benchmarks/FINDINGS.md). Balanced coordinates move the weights themselves, so they are changed seldom.
 _COMMON = {
     "kfac_update_freq": 1,
     "kfac_damping": 0.03,
@@ -51,15 +51,18 @@ DIRECTION_MOMENTUM = 0.6
 def adam_defaults(precondition: str, base: Optimizer) -> dict[str, Any]:
     """How long a step is, and how fresh its direction, if nothing is asked for.
 
-    Adam's own step shrinks with the noise in its average, so with β₁: at β₁ = 0.9 it is a quarter to a half of the learning
-    rate per entry. A fixed length instead lets one learning rate serve whatever β₁ is, and the direction can be as fresh as it
-    wants to be, which is fresher than β₁ = 0.9. Any other base's learning rate means something else, and so does that of an
-    Adam that finds its own rate (D-Adaptation keeps it as ``d``): there the base's own step says how long, and its average
-    which way.
+    Adam's own step shrinks with the noise in its average, so with β₁: at β₁ = 0.9 it is a quarter to a half
+    of the learning rate per entry. A fixed length instead lets one learning rate serve whatever β₁ is, and
+    the direction can be as fresh as it wants to be, which is fresher than β₁ = 0.9. Any other base's learning
+    rate means something else, and so does that of an Adam that finds its own rate (D-Adaptation keeps it as
+    ``d``): there the base's own step says how long, and its average which way.
     """
     finds_rate = any("d" in group for group in base.param_groups)
     ours = precondition == "spectral" and is_adam(base) and not finds_rate
-    return {"step_length": STEP_RMS if ours else "base", "direction_momentum": DIRECTION_MOMENTUM if ours else "base"}
+    return {
+        "step_length": STEP_RMS if ours else "base",
+        "direction_momentum": DIRECTION_MOMENTUM if ours else "base",
+    }
 
 
 def with_mode_defaults(options: dict[str, Any], base: Optimizer) -> dict[str, Any]:
@@ -69,7 +72,10 @@ def with_mode_defaults(options: dict[str, Any], base: Optimizer) -> dict[str, An
         **MODE_DEFAULTS.get(precondition, MODE_DEFAULTS["none"]),
         **adam_defaults(precondition, base),
     }
-    return {name: defaults[name] if value is None and name in defaults else value for name, value in options.items()}
+    return {
+        name: defaults[name] if value is None and name in defaults else value
+        for name, value in options.items()
+    }
 
 
 PAPER: MappingProxyType[str, Any] = MappingProxyType(

@@ -23,7 +23,8 @@ def rank_for_energy(spectrum: Tensor, threshold: float) -> Tensor:
     """
     total = spectrum.sum(-1, keepdim=True)
     cumulative = spectrum.cumsum(-1)
-    # Entries before the threshold is reached, plus the one that reaches it. The slack lets τ = 1 drop exact zeros.
+    # Entries before the threshold is reached, plus the one that reaches it. The slack lets τ = 1 drop exact
+    # zeros.
     short = cumulative < threshold * total * (1 - 4 * torch.finfo(spectrum.dtype).eps)
     size = spectrum.shape[-1]
     k = (short.sum(-1) + 1).clamp_max(size)
@@ -44,8 +45,9 @@ def entropy_rank(spectrum: Tensor) -> Tensor:
 def continued(spectrum: Tensor, rank: Tensor) -> Tensor:
     """The spectrum with what lies beyond the kept rank filled in by the geometric series that its end suggests.
 
-    A coordinate that is not in use has no curvature to measure. What another direction would be worth is guessed from the
-    last two that are: a spectrum that falls off steeply needs no more, one that is still flat at its end does.
+    A coordinate that is not in use has no curvature to measure. What another direction would be worth is
+    guessed from the last two that are: a spectrum that falls off steeply needs no more, one that is still
+    flat at its end does.
 
     Args:
         spectrum: Λ², descending and zero beyond the rank ``[S, r]``.
@@ -104,7 +106,8 @@ class Bids:
         loss: predicted rise of the loss if a direction is dropped ``[S, r]``, descending.
         size: parameters of one direction, d_in + d_out ``[S]``.
         current: rank kept so far ``[S]``.
-        allowed: sites whose factors have enough samples ``[S]``; the others keep their rank, and its size counts.
+        allowed: sites whose factors have enough samples ``[S]``; the others keep their rank, and its size
+            counts.
     """
 
     loss: Tensor
@@ -116,9 +119,10 @@ class Bids:
 def ranks_within(bids: Sequence[Bids], budget: Tensor, floor: int, regrowth: bool = False) -> list[Tensor]:
     """The ranks whose directions together have at most ``budget`` parameters, and hold as much predicted loss as they can.
 
-    All directions of all sites are sorted once by predicted loss per parameter, and taken from the top until the budget is
-    spent (the greedy solution of the knapsack problem, off by less than one direction). Only if what must stay, the floor and
-    the sites without samples, has more parameters than that, the budget is exceeded.
+    All directions of all sites are sorted once by predicted loss per parameter, and taken from the top until
+    the budget is spent (the greedy solution of the knapsack problem, off by less than one direction). Only if
+    what must stay, the floor and the sites without samples, has more parameters than that, the budget is
+    exceeded.
 
     Args:
         bids: one per bucket.

@@ -36,8 +36,9 @@ class RankedOptimizer(TappingOptimizer):
     def ranks(self) -> RankReport:
         """Directions kept per site, a dict by name, with effective ranks, parameters and predicted losses in ``.sites``.
 
-        ``print(optimizer.ranks().table())`` shows it, ``.as_dict()`` is for JSON. Reads values from the device. The paper's
-        projections let a rank grow back until they are next due; with them, ranks and parameters are what the latest one left.
+        ``print(optimizer.ranks().table())`` shows it, ``.as_dict()`` is for JSON. Reads values from the
+        device. The paper's projections let a rank grow back until they are next due; with them, ranks and
+        parameters are what the latest one left.
         """
         return self._report(self._kept(), self._coordinates(), {})
 
@@ -45,7 +46,8 @@ class RankedOptimizer(TappingOptimizer):
         """What :meth:`reduce_ranks_` would do, and the rise of the loss that it is predicted to cost; nothing is changed.
 
         Args:
-            ranks: a budget as ``rank_budget`` takes it, or site name to rank (sites that are not named keep theirs).
+            ranks: a budget as ``rank_budget`` takes it, or site name to rank (sites that are not named keep
+                theirs).
         """
         found, wanted = self._planned(ranks)
         costs = {
@@ -65,15 +67,16 @@ class RankedOptimizer(TappingOptimizer):
         """Give up ranks now, for good, as the reprojection ``"balanced"`` does.
 
         Args:
-            ranks: a budget as ``rank_budget`` takes it, or site name to rank (sites that are not named keep theirs).
+            ranks: a budget as ``rank_budget`` takes it, or site name to rank (sites that are not named keep
+                theirs).
 
         Returns:
             The ranks, with the rise of the loss that all that was dropped was predicted to cost.
 
         Raises:
             TypeError: neither a budget nor a mapping.
-            ValueError: an unknown site, a rank above the site's, a budget that cannot be met, or factors that have not seen
-                ``kfac_min_samples`` tokens yet.
+            ValueError: an unknown site, a rank above the site's, a budget that cannot be met, or factors that
+                have not seen ``kfac_min_samples`` tokens yet.
         """
         found, wanted = self._planned(ranks)
         for curvature in self._curvatures:
@@ -104,7 +107,9 @@ class RankedOptimizer(TappingOptimizer):
         pairs.settle_ranks(self._curvatures)
         return [pairs.coordinates(curvature, BALANCING_DAMPING) for curvature in self._curvatures]
 
-    def _report(self, kept: Mapping[str, int], found: Sequence[Coordinates], costs: Mapping[str, float]) -> RankReport:
+    def _report(
+        self, kept: Mapping[str, int], found: Sequence[Coordinates], costs: Mapping[str, float]
+    ) -> RankReport:
         """All that is known, with ``kept`` directions per site at a further cost of ``costs``."""
         threshold, dropped = self.options.rank_adaptation_threshold, self._dropped()
         effective: dict[str, tuple[float | None, int | None]] = {}
@@ -118,7 +123,9 @@ class RankedOptimizer(TappingOptimizer):
             rank, size = kept[name], origin.parameters // origin.rank
             loss = dropped[name] + costs.get(name, 0.0)
             entropy, count = effective.get(name, (None, None))
-            sites.append(SiteRank(name, rank, origin.rank, entropy, count, rank * size, origin.parameters, loss))
+            sites.append(
+                SiteRank(name, rank, origin.rank, entropy, count, rank * size, origin.parameters, loss)
+            )
         return RankReport(sites, threshold)
 
     def _planned(self, ranks: float | Mapping[str, int]) -> tuple[list[Coordinates], list[Tensor]]:
@@ -184,9 +191,10 @@ class RankedOptimizer(TappingOptimizer):
     def shrink_(self, *, model: nn.Module | None = None) -> RankReport:
         """Cut A, B, their gradients and the base's state to the ranks that are kept, in place, between training phases.
 
-        What the model computes stays the same. The Parameter objects stay the same too, but for sites of rank 0, which
-        leave the model and the base's parameter groups. PEFT's configuration is updated, so that ``model.save_pretrained`` and
-        :meth:`save_adapter` write what is there. A checkpoint of the optimizer from now on belongs to the smaller adapter.
+        What the model computes stays the same. The Parameter objects stay the same too, but for sites of rank
+        0, which leave the model and the base's parameter groups. PEFT's configuration is updated, so that
+        ``model.save_pretrained`` and :meth:`save_adapter` write what is there. A checkpoint of the optimizer
+        from now on belongs to the smaller adapter.
 
         Args:
             model: the model, where the optimizer does not know it any more (after copying or unpickling).
@@ -203,7 +211,9 @@ class RankedOptimizer(TappingOptimizer):
             self._mode.to_plain_coordinates(curvature)
         kept, dropped = self._kept(), self._dropped()
         if not any(kept.values()):
-            raise ValueError("no site keeps a direction, so nothing would be left to train; reduce the ranks less")
+            raise ValueError(
+                "no site keeps a direction, so nothing would be left to train; reduce the ranks less"
+            )
         known = checkpoint.pack_sites(self._curvatures, with_operators=True)
         # A bias that is trained works at any rank, and needs a pair to hang on.
         sizes = {site.name: max(kept[site.name], int(site.trains_bias)) for site in self._sites}
@@ -214,7 +224,9 @@ class RankedOptimizer(TappingOptimizer):
             shrink.update_configs(peft_model, gone)
         self._removed.update({site.name: dropped[site.name] for site in gone})
         left = [site for site in self._sites if sizes[site.name] > 0]
-        self._attach(left, {site.name: checkpoint.narrowed(known[site.name], sizes[site.name]) for site in left})
+        self._attach(
+            left, {site.name: checkpoint.narrowed(known[site.name], sizes[site.name]) for site in left}
+        )
         return self.ranks()
 
     def save_adapter(
@@ -229,19 +241,21 @@ class RankedOptimizer(TappingOptimizer):
         """Save the trained adapter with the ranks that are kept and no others, for ``PeftModel.from_pretrained``.
 
         Args:
-            path: the folder; it holds the old adapter or the new one at every moment (file by file only, where the folder is a
-                mount point, the working directory, or in a folder that must not be written to).
+            path: the folder; it holds the old adapter or the new one at every moment (file by file only,
+                where the folder is a mount point, the working directory, or in a folder that must not be
+                written to).
             adapter: name of the adapter, where this optimizer trains several.
             fold_scale: multiply the scale into B, for programs that ignore ``alpha_pattern`` and rsLoRA.
-            dtype: ``torch.bfloat16`` or ``torch.float16`` for half the bytes of an adapter trained in fp32; None: as it is.
+            dtype: ``torch.bfloat16`` or ``torch.float16`` for half the bytes of an adapter trained in fp32;
+                None: as it is.
             model: the model, where the optimizer does not know it any more (after unpickling).
 
         Returns:
             The ranks as saved, with effective ranks of ΔW and what the dropped ones were predicted to cost.
 
         Raises:
-            ValueError: no such adapter, one that this optimizer does not train, one that cannot be exported (DoRA), or a
-                value that ``dtype`` cannot hold.
+            ValueError: no such adapter, one that this optimizer does not train, one that cannot be exported
+                (DoRA), or a value that ``dtype`` cannot hold.
         """
         model = self._known(model)
         if model is None:
@@ -261,7 +275,13 @@ class RankedOptimizer(TappingOptimizer):
         history = self._history(peft_model, adapter)
         threshold = self.options.rank_adaptation_threshold
         return export_adapter(
-            model, path, adapter=adapter, fold_scale=fold_scale, dtype=dtype, history=history, threshold=threshold
+            model,
+            path,
+            adapter=adapter,
+            fold_scale=fold_scale,
+            dtype=dtype,
+            history=history,
+            threshold=threshold,
         )
 
     def _warn_of_ranks_that_stay(self) -> None:
@@ -276,7 +296,9 @@ class RankedOptimizer(TappingOptimizer):
                 adapter_config.check_exportable(config, adapter)
                 adapter_config.check_start(config, adapter)
             except ValueError as error:
-                warn(f"ranks will be given up in training, but save_adapter() and shrink_() will refuse: {error}")
+                warn(
+                    f"ranks will be given up in training, but save_adapter() and shrink_() will refuse: {error}"
+                )
 
     def _known(self, model: nn.Module | None) -> nn.Module | None:
         """The model given, else the one the optimizer was built with, if it is still there."""
@@ -288,7 +310,9 @@ class RankedOptimizer(TappingOptimizer):
         sites = [site for site in self._sites if site.adapter == adapter and id(site.a_modules) in names]
         known = {names[id(site.a_modules)][0]: site.name for site in sites}
         prefix = shrink.common_prefix(known)
-        known |= {shrink.layer_name(n, prefix, adapter): n for n in self._removed if n.endswith(f".{adapter}")}
+        known |= {
+            shrink.layer_name(n, prefix, adapter): n for n in self._removed if n.endswith(f".{adapter}")
+        }
         return {
             layer: History(self._origin[name].rank, self._origin[name].parameters, dropped[name])
             for layer, name in known.items()
@@ -311,7 +335,9 @@ class RankedOptimizer(TappingOptimizer):
     def _forget_ranks_of_the_paper(self, own: dict[str, Any]) -> None:
         """Ranks that the paper's projections left are no ranks given up: all rows are in use, and must not be cleared."""
         now = self.options.reprojection
-        before = own.get("reprojection", now if now == "balanced" else PAPER_PROJECTIONS[0])  # not said in older states
+        before = own.get(
+            "reprojection", now if now == "balanced" else PAPER_PROJECTIONS[0]
+        )  # not said in older states
         if before in PAPER_PROJECTIONS and now not in PAPER_PROJECTIONS:
             for curvature in self._curvatures:
                 curvature.rank = torch.full_like(curvature.rank, curvature.bucket.rank)

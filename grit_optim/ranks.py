@@ -25,11 +25,13 @@ class SiteRank:
         name: the site.
         rank: directions kept; 0 where the exported adapter leaves the site out.
         rank_before: directions at first.
-        entropy_rank: effective rank by entropy, ``exp(−Σ p log p)`` with ``p = σ/Σσ``; None where no spectrum is known.
+        entropy_rank: effective rank by entropy, ``exp(−Σ p log p)`` with ``p = σ/Σσ``; None where no spectrum
+            is known.
         threshold_rank: smallest number of directions that hold the share ``threshold`` of Σσ²; None likewise.
         parameters: entries of A and B that are kept.
         parameters_before: entries of A and B at first.
-        predicted_loss: rise of the loss that dropping the others was predicted to cost, in the loss's unit; None if unknown.
+        predicted_loss: rise of the loss that dropping the others was predicted to cost, in the loss's unit;
+            None if unknown.
     """
 
     name: str
@@ -84,7 +86,16 @@ class RankReport(dict[str, int]):
 
     def table(self) -> str:
         """The same as a text table, a line per site and one for all together."""
-        header = ("site", "rank", "of", "entropy", f"τ={self.threshold:g}", "parameters", "of", "predicted loss")
+        header = (
+            "site",
+            "rank",
+            "of",
+            "entropy",
+            f"τ={self.threshold:g}",
+            "parameters",
+            "of",
+            "predicted loss",
+        )
         rows = [_cells(site) for site in self.sites]
         total = (
             f"{len(self.sites)} sites",

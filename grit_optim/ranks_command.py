@@ -19,7 +19,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Add the command ``ranks`` to a command line."""
     text = "ranks, effective ranks and parameters of a saved LoRA adapter, and what was predicted of the ranks given up"
     parser = commands.add_parser("ranks", help=text, description=text)
-    parser.add_argument("path", type=Path, metavar="PATH", help="folder of an adapter that PEFT or save_adapter wrote")
+    parser.add_argument(
+        "path", type=Path, metavar="PATH", help="folder of an adapter that PEFT or save_adapter wrote"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON instead of a table")
     parser.add_argument(
         "--threshold", type=float, default=0.99, help="τ of the effective rank by threshold (by default 0.99)"
@@ -36,8 +38,8 @@ def show(arguments: argparse.Namespace) -> None:
 def read_ranks(path: Path, threshold: float = 0.99) -> RankReport:
     """The ranks in the adapter at ``path``, whoever wrote it.
 
-    Ranks and sizes are those of the tensors in the file. What they were before, sites that are left out, and predicted losses
-    come from ``grit_ranks.json``, where there is one.
+    Ranks and sizes are those of the tensors in the file. What they were before, sites that are left out, and
+    predicted losses come from ``grit_ranks.json``, where there is one.
 
     Raises:
         ValueError: no LoRA adapter there, or a threshold outside (0, 1].
@@ -96,7 +98,9 @@ def _read_past(path: Path) -> dict[str, dict[str, Any]]:
         ) from error
 
 
-def _site(place: str, tensors: dict[str, Tensor], past: dict[str, dict[str, Any]], threshold: float) -> SiteRank:
+def _site(
+    place: str, tensors: dict[str, Tensor], past: dict[str, dict[str, Any]], threshold: float
+) -> SiteRank:
     """One site, from its two tensors."""
     if place + _B not in tensors:
         raise ValueError(f"the adapter is damaged: it holds {place}{_A} and no {place}{_B}")
@@ -104,7 +108,9 @@ def _site(place: str, tensors: dict[str, Tensor], past: dict[str, dict[str, Any]
     name = place.removeprefix(_PREFIX)
     known = past.get(name, {})
     finite = bool(a.isfinite().all() and b.isfinite().all())  # a diverged run's have no spectrum
-    entropy, count = effective_ranks(product_singular_values(a, b)[None], threshold)[0] if finite else (None, None)
+    entropy, count = (
+        effective_ranks(product_singular_values(a, b)[None], threshold)[0] if finite else (None, None)
+    )
     size = a.numel() + b.numel()
     before = known.get("rank_before", a.shape[0]), known.get("parameters_before", size)
     return SiteRank(name, a.shape[0], before[0], entropy, count, size, before[1], known.get("predicted_loss"))

@@ -1,11 +1,13 @@
 """Penalties on a LoRA pair that come from its curvature, as gradients that need no term in the loss.
 
-With Σ_a, Σ_g and the projectors P_a, P_g onto their leading eigenvectors held constant (GRIT, arXiv 2601.00231):
+With Σ_a, Σ_g and the projectors P_a, P_g onto their leading eigenvectors held constant (GRIT, arXiv
+2601.00231):
 
     curvature     λ_K (tr(Aᵀ Σ_a A) + tr(B Σ_g Bᵀ))         ∇_A = 2 λ_K Σ_a A          ∇_B = 2 λ_K B Σ_g
     reprojection  λ_R (‖(I − P_a) A‖² + ‖B (I − P_g)‖²)     ∇_A = 2 λ_R (I − P_a) A    ∇_B = 2 λ_R B (I − P_g)
 
-Each gradient is one r×r matrix times A or B, so a site's two penalties together cost one product per matrix and step.
+Each gradient is one r×r matrix times A or B, so a site's two penalties together cost one product per matrix
+and step.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ from grit_optim.rank import RankPolicy
 
 
 def operators(
-    activation: Tensor, gradient: Tensor, onto_a: Tensor, onto_g: Tensor, lambda_kfac: float, lambda_reproj: float
+    activation: Tensor,
+    gradient: Tensor,
+    onto_a: Tensor,
+    onto_g: Tensor,
+    lambda_kfac: float,
+    lambda_reproj: float,
 ) -> tuple[Tensor, Tensor]:
     """``2 (λ_K Σ + λ_R (I − P))`` for A and for B, each ``[S, r, r]``.
 
@@ -59,7 +66,9 @@ def refresh(curvature: Curvature, policy: RankPolicy) -> None:
     )
 
 
-def _projectors(curvature: Curvature, policy: RankPolicy, ready_a: Tensor, ready_g: Tensor) -> tuple[Tensor, Tensor]:
+def _projectors(
+    curvature: Curvature, policy: RankPolicy, ready_a: Tensor, ready_g: Tensor
+) -> tuple[Tensor, Tensor]:
     """P_a and P_g: the identity until Σ_a has its samples, and P_g = P_a until Σ_g has, as in the paper's reprojection.
 
     Exactly the identity on coordinates that were given up, so that those stay exactly zero.

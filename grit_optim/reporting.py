@@ -43,9 +43,10 @@ class ReportingOptimizer(RankedOptimizer):
     def telemetry(self, per_site: bool = True) -> dict[str, Any]:
         """What has been done so far, as plain values (reading them waits for the device).
 
-        ``predicted_cost`` is the rise of the loss that all given-up ranks were predicted to cost, in the loss's unit.
-        ``mean_cosine`` is that of the angle between the latest update with and without curvature, over all matrices: 1
-        means that the curvature changed nothing. None where only the one with curvature is known ("eigenbasis", "balanced").
+        ``predicted_cost`` is the rise of the loss that all given-up ranks were predicted to cost, in the
+        loss's unit. ``mean_cosine`` is that of the angle between the latest update with and without
+        curvature, over all matrices: 1 means that the curvature changed nothing. None where only the one with
+        curvature is known ("eigenbasis", "balanced").
 
         Args:
             per_site: also each site's own numbers under ``"per_site"``, by name: see docs/telemetry.md.
@@ -79,7 +80,9 @@ class ReportingOptimizer(RankedOptimizer):
         """Every site's own numbers now, with the whole spectrum of both factors."""
         snapshot = Snapshot(self._curvatures, self._counters.outcomes, {})
         columns = snapshot.columns(top_eigenvalues=max((c.bucket.rank for c in self._curvatures), default=0))
-        return {name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(snapshot.names)}
+        return {
+            name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(snapshot.names)
+        }
 
     def stage_seconds(self) -> dict[str, float]:
         """Host seconds spent in each stage since construction."""
@@ -88,8 +91,9 @@ class ReportingOptimizer(RankedOptimizer):
     def final_ranks(self, path: str | Path | None = None) -> dict[str, dict[str, Any]]:
         """Ranks and parameter counts per site, by name, as the tables of a paper need them.
 
-        Each has ``base_r`` (the adapter's rank), ``final_k_a`` and ``final_k_b`` (directions that A and B keep),
-        ``effective_rank_a`` and ``effective_rank_g`` of both factors, ``parameters`` and ``parameters_kept``.
+        Each has ``base_r`` (the adapter's rank), ``final_k_a`` and ``final_k_b`` (directions that A and B
+        keep), ``effective_rank_a`` and ``effective_rank_g`` of both factors, ``parameters`` and
+        ``parameters_kept``.
 
         Args:
             path: also write them there as JSON, with the totals.
@@ -97,7 +101,11 @@ class ReportingOptimizer(RankedOptimizer):
         snapshot = Snapshot(self._curvatures, [], {})
         columns = snapshot.columns()
         effective = dict(
-            zip(snapshot.names, zip(columns["effective_rank_a"], columns["effective_rank_g"], strict=True), strict=True)
+            zip(
+                snapshot.names,
+                zip(columns["effective_rank_a"], columns["effective_rank_g"], strict=True),
+                strict=True,
+            )
         )
         final = {}
         for name, kept in self._kept().items():
@@ -112,7 +120,9 @@ class ReportingOptimizer(RankedOptimizer):
                 "parameters_kept": origin.parameters // origin.rank * kept,
             }
         if path is not None:
-            totals = {name: sum(f[name] for f in final.values()) for name in ("parameters", "parameters_kept")}
+            totals = {
+                name: sum(f[name] for f in final.values()) for name in ("parameters", "parameters_kept")
+            }
             Path(path).write_text(json.dumps({**totals, "sites": final}, indent=1) + "\n", encoding="utf8")
         return final
 
@@ -121,8 +131,8 @@ class ReportingOptimizer(RankedOptimizer):
     def observe(self, loss: Tensor | float) -> None:
         """Tell the loss of the coming step; several calls before a step are averaged. A tensor is not read back here.
 
-        Not needed where the model's output carries a ``loss`` or ``step`` gets a closure. A copied or unpickled optimizer knows
-        its pairs but not the model, and so needs one or the other.
+        Not needed where the model's output carries a ``loss`` or ``step`` gets a closure. A copied or
+        unpickled optimizer knows its pairs but not the model, and so needs one or the other.
 
         Args:
             loss: a number, or a tensor of one value.
@@ -202,7 +212,12 @@ class ReportingOptimizer(RankedOptimizer):
             "options": self.options.as_dict(),
             "base": type(self.base).__name__,
             "sites": [
-                {"name": s.name, "adapter": s.adapter, "rank": s.rank, "parameters": s.a.numel() + s.b.numel()}
+                {
+                    "name": s.name,
+                    "adapter": s.adapter,
+                    "rank": s.rank,
+                    "parameters": s.a.numel() + s.b.numel(),
+                }
                 for s in sites
             ],
         }

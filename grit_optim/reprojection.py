@@ -1,7 +1,7 @@
 """Fisher-guided reprojection of a LoRA pair, as four operators on the rank side.
 
-Every way to reproject is a :class:`Move`: A is multiplied from the left and B from the right by r×r matrices, and what
-transforms like a gradient (the base optimizer's moments) by two others.
+Every way to reproject is a :class:`Move`: A is multiplied from the left and B from the right by r×r matrices,
+and what transforms like a gradient (the base optimizer's moments) by two others.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ class Coordinates:
 def balanced_coordinates(factors: Factors, rank: Tensor, min_samples: int, damping: float) -> Coordinates:
     """The coordinates in which both factors are Λ, and in which dropping the trailing ones is the optimal reprojection.
 
-    The second-order loss change of keeping the leading k coordinates is proportional to the sum of the dropped Λ², the
-    least that any rank-k projection of h can cost (Eckart and Young 1936 on Σ_g^{1/2} Σ_a^{1/2}).
+    The second-order loss change of keeping the leading k coordinates is proportional to the sum of the
+    dropped Λ², the least that any rank-k projection of h can cost (Eckart and Young 1936 on Σ_g^{1/2}
+    Σ_a^{1/2}).
 
     Args:
         factors: Σ_a and Σ_g.
@@ -84,7 +85,12 @@ def balanced_coordinates(factors: Factors, rank: Tensor, min_samples: int, dampi
     )
     transform, inverse, spectrum = linalg.balance(activation, gradient, mask)
     ready_a, ready_g = factors.ready(min_samples)
-    usable = ready_a & ready_g & torch.isfinite(transform).all(-1).all(-1) & torch.isfinite(inverse).all(-1).all(-1)
+    usable = (
+        ready_a
+        & ready_g
+        & torch.isfinite(transform).all(-1).all(-1)
+        & torch.isfinite(inverse).all(-1).all(-1)
+    )
     transform, inverse = (
         torch.where(usable[:, None, None], matrix, linalg.eye_like(matrix)) for matrix in (transform, inverse)
     )
@@ -96,10 +102,12 @@ def paper_projection(
 ) -> tuple[Move, Tensor]:
     """``A ← V_a V_aᵀ A``, ``B ← B V_g V_gᵀ`` with the top-k eigenvectors of Σ_a and Σ_g (GRIT, arXiv 2601.00231).
 
-    The rank k comes from Σ_a. B is projected with V_a if not ``two_sided``, and while Σ_g has too few samples.
+    The rank k comes from Σ_a. B is projected with V_a if not ``two_sided``, and while Σ_g has too few
+    samples.
 
     Returns:
-        The move, the identity for sites whose Σ_a has fewer than ``min_samples`` tokens, and the rank kept ``[S]``.
+        The move, the identity for sites whose Σ_a has fewer than ``min_samples`` tokens, and the rank kept
+        ``[S]``.
     """
     ready_a, ready_g = factors.ready(min_samples)
     values, vectors = linalg.descending_eigh(factors.activation)

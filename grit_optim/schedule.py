@@ -16,7 +16,7 @@ def ramp(step: int, warmup: int) -> float:
 def capture_due(step: int, period: int) -> bool:
     """Whether the taps record in ``step``.
 
-    B starts at zero, so δ = s·Bᵀg is zero throughout step 0 and nothing is learnt from it; the period therefore
-    starts at step 1.
+    B starts at zero, so δ = s·Bᵀg is zero throughout step 0 and nothing is learnt from it; the period
+    therefore starts at step 1.
     """
     return step == 0 or (step - 1) % period == 0

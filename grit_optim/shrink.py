@@ -71,8 +71,14 @@ def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], pef
 def _narrow_state(base: Optimizer, parameter: Tensor, dim: int, rank: int) -> set[str]:
     """Cut what has the parameter's shape along with it; state of another form is reset, and its names are returned."""
     state: dict[str, Any] = base.state.get(parameter, {})
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
-    strange = {n for n, value in tensors.items() if value.shape != parameter.shape or not value.dtype.is_floating_point}
+    tensors = {
+        name: value for name, value in state.items() if isinstance(value, Tensor) and value.numel() > 1
+    }
+    strange = {
+        n
+        for n, value in tensors.items()
+        if value.shape != parameter.shape or not value.dtype.is_floating_point
+    }
     if strange:
         base.state.pop(parameter, None)
         return strange

@@ -1,7 +1,7 @@
 """Where records go: a file of JSON lines, TensorBoard, Weights & Biases. Any callable that takes a dict is a sink too.
 
-A record's ``kind`` is ``"start"`` (options and sites, once per run), ``"step"`` or ``"end"`` (final ranks); docs/telemetry.md
-lists what each holds.
+A record's ``kind`` is ``"start"`` (options and sites, once per run), ``"step"`` or ``"end"`` (final ranks);
+docs/telemetry.md lists what each holds.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class TensorBoard:
 
     Args:
         log_dir: folder of the event files.
-        per_site: also every site's own numbers, under ``Fisher/<site>/``; else only medians and ranges over the sites.
+        per_site: also every site's own numbers, under ``Fisher/<site>/``; else only medians and ranges over
+            the sites.
     """
 
     def __init__(self, log_dir: str | Path, per_site: bool = False) -> None:
@@ -92,7 +93,8 @@ class WandB:
     def __call__(self, record: Record) -> None:
         """Log the record's scalars; the options go to the run's configuration.
 
-        The steps are logged as ``GRIT/step``, so that they may differ from those that a trainer logs in the same run.
+        The steps are logged as ``GRIT/step``, so that they may differ from those that a trainer logs in the
+        same run.
         """
         if record["kind"] == "start":
             self.run.config.update({"grit": record["options"]}, allow_val_change=True)
@@ -122,7 +124,9 @@ class Flattener:
             self._names = [site["name"] for site in record["sites"]]
             return {}
         if record["kind"] == "end":
-            found = [(name, key, value) for name, site in record["final"].items() for key, value in site.items()]
+            found = [
+                (name, key, value) for name, site in record["final"].items() for key, value in site.items()
+            ]
             return {f"Fisher/{name}/{key}": float(value) for name, key, value in found if _is_number(value)}
         flat = {f"GRIT/{name}": float(value) for name, value in record.items() if _is_number(value)}
         flat.update({f"GRIT/seconds/{name}": value for name, value in record["stage_seconds"].items()})
@@ -142,7 +146,9 @@ class Flattener:
             if _is_number(value):
                 flat[f"Fisher/{site}/{name}"] = float(value)
             elif name.startswith("eigenvalues") and value is not None:
-                flat.update({f"Fisher/{site}/eig_{name[-1]}_{i}": v for i, v in enumerate(value) if _is_number(v)})
+                flat.update(
+                    {f"Fisher/{site}/eig_{name[-1]}_{i}": v for i, v in enumerate(value) if _is_number(v)}
+                )
         return flat
 
 

@@ -1,7 +1,8 @@
 """Finding the LoRA pairs of a model. The only module that knows how PEFT lays them out.
 
-A *site* is one pair: ``A`` ``[r, d_in]`` (``lora_A.weight``) and ``B`` ``[d_out, r]`` (``lora_B.weight``), which add
-``s·B·A·x`` to a frozen layer. PEFT is recognised by the attributes of its layers, so that it need not be imported.
+A *site* is one pair: ``A`` ``[r, d_in]`` (``lora_A.weight``) and ``B`` ``[d_out, r]`` (``lora_B.weight``),
+which add ``s·B·A·x`` to a frozen layer. PEFT is recognised by the attributes of its layers, so that it need
+not be imported.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Layers that hold ``lora_A`` but never call it as a module on activations, so that a hook on it would not fire.
+# Layers that hold ``lora_A`` but never call it as a module on activations, so that a hook on it would not
+# fire.
 _UNTAPPABLE_LAYERS = {
     "ParamWrapper": "PEFT reads the weights of `target_parameters` (MoE experts) directly",
     "MultiheadAttention": "PEFT merges the adapter of nn.MultiheadAttention into its weight",
     "LoraParallelLinear": "the rank of a tensor-parallel layer is split over processes",
 }
-# Variants whose forward pass is lora_B(lora_A(x)); any other may scale, mask or skip what lies between A and B.
+# Variants whose forward pass is lora_B(lora_A(x)); any other may scale, mask or skip what lies between A and
+# B.
 _TAPPABLE_VARIANTS = {"DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant",
                       "ALoraLinearVariant"}  # fmt: skip
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -34,13 +37,14 @@ class Site:
     """One LoRA pair, looked up anew at each access, since PEFT may replace the modules that it holds.
 
     Attributes:
-        name: the layer's name in the model and the adapter's, as in ``model.layers.0.self_attn.q_proj.default``; it keys
-            the site's state in checkpoints.
+        name: the layer's name in the model and the adapter's, as in
+            ``model.layers.0.self_attn.q_proj.default``; it keys the site's state in checkpoints.
         adapter: the key of the pair in the two mappings.
         a_modules: adapter name to the module whose weight is A; its output is h = A x.
         b_modules: adapter name to the module whose weight is B.
         scalings: adapter name to s.
-        layer_bias: the bias of the layer that the pair is added to, where PEFT trains and saves it (``bias="lora_only"``).
+        layer_bias: the bias of the layer that the pair is added to, where PEFT trains and saves it
+            (``bias="lora_only"``).
     """
 
     name: str
@@ -103,13 +107,13 @@ class Site:
     def narrow_(self, rank: int, layer: Any) -> None:
         """Keep the leading ``rank`` directions of A and B alone, with their gradients; ΔW's scaling s stays.
 
-        The Parameter objects stay the same, so that whoever holds them need not be told. At rank 0 a PEFT layer loses the
-        adapter, as if it had never been a target.
+        The Parameter objects stay the same, so that whoever holds them need not be told. At rank 0 a PEFT
+        layer loses the adapter, as if it had never been a target.
 
         Args:
             rank: how many directions stay.
-            layer: PEFT's layer that holds the pair; None for hand-written LoRA. A site does not hold it itself: a copy of the
-                optimizer would then copy the frozen weights too.
+            layer: PEFT's layer that holds the pair; None for hand-written LoRA. A site does not hold it
+                itself: a copy of the optimizer would then copy the frozen weights too.
         """
         scaling = self.scaling
         if rank == 0 and layer is not None:
@@ -121,7 +125,10 @@ class Site:
         a_module, b_module = self.a_modules[self.adapter], self.b_modules[self.adapter]
         _narrow(self.a, 0, rank)
         _narrow(self.b, 1, rank)
-        for module, names in ((a_module, ("out_features", "out_channels")), (b_module, ("in_features", "in_channels"))):
+        for module, names in (
+            (a_module, ("out_features", "out_channels")),
+            (b_module, ("in_features", "in_channels")),
+        ):
             for name in names:
                 if hasattr(module, name):
                     setattr(module, name, rank)
@@ -159,7 +166,8 @@ def _narrow(parameter: Tensor, dim: int, size: int) -> None:
     """Cut ``parameter`` and its gradient to the first ``size`` entries of ``dim``, keeping the object."""
     gradient, kept = parameter.grad, parameter.detach().narrow(dim, 0, size).clone()
     parameter.grad = None
-    # Autograd keeps the shape that it saw first for as long as an old graph is alive; a change of dtype makes it look again.
+    # Autograd keeps the shape that it saw first for as long as an old graph is alive; a change of dtype makes
+    # it look again.
     other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
     parameter.data = parameter.data.to(other)
     parameter.data = kept
@@ -225,7 +233,8 @@ def find_sites(
 
     Args:
         model: a PEFT model, or any module that contains PEFT's LoRA layers.
-        parameters: the base optimizer's parameters; a pair of which neither matrix is among them is left alone.
+        parameters: the base optimizer's parameters; a pair of which neither matrix is among them is left
+            alone.
         frozen_too: take parameters that require no gradient now for trained as well.
 
     Returns:
@@ -274,7 +283,11 @@ def peft_model_in(model: nn.Module) -> Any:
         ValueError: there is none.
     """
     for module in model.modules():
-        if hasattr(module, "peft_config") and hasattr(module, "base_model") and hasattr(module, "get_base_model"):
+        if (
+            hasattr(module, "peft_config")
+            and hasattr(module, "base_model")
+            and hasattr(module, "get_base_model")
+        ):
             return module
     raise ValueError(
         f"{type(model).__name__} holds no PeftModel, so there is no PEFT adapter to save; make one with "
@@ -299,7 +312,8 @@ class AdapterLayers:
 
     Attributes:
         pairs: name in the base model to the pair, for plain pairs of A and B.
-        others: name in the base model to the layer, for all other LoRA layers (embeddings, MoE experts, variants).
+        others: name in the base model to the layer, for all other LoRA layers (embeddings, MoE experts,
+            variants).
     """
 
     pairs: dict[str, Site]
@@ -317,7 +331,11 @@ def adapter_layers(peft_model: Any, adapter: str) -> AdapterLayers:
         if adapter not in getattr(layer, "r", ()) or not isinstance(getattr(layer, "lora_alpha", None), dict):
             continue
         a_modules, b_modules = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
-        if isinstance(a_modules, nn.ModuleDict) and isinstance(b_modules, nn.ModuleDict) and adapter in a_modules:
+        if (
+            isinstance(a_modules, nn.ModuleDict)
+            and isinstance(b_modules, nn.ModuleDict)
+            and adapter in a_modules
+        ):
             site = _site_of(name, adapter, layer, bias_saved)
             if _reason_untapped(layer, site, {id(site.a), id(site.b)}, tied) is None:
                 pairs[name] = site

@@ -1,7 +1,7 @@
 """One step's state on its way to the host, and what it says per site.
 
-Taking a snapshot starts copies and waits for nothing; eigenvalues and all else are worked out on the host from the copies,
-once those have arrived.
+Taking a snapshot starts copies and waits for nothing; eigenvalues and all else are worked out on the host
+from the copies, once those have arrived.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class Snapshot:
     """
 
     def __init__(
-        self, curvatures: Sequence[Curvature], outcomes: Sequence[Outcome], scalars: Mapping[str, Tensor | float | None]
+        self,
+        curvatures: Sequence[Curvature],
+        outcomes: Sequence[Outcome],
+        scalars: Mapping[str, Tensor | float | None],
     ) -> None:
         self.names = [name for curvature in curvatures for name in curvature.bucket.names()]
         self._sizes = [len(curvature.bucket.sites) for curvature in curvatures]
@@ -41,7 +44,9 @@ class Snapshot:
             tensors.update({f"{i} {name}": value for name, value in _tensors_of(curvature).items()})
         for i, outcome in enumerate(self._outcomes):
             parts = {n: getattr(outcome, n) for n in ("gradient_norm", "without", "turned", "cosine")}
-            tensors.update({f"outcome {i} {name}": value for name, value in parts.items() if value is not None})
+            tensors.update(
+                {f"outcome {i} {name}": value for name, value in parts.items() if value is not None}
+            )
         self._copy = HostCopy(tensors)
 
     def arrived(self) -> bool:
@@ -58,8 +63,10 @@ class Snapshot:
         """Per quantity a list with an entry per site, in the order of ``names``; None where there is no finite number.
 
         Args:
-            top_eigenvalues: how many leading eigenvalues of each factor to add (``eigenvalues_a``, ``eigenvalues_g``).
-            eigenvectors_of: for how many of the first sites to add the eigenvectors, as columns (``eigenvectors_a``, …).
+            top_eigenvalues: how many leading eigenvalues of each factor to add (``eigenvalues_a``,
+                ``eigenvalues_g``).
+            eigenvectors_of: for how many of the first sites to add the eigenvectors, as columns
+                (``eigenvectors_a``, …).
         """
         tensors = self._copy.read()
         columns: dict[str, list[Any]] = {}
@@ -77,7 +84,9 @@ class Snapshot:
         columns: dict[str, list[Any]] = {}
         starts = [sum(self._sizes[:i]) for i in range(len(self._sizes))]
         for i, outcome in enumerate(self._outcomes):
-            parts = {n: tensors.get(f"outcome {i} {n}") for n in ("gradient_norm", "without", "turned", "cosine")}
+            parts = {
+                n: tensors.get(f"outcome {i} {n}") for n in ("gradient_norm", "without", "turned", "cosine")
+            }
             named = {
                 "gradient_norm": parts["gradient_norm"],
                 "norm_without": parts["without"],

@@ -101,7 +101,10 @@ class StagedOptimizer(OptimizerWrapper):
         if any(a.dim() < 2 for a, _, _ in self._weights):
             check_parameters({site.name: site.a for site in self._sites})
         if all(same) and not moved:
-            if self._versions not in (None, self._weight_versions()):  # somebody has loaded weights since the last step
+            if self._versions not in (
+                None,
+                self._weight_versions(),
+            ):  # somebody has loaded weights since the last step
                 pairs.settle_ranks(self._curvatures)
             return
         replaced = [site.name for site, is_same in zip(self._sites, same, strict=True) if not is_same]
@@ -116,12 +119,15 @@ class StagedOptimizer(OptimizerWrapper):
     def check_capture(self) -> list[diagnosis.SiteReport]:
         """Whether the taps see what the gradients saw, per site; call it after ``backward()`` and before :meth:`step`.
 
-        Compares ⟨A, ∇A⟩, ⟨B, ∇B⟩ and Σ h·δ, which are equal up to the loss scale and the trainer's clipping. Reads values
-        from the device. Runs by itself in the first steps, and warns. Where several processes train together, a process knows
-        its own tokens alone, and the amounts are compared in the first steps only.
+        Compares ⟨A, ∇A⟩, ⟨B, ∇B⟩ and Σ h·δ, which are equal up to the loss scale and the trainer's clipping.
+        Reads values from the device. Runs by itself in the first steps, and warns. Where several processes
+        train together, a process knows its own tokens alone, and the amounts are compared in the first steps
+        only.
         """
         capture = self._capture
-        return diagnosis.inspect(capture.sites, capture.seen(), capture.rounding, compare=processes.size() == 1)
+        return diagnosis.inspect(
+            capture.sites, capture.seen(), capture.rounding, compare=processes.size() == 1
+        )
 
     def _fold_statistics(self) -> bool:
         """Stage 1. Returns whether a tap fired since the last step: without that nothing of GRIT's advances."""
@@ -178,7 +184,9 @@ class StagedOptimizer(OptimizerWrapper):
         """What one unit of a squared gradient is to be in this step, not finite if a gradient is not; None without moments."""
         if self.options.fisher == "kfac":
             return None
-        groups = [part for c in self._curvatures for group in c.bucket.groups if (part := group.with_gradient())]
+        groups = [
+            part for c in self._curvatures for group in c.bucket.groups if (part := group.with_gradient())
+        ]
         return mean_square(groups, device, relative=self.options.damping == "relative")
 
     def _weight_versions(self) -> list[int]:
@@ -213,8 +221,11 @@ class StagedOptimizer(OptimizerWrapper):
     def _step_base(self) -> None:
         """Stages 3 and 4."""
         mode = self._mode if self._in_use() else modes.Identity(self.base)
-        penalty = schedule.ramp(self._steps, self.options.regularizer_warmup_steps) if self._penalised else 0.0
-        # The mode that is to come decides: its guard against gradients that are not finite holds in the warm-up too.
+        penalty = (
+            schedule.ramp(self._steps, self.options.regularizer_warmup_steps) if self._penalised else 0.0
+        )
+        # The mode that is to come decides: its guard against gradients that are not finite holds in the
+        # warm-up too.
         needed = self._mode.holds_gradients or self.options.max_grad_norm is not None or penalty > 0
         with self._times("precondition"):
             held = hold_gradients(self._curvatures) if needed else []
@@ -277,7 +288,10 @@ class StagedOptimizer(OptimizerWrapper):
             ranks = self._ranks_within(found, self._budget.advance(self._steps), self.options.rank_regrowth)
         else:
             policy = self._rank_policy()
-            ranks = [policy.next_rank(f.energy, c.rank, f.usable) for f, c in zip(found, self._curvatures, strict=True)]
+            ranks = [
+                policy.next_rank(f.energy, c.rank, f.usable)
+                for f, c in zip(found, self._curvatures, strict=True)
+            ]
         self._truncate(found, ranks)
 
     def _ranks_within(self, found: Sequence[Coordinates], parameters: Tensor, regrowth: bool) -> list[Tensor]:
@@ -298,7 +312,9 @@ class StagedOptimizer(OptimizerWrapper):
                 self._mode.refresh(curvature)
             self._refresh_penalties(curvature)
         policy = self._rank_policy()
-        self._reduced = self._reduced or self._budget is not None or (policy.fixed or policy.threshold) is not None
+        self._reduced = (
+            self._reduced or self._budget is not None or (policy.fixed or policy.threshold) is not None
+        )
 
     def _count(self, loss: Tensor | float | None) -> None:
         """The first half of stage 6."""
@@ -310,6 +326,8 @@ class StagedOptimizer(OptimizerWrapper):
 
 def _outcome(held: Held, bucket: int) -> Outcome:
     """What is kept of a group's step until the next one, a number per matrix."""
-    flat = [t if t is None else t.flatten() for t in (held.gradient_norm, held.without, held.turned, held.cosine)]
+    flat = [
+        t if t is None else t.flatten() for t in (held.gradient_norm, held.without, held.turned, held.cosine)
+    ]
     assert flat[0] is not None
     return Outcome(bucket, held.group.side, held.group.positions, flat[0], *flat[1:])

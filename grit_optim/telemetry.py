@@ -22,9 +22,12 @@ class StageTimes:
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Time the body of a ``with`` statement."""
-        # Entering a record_function costs more than a small stage does, so it is left out while nobody profiles.
+        # Entering a record_function costs more than a small stage does, so it is left out while nobody
+        # profiles.
         named = (
-            torch.profiler.record_function(f"grit::{stage}") if torch.autograd._profiler_enabled() else nullcontext()
+            torch.profiler.record_function(f"grit::{stage}")
+            if torch.autograd._profiler_enabled()
+            else nullcontext()
         )
         start = time.perf_counter()
         try:
@@ -43,8 +46,8 @@ class Outcome:
         side: "A" or "B".
         positions: each one's position in the bucket.
         gradient_norm: ‖∇‖ of the loss.
-        without: norm of the update without curvature: the gradient in "inverse", the base's own step in "spectral" and
-            "steer"; None in the modes that only know the one with.
+        without: norm of the update without curvature: the gradient in "inverse", the base's own step in
+            "spectral" and "steer"; None in the modes that only know the one with.
         turned: norm of the update with it: Σ⁻¹∇ or the turned step; None where ``without`` is.
         cosine: of the angle between the two; NaN where one is zero, None where ``without`` is.
     """

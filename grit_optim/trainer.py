@@ -26,10 +26,11 @@ def for_trainer(
 def for_trainer(model: nn.Module | None = None, **keywords: Any) -> Any:
     """A GritOptimizer for a trainer: built by the trainer, or built now on the model that the trainer has made.
 
-    ``Trainer(..., optimizer_cls_and_kwargs=(for_trainer, {"lr": 2e-4}))``: transformers from 5.2 on calls it as
-    ``for_trainer()(model, **kwargs)`` once the model has its adapter. Older ones hand over parameter groups instead of the
-    model: there, ``trainer.optimizer = for_trainer(trainer.model, lr=2e-4)`` before ``train()``, or the same in an override of
-    ``create_optimizer``; both work in either.
+    ``Trainer(..., optimizer_cls_and_kwargs=(for_trainer, {"lr": 2e-4}))``: transformers from 5.2 on calls it
+    as ``for_trainer()(model, **kwargs)`` once the model has its adapter. Older ones hand over parameter
+    groups instead of the
+    model: there, ``trainer.optimizer = for_trainer(trainer.model, lr=2e-4)`` before ``train()``, or the same
+    in an override of ``create_optimizer``; both work in either.
 
     Args:
         model: the PEFT model, or None for the factory.
@@ -66,10 +67,12 @@ def build(
 
     Args:
         model: the PEFT model.
-        lr: learning rate. The Trainer does not tell the factory ``args.learning_rate``, so it has to be given here.
+        lr: learning rate. The Trainer does not tell the factory ``args.learning_rate``, so it has to be given
+            here.
         base: class of the base optimizer, or any callable of parameter groups and keywords.
-        **keywords: those that GritOptimizer has go to it, all others (weight_decay, betas, …) to ``base``. As in the
-            Trainer, only matrices decay: biases and the weights of norms are a group with a ``weight_decay`` of 0.
+        **keywords: those that GritOptimizer has go to it, all others (weight_decay, betas, …) to ``base``. As
+            in the Trainer, only matrices decay: biases and the weights of norms are a group with a
+            ``weight_decay`` of 0.
 
     Raises:
         ValueError: the model has nothing to train, or no LoRA pair.
@@ -84,7 +87,9 @@ def _groups(model: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Matrices, and what does not decay; a group that would be empty is left out."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
-        raise ValueError("no parameter of the model requires a gradient; add the adapter before the optimizer is built")
+        raise ValueError(
+            "no parameter of the model requires a gradient; add the adapter before the optimizer is built"
+        )
     matrices, vectors = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
     groups: list[dict[str, Any]] = [{"params": matrices}] if matrices else []
     if vectors:

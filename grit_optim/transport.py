@@ -1,10 +1,11 @@
 """The base optimizer's state: reading its moments, and moving them along when the coordinates of A and B change.
 
-State tensors are known by name, so that any optimizer that uses the field's names is served. What transforms like a
-gradient is multiplied as a gradient is, copies of the weights as the weights are. Squared gradients are multiplied by the
-squared entries (exact for permutations and sign changes), and where the tokens' factors tell how a gradient's entries are
-correlated over the rank, by what that leaves out. Any other tensor that has the parameter's shape is not understood: the
-parameter's state is then dropped, so that the base starts it anew, and named.
+State tensors are known by name, so that any optimizer that uses the field's names is served. What transforms
+like a gradient is multiplied as a gradient is, copies of the weights as the weights are. Squared gradients
+are multiplied by the squared entries (exact for permutations and sign changes), and where the tokens' factors
+tell how a gradient's entries are correlated over the rank, by what that leaves out. Any other tensor that has
+the parameter's shape is not understood: the parameter's state is then dropped, so that the base starts it
+anew, and named.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ GRADIENT_LIKE = ("exp_avg", "momentum_buffer", "grad_avg")
 SQUARE_LIKE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 WEIGHT_LIKE = ("z",)  # schedule-free's second copy of the weights
 
-# Classes of these names decay the weights by lr·weight_decay outside the gradient, as Loshchilov and Hutter (2019) do; and
-# these of bitsandbytes' kernels, whatever the class that calls them.
+# Classes of these names decay the weights by lr·weight_decay outside the gradient, as Loshchilov and Hutter
+# (2019) do; and these of bitsandbytes' kernels, whatever the class that calls them.
 _DECOUPLED_NAMES = ("AdamW", "Lion", "Muon", "Adafactor")
 _DECOUPLED_KERNELS = ("adam", "ademamix", "lamb", "lion")
 _SQUARES_FIRST = ("adagrad", "rmsprop")  # kernels of bitsandbytes whose ``state1`` holds squared gradients
@@ -38,7 +39,9 @@ def rate(settings: dict[str, Any]) -> float | Tensor:
     return settings["scheduled_lr"] if "scheduled_lr" in settings else settings["lr"]
 
 
-def decoupled_decay(base: Optimizer, settings: dict[str, Any], parameters: Sequence[Tensor]) -> float | Tensor:
+def decoupled_decay(
+    base: Optimizer, settings: dict[str, Any], parameters: Sequence[Tensor]
+) -> float | Tensor:
     """The share of the weights that ``base`` takes off in one step beside its update: rate·weight_decay, or 0.
 
     Args:
@@ -54,7 +57,10 @@ def decoupled_decay(base: Optimizer, settings: dict[str, Any], parameters: Seque
         return 0.0
     if settings.get("scale_parameter") or settings.get("relative_step"):
         rates = [base._get_lr(settings, base.state[p]) for p in parameters]  # type: ignore[attr-defined]
-        return decay * torch.stack([torch.as_tensor(r, device=parameters[0].device) for r in rates])[:, None, None]
+        return (
+            decay
+            * torch.stack([torch.as_tensor(r, device=parameters[0].device) for r in rates])[:, None, None]
+        )
     return rate(settings) * decay
 
 
@@ -77,13 +83,17 @@ def first_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
     """The base's average (or decayed sum) of the gradient for ``parameter``, in the parameter's shape, or None."""
     state = base.state.get(parameter, {})
     for name in ("exp_avg", "grad_avg", "momentum_buffer"):
-        averages_gradients = name != "momentum_buffer" or "square_avg" not in state  # RMSprop's is of scaled gradients
+        averages_gradients = (
+            name != "momentum_buffer" or "square_avg" not in state
+        )  # RMSprop's is of scaled gradients
         if isinstance(state.get(name), Tensor) and averages_gradients:
             return state[name]
     return None if _kernel(base) in _SQUARES_FIRST else _bitsandbytes_moment(state, "1")
 
 
-def moment_weight(base: Optimizer, parameter: Tensor, settings: dict[str, Any], decay: float) -> Tensor | float:
+def moment_weight(
+    base: Optimizer, parameter: Tensor, settings: dict[str, Any], decay: float
+) -> Tensor | float:
     """What :func:`first_moment` is to be divided by to be a mean of gradients: the sum of the weights in it.
 
     Args:
@@ -93,8 +103,8 @@ def moment_weight(base: Optimizer, parameter: Tensor, settings: dict[str, Any], 
         decay: what the average keeps per step, β₁ or SGD's momentum.
 
     Returns:
-        ``1 − β₁ᵗ`` for Adam's average after t steps, ``(1 − dampening) / (1 − β)`` for SGD's momentum buffer, which sums, 1
-        for any other.
+        ``1 − β₁ᵗ`` for Adam's average after t steps, ``(1 − dampening) / (1 − β)`` for SGD's momentum buffer,
+        which sums, 1 for any other.
     """
     if "dampening" in settings:
         return (1 - settings["dampening"]) / (1 - decay)
@@ -107,8 +117,8 @@ def freshened_correction(
 ) -> Tensor | float:
     """What Adam's step is too long by where its average keeps less than Adam believes, as a factor that mends it.
 
-    In step t an average that kept ``w`` per step until then has the weight β₁ (1 − wᵗ⁻¹) + 1 − β₁, and Adam divides by
-    1 − β₁ᵗ.
+    In step t an average that kept ``w`` per step until then has the weight β₁ (1 − wᵗ⁻¹) + 1 − β₁, and Adam
+    divides by 1 − β₁ᵗ.
 
     Args:
         base: the base optimizer.
@@ -172,7 +182,9 @@ def _quantize(state: dict[str, Any], value: Tensor) -> None:
 
     codes, scales = state["state1"], state["absmax1"]
     contiguous = value.to(torch.float32).reshape(codes.shape).contiguous()
-    stored, found = functional.quantize_blockwise(contiguous, code=state["qmap1"], blocksize=_block_size(codes, scales))
+    stored, found = functional.quantize_blockwise(
+        contiguous, code=state["qmap1"], blocksize=_block_size(codes, scales)
+    )
     codes.copy_(stored)
     scales.copy_(found.absmax)
 
@@ -195,7 +207,8 @@ def set_weights(base: Optimizer, group: Group, stacked: Tensor, changed: Tensor)
         base: the base optimizer.
         group: the matrices.
         stacked: what they are from now on.
-        changed: rank coordinates ``[S, r]`` whose copies are set too; elsewhere a copy may differ from its weight.
+        changed: rank coordinates ``[S, r]`` whose copies are set too; elsewhere a copy may differ from its
+            weight.
     """
     group.write(stacked)
     for name in WEIGHT_LIKE:
@@ -212,14 +225,15 @@ def move_state(
 ) -> None:
     """Move the base's state for the parameters of ``groups`` as ``move`` says.
 
-    Where a state tensor is not understood, those parameters' state is dropped with a warning, and the base starts it anew.
+    Where a state tensor is not understood, those parameters' state is dropped with a warning, and the base
+    starts it anew.
 
     Args:
         base: the base optimizer.
         groups: the matrices.
         move: what happens to their coordinates.
-        covariances: of ∇A's and of ∇B's entries over the rank, up to a factor, before the move, ``[S, r, r]`` each; None where
-            they are taken to be uncorrelated.
+        covariances: of ∇A's and of ∇B's entries over the rank, up to a factor, before the move, ``[S, r, r]``
+            each; None where they are taken to be uncorrelated.
     """
     a_square, b_square = move.a_gradient.square(), move.b_gradient.square()
     if covariances is not None:
@@ -249,8 +263,9 @@ def move_state(
 def _square_operator(operator: Tensor, covariance: Tensor) -> Tensor:
     """What the second moments of g become where g becomes ``O g``: ``O²`` entry by entry, times what that leaves out.
 
-    ``E[(O g)_i²] = Σ_kl O_ik O_il E[g_k g_l]``, of which ``O²`` has the terms k = l. The others are taken from ``covariance``,
-    which makes the result exact where the columns of a gradient have the same correlations over the rank.
+    ``E[(O g)_i²] = Σ_kl O_ik O_il E[g_k g_l]``, of which ``O²`` has the terms k = l. The others are taken
+    from ``covariance``, which makes the result exact where the columns of a gradient have the same
+    correlations over the rank.
 
     Args:
         operator: O ``[S, r, r]``.
@@ -269,7 +284,9 @@ def _unknown_names(parameters: Sequence[Tensor], states: Sequence[dict[str, Any]
         name
         for parameter, state in zip(parameters, states, strict=True)
         for name, value in state.items()
-        if isinstance(value, Tensor) and value.numel() > 1 and (name not in known or value.shape != parameter.shape)
+        if isinstance(value, Tensor)
+        and value.numel() > 1
+        and (name not in known or value.shape != parameter.shape)
     }
 
 
@@ -281,7 +298,9 @@ def _move_named(group: Group, states: Sequence[dict[str, Any]], name: str, opera
     part = group if len(present) == len(states) else group.subset(present)
     tensors: list[Tensor] = [states[i][name] for i in present]
     moved = part.apply(operator, part.stack(tensors).to(operator.dtype)).to(tensors[0].dtype)
-    torch._foreach_copy_(tensors, [value.view_as(tensor) for tensor, value in zip(tensors, moved, strict=True)])
+    torch._foreach_copy_(
+        tensors, [value.view_as(tensor) for tensor, value in zip(tensors, moved, strict=True)]
+    )
 
 
 def _warn_dropped_state(base: Optimizer, names: set[str]) -> None:

@@ -85,7 +85,9 @@ def dashboard(run: RunLog) -> RenderableType:
         by_projection.add_row(projection, str(len(members)), *cells)
     mode = f"{options['precondition']} · fisher {options['fisher']} · {run.start['base']}"
     state = "ended" if run.end is not None else "running"
-    return Panel(Group(facts, by_projection), title=f"{run.path.name} · step {last['step']} · {state}", subtitle=mode)
+    return Panel(
+        Group(facts, by_projection), title=f"{run.path.name} · step {last['step']} · {state}", subtitle=mode
+    )
 
 
 def summary(run: RunLog) -> dict[str, str]:
@@ -94,7 +96,9 @@ def summary(run: RunLog) -> dict[str, str]:
     losses = [step["loss"] for step in run.steps if step["loss"] is not None]
     ranks, base = last["sites"]["rank"], [site["rank"] for site in run.start["sites"]]
     shares = time_shares(last)
-    parts = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if name != "base" and share >= 0.001)
+    parts = ", ".join(
+        f"{name} {share:.1%}" for name, share in shares.items() if name != "base" and share >= 0.001
+    )
     return {
         "loss (nats per token)": f"{losses[-1]:.4g}  {sparkline(losses)}"
         if losses

@@ -1,8 +1,9 @@
 """A ``torch.optim.Optimizer`` that stands for another one.
 
-``param_groups``, ``state`` and ``defaults`` are the base's own, reached through properties: an alias of the list would go
-stale as soon as the base loads a state dict. Whatever the base merely has, such as ``_step_supports_amp_scaling``, is not
-passed on: a GradScaler would then hand over gradients that are still scaled.
+``param_groups``, ``state`` and ``defaults`` are the base's own, reached through properties: an alias of the
+list would go stale as soon as the base loads a state dict. Whatever the base merely has, such as
+``_step_supports_amp_scaling``, is not passed on: a GradScaler would then hand over gradients that are still
+scaled.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ class OptimizerWrapper(Optimizer, ABC):
 
     Attributes:
         base: the optimizer that holds the parameters.
-        state_key: the one top-level key of the state dict under which the wrapper's own state lies; torch's loaders
-            ignore it.
+        state_key: the one top-level key of the state dict under which the wrapper's own state lies; torch's
+            loaders ignore it.
     """
 
     base: Optimizer
@@ -29,8 +30,13 @@ class OptimizerWrapper(Optimizer, ABC):
     def _wrap(self, base: Optimizer) -> None:
         """Stand for ``base`` from now on; takes the place of ``Optimizer.__init__``."""
         self.base = base
-        Optimizer.__setstate__(self, {})  # the hook dicts and the patched step, without touching the base's groups
-        for name in ("train", "eval"):  # schedule-free optimizers; a trainer asks whether there are such methods
+        Optimizer.__setstate__(
+            self, {}
+        )  # the hook dicts and the patched step, without touching the base's groups
+        for name in (
+            "train",
+            "eval",
+        ):  # schedule-free optimizers; a trainer asks whether there are such methods
             if callable(getattr(base, name, None)):
                 setattr(self, name, getattr(base, name))
 

@@ -1,7 +1,7 @@
 """Base models that a fresh process can build again, and a program that loads adapters onto them.
 
-``python tests/bases.py CASES.pt`` reads a list of (base, folder of the base, folder of the adapter), and writes what each
-model answers beside it.
+``python tests/bases.py CASES.pt`` reads a list of (base, folder of the base, folder of the adapter), and
+writes what each model answers beside it.
 """
 
 import sys
@@ -69,7 +69,9 @@ def main(path):
     from peft import PeftModel
 
     warnings.simplefilter("error", UserWarning)  # PEFT warns of missing keys
-    warnings.filterwarnings("ignore", message=".*kernels.*|.*gemm.*|.*float32.*quantiz.*|.*inputs will be cast.*")
+    warnings.filterwarnings(
+        "ignore", message=".*kernels.*|.*gemm.*|.*float32.*quantiz.*|.*inputs will be cast.*"
+    )
     answers = []
     for kind, base, adapter in torch.load(path):
         # An adapter that was trained in bf16 is compared in bf16; by default PEFT would load it as fp32.

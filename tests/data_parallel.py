@@ -1,7 +1,7 @@
 """One of several processes that train a tiny model together; `data_parallel.py RANK PROCESSES FOLDER` runs every scenario.
 
-Each process takes its rows of every batch, and writes what it ended with to FOLDER. The same scenarios run in one process are
-those with the whole batch.
+Each process takes its rows of every batch, and writes what it ended with to FOLDER. The same scenarios run in
+one process are those with the whole batch.
 """
 
 import contextlib
@@ -29,7 +29,12 @@ OPTIONS = {
     "eigenbasis": {"precondition": "eigenbasis"},
     "balanced": {"precondition": "balanced", "kfac_update_freq": 2},
     "inverse": {"precondition": "inverse"},
-    "absolute": {"precondition": "inverse", "damping": "absolute", "kfac_damping": 1e-3, "preserve_norm": False},
+    "absolute": {
+        "precondition": "inverse",
+        "damping": "absolute",
+        "kfac_damping": 1e-3,
+        "preserve_norm": False,
+    },
     "in every second step": {"precondition": "inverse", "cov_update_freq": 2},
     "mean over all tokens": {"precondition": "inverse", "fisher_decay": None},
     "block_diagonal": {"precondition": "inverse", "fisher": "block_diagonal"},
@@ -37,7 +42,12 @@ OPTIONS = {
     "budget": BUDGET,
     "adaptive budget": {**BUDGET, "rank_budget_schedule": "adaptive"},
     "regrowth": {**BUDGET, "rank_budget": 0.9, "rank_budget_start": 0.4, "rank_regrowth": True},
-    "two-sided": {"precondition": "inverse", "reprojection": "two_sided", "reprojection_freq": 3, "reprojection_k": 2},
+    "two-sided": {
+        "precondition": "inverse",
+        "reprojection": "two_sided",
+        "reprojection_freq": 3,
+        "reprojection_k": 2,
+    },
     "penalties": {"precondition": "inverse", "lambda_kfac": 1e-2, "lambda_reproj": 1e-2, "reprojection_k": 2},
     "adaptive schedule": {"precondition": "inverse", "adaptive_schedule": True, "kfac_update_freq": 4},
     "paper": {**presets.PAPER, "kfac_update_freq": 2, "reprojection_freq": 3, "kfac_min_samples": 8},
@@ -57,8 +67,8 @@ def grit(model, **options):
 def llama():
     """A Llama without q_proj and k_proj adapted.
 
-    The gradient of a sequence's first token is zero there but for rounding, and whether it is exactly zero, which decides
-    whether the token counts, differs with the size of the batch.
+    The gradient of a sequence's first token is zero there but for rounding, and whether it is exactly zero,
+    which decides whether the token counts, differs with the size of the batch.
     """
     return tiny.llama(target_modules=["v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]).double()
 
@@ -153,7 +163,12 @@ def experts(rank, processes):
     model = Experts().double()
     sites = [Site.from_modules(f"{i}", e.down, e.up, e.scaling) for i, e in enumerate(model.experts)]
     optimizer = GritOptimizer(
-        tiny.adamw(model, eps=EPS), model, sites=sites, kfac_min_samples=2, precondition="inverse", fisher_decay=None
+        tiny.adamw(model, eps=EPS),
+        model,
+        sites=sites,
+        kfac_min_samples=2,
+        precondition="inverse",
+        fisher_decay=None,
     )
     wrapped = together(model, find_unused_parameters=True)
     generator = torch.Generator().manual_seed(0)
@@ -246,8 +261,16 @@ def run(rank, processes):
 
 if __name__ == "__main__":
     rank, processes, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
-    os.environ.update({name: str(value) for name, value in here.items()})  # what torchrun says, and the Trainer reads
+    here = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": processes,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": 1,
+    }
+    os.environ.update(
+        {name: str(value) for name, value in here.items()}
+    )  # what torchrun says, and the Trainer reads
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=processes
     )

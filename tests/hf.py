@@ -118,7 +118,8 @@ class Agreement(transformers.TrainerCallback):
 
     Attributes:
         seen: the statuses of all sites, a list per step.
-        ratios: gradients over taps of the first site, a number per step in which there was something to compare.
+        ratios: gradients over taps of the first site, a number per step in which there was something to
+            compare.
     """
 
     def __init__(self):
@@ -156,8 +157,12 @@ def qlora(folder, kind, rank=4, checkpointing=True):
         folder, quantization_config=quantization, device_map="cpu", dtype=torch.bfloat16
     )
     model = prepare_model_for_kbit_training(
-        model, checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None
+        model,
+        checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
     )
     torch.manual_seed(1)
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
-    return model.train()  # otherwise nothing is checkpointed, and bitsandbytes packs the weights as for inference
+    return (
+        model.train()
+    )  # otherwise nothing is checkpointed, and bitsandbytes packs the weights as for inference

@@ -25,4 +25,9 @@ def sites_of(model, optimizer):
     for curvature in optimizer._curvatures:
         for i, site in enumerate(curvature.bucket.sites):
             factors = curvature.factors
-            yield names[id(site.a)], names[id(site.b)], factors.activation[i].double(), factors.gradient[i].double()
+            yield (
+                names[id(site.a)],
+                names[id(site.b)],
+                factors.activation[i].double(),
+                factors.gradient[i].double(),
+            )

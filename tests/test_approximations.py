@@ -58,7 +58,9 @@ def trained_through(layer, x, g, **options):
     """An optimizer that never moves a weight and has seen every token in a step of its own."""
     base = torch.optim.SGD(layer.parameters(), lr=0.0)
     settings = {"fisher_decay": None, "damping": "absolute", "kfac_min_samples": 1, "max_tokens": None}
-    optimizer = GritOptimizer(base, layer, sites=[layer.site()], **{"precondition": "inverse", **settings, **options})
+    optimizer = GritOptimizer(
+        base, layer, sites=[layer.site()], **{"precondition": "inverse", **settings, **options}
+    )
     for xi, gi in zip(x, g, strict=True):
         optimizer.zero_grad()
         (layer(xi[None]) * gi).sum().backward()
@@ -98,7 +100,9 @@ def test_the_block_is_the_dense_ones_partial_trace(side):
     optimizer = trained_through(layer, x, g, fisher="block_diagonal")
     shape, traced = ((R, D_IN), "iaja->ij") if side == "A" else ((D_OUT, R), "aiaj->ij")
     expected = torch.einsum(traced, dense[side].reshape(*shape, *shape))
-    torch.testing.assert_close(optimizer._curvatures[0].moments.matrices(side)[0], expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        optimizer._curvatures[0].moments.matrices(side)[0], expected, rtol=1e-12, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("side", ["A", "B"])
@@ -116,7 +120,9 @@ def test_ekfacs_eigenvalues_are_the_dense_ones_diagonal_in_its_basis(side):
     for gradient in gradients:
         moments.fold(group, curvature.to_eigenbasis(group, gradient[None]), torch.tensor([True]), None)
     expected = (basis.T @ dense[side] @ basis).diagonal()
-    torch.testing.assert_close(moments.means[side][0].flatten(), expected, rtol=1e-6, atol=1e-8)  # Q itself is fp32
+    torch.testing.assert_close(
+        moments.means[side][0].flatten(), expected, rtol=1e-6, atol=1e-8
+    )  # Q itself is fp32
 
 
 def distance(approximation, dense):
@@ -131,7 +137,9 @@ def test_ekfac_is_the_nearest_diagonal_in_kfacs_basis(side):
     layer, x, g, dense = fisher_pair()
     twice = torch.cat((x, x)), torch.cat((g, g))
     options = {"kfac_update_freq": TOKENS}
-    by_kind = {k: dense_of(k, trained_through(layer, *twice, fisher=k, **options), side) for k in ("kfac", "ekfac")}
+    by_kind = {
+        k: dense_of(k, trained_through(layer, *twice, fisher=k, **options), side) for k in ("kfac", "ekfac")
+    }
     assert (by_kind["ekfac"] - dense[side]).norm() < (by_kind["kfac"] - dense[side]).norm()
     assert distance(by_kind["ekfac"], dense[side]) < distance(by_kind["kfac"], dense[side]) < 1
 
@@ -160,7 +168,9 @@ def test_what_is_applied_is_the_dense_forms_damped_inverse(kind, side):
     dense = dense_of(kind, optimizer, side) * (other if kind == "block_diagonal" else 1)
     dense = dense + 0.1 * dense.diagonal().mean() * torch.eye(len(dense)).double()
     group = next(group for group in curvature.bucket.groups if group.side == side)
-    probe = torch.randn(1, *group.parameters[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    probe = torch.randn(
+        1, *group.parameters[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     expected = torch.linalg.solve(dense, probe.flatten()).view_as(probe)
     assert_near(curvature.apply(group, probe), expected, 1e-4, kind)
 
@@ -227,7 +237,9 @@ def test_non_finite_gradients_leave_the_moments_alone(kind):
     tiny.train(model, optimizer, 2)
     before = [m.clone() for side in ("A", "B") for m in optimizer._curvatures[0].moments.means[side]]
     tiny.loss_of(model, 2).backward()
-    tiny.trained(model)[5].grad[0, 0] = torch.inf  # as clipping may leave it, while the taps saw nothing wrong
+    tiny.trained(model)[5].grad[0, 0] = (
+        torch.inf
+    )  # as clipping may leave it, while the taps saw nothing wrong
     optimizer.step()
     after = [m for side in ("A", "B") for m in optimizer._curvatures[0].moments.means[side]]
     assert optimizer.telemetry()["dropped_folds"] == 1

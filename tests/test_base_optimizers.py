@@ -124,7 +124,9 @@ def decaying(name):
     """A base of that name with a weight decay, by model and decay."""
     if name.startswith("bitsandbytes"):
         bitsandbytes = pytest.importorskip("bitsandbytes")
-        return lambda p, decay: getattr(bitsandbytes.optim, name.split(".")[1])(p, lr=1e-2, weight_decay=decay)
+        return lambda p, decay: getattr(bitsandbytes.optim, name.split(".")[1])(
+            p, lr=1e-2, weight_decay=decay
+        )
     if name.startswith("transformers"):
         transformers = pytest.importorskip("transformers")
         relative = name.endswith("relative")

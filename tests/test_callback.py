@@ -25,7 +25,11 @@ def trainer(model, optimizer, folder, *callbacks):
         use_cpu=True, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     return transformers.Trainer(
-        model=model, args=arguments, train_dataset=examples(), optimizers=(optimizer, None), callbacks=list(callbacks)
+        model=model,
+        args=arguments,
+        train_dataset=examples(),
+        optimizers=(optimizer, None),
+        callbacks=list(callbacks),
     )
 
 
@@ -51,7 +55,9 @@ def test_a_trainers_run_is_logged(tmp_path):
     assert [entry["grit_engaged_sites"] for entry in logged] == [14, 14]
     assert [entry["grit_mean_rank"] for entry in logged] == [4, 4]
     assert logged[-1]["grit_mean_cosine"] < 1
-    assert not isinstance(run.optimizer, GritOptimizer), "accelerate has wrapped it, and it was found all the same"
+    assert not isinstance(run.optimizer, GritOptimizer), (
+        "accelerate has wrapped it, and it was found all the same"
+    )
 
 
 def test_the_loss_of_an_accumulated_step_is_the_trainers(tmp_path):

@@ -110,10 +110,12 @@ def test_forward_passes_without_backward_leave_no_trace():
 def test_bf16_autocast(twin_in_bf16, seed):
     """Also where ⟨A, ∇A⟩ nearly cancels, so that bf16's rounding is more than two per cent of it.
 
-    Without the queries: the first of each sequence sees one key, and whether rounding leaves its δ at zero, so that the
-    token counts, differs between precisions.
+    Without the queries: the first of each sequence sees one key, and whether rounding leaves its δ at zero,
+    so that the token counts, differs between precisions.
     """
-    model = warm(llama(seed=seed, target_modules=["k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]))
+    model = warm(
+        llama(seed=seed, target_modules=["k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    )
 
     def run(enabled=True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):

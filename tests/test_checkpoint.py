@@ -31,7 +31,10 @@ ADAPTING = {
 }
 RUNS = {
     **{f"{mode}-every-step": {"precondition": mode, "kfac_update_freq": 1} for mode in MODES},
-    **{f"{mode}-throttled": {"precondition": mode, "kfac_update_freq": 3, "cov_update_freq": 2} for mode in MODES},
+    **{
+        f"{mode}-throttled": {"precondition": mode, "kfac_update_freq": 3, "cov_update_freq": 2}
+        for mode in MODES
+    },
     **{f"{mode}-adapting": {"precondition": mode, "kfac_update_freq": 2, **ADAPTING} for mode in MODES},
     "subsampled": {"max_tokens": 7},
     "running-mean": {"fisher_decay": None},
@@ -89,7 +92,9 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, options):
     assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "paper-as-shipped" and not name.startswith("none")])
+@pytest.mark.parametrize(
+    "name", [name for name in RUNS if name != "paper-as-shipped" and not name.startswith("none")]
+)
 def test_those_runs_do_use_the_curvature(name):
     """Guards the test above: resuming something that never engaged would prove nothing."""
     model, optimizer = built(RUNS[name])
@@ -108,7 +113,9 @@ def test_those_runs_do_use_the_curvature(name):
 def tensors_in(value):
     if isinstance(value, torch.Tensor):
         return [value]
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    children = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    )
     return [tensor for child in children for tensor in tensors_in(child)]
 
 

@@ -29,7 +29,11 @@ def large(counts):
 
 def test_the_count_at_8b_is_the_one_that_was_made(large):
     assert large["parameters"]["sites"] == 224
-    assert (large["workload"]["rank"], large["workload"]["accumulation"], large["optimizer"]) == (16, 4, "grit")
+    assert (large["workload"]["rank"], large["workload"]["accumulation"], large["optimizer"]) == (
+        16,
+        4,
+        "grit",
+    )
     assert count_table(large) in PAGE
 
 
@@ -49,7 +53,9 @@ def test_what_the_readme_says_of_it(large):
 
 def test_the_measured_row_is_the_one_of_the_file():
     ratio = json.loads((RESULTS / "cost-naming-grit.json").read_text())["ratio"]
-    assert f"GRIT {ratio['median']:.3f}× AdamW's step (quartiles {ratio['q1']:.3f} to {ratio['q3']:.3f})" in PAGE
+    assert (
+        f"GRIT {ratio['median']:.3f}× AdamW's step (quartiles {ratio['q1']:.3f} to {ratio['q3']:.3f})" in PAGE
+    )
 
 
 def test_no_figure_of_a_gpu_is_claimed_before_there_is_one():
@@ -59,7 +65,9 @@ def test_no_figure_of_a_gpu_is_claimed_before_there_is_one():
 
 @pytest.mark.parametrize("text", [PAGE, README], ids=["page", "readme"])
 def test_the_commands_are_understood(text):
-    commands = re.findall(r"^python -m benchmarks ((?:cost|count|report) .*?)(?: {2,}#.*)?$", text, flags=re.MULTILINE)
+    commands = re.findall(
+        r"^python -m benchmarks ((?:cost|count|report) .*?)(?: {2,}#.*)?$", text, flags=re.MULTILINE
+    )
     assert len(commands) >= 3
     for command in commands:
         make_parser().parse_args(command.split())

@@ -1,6 +1,7 @@
 """The optimizer on a GPU, and the same tests on the CPU where they mean something there.
 
-``pytest -m gpu`` runs what needs a CUDA device. On the CPU the bodies run too, so that a GPU finds no mistakes but its own.
+``pytest -m gpu`` runs what needs a CUDA device. On the CPU the bodies run too, so that a GPU finds no
+mistakes but its own.
 """
 
 import contextlib
@@ -21,7 +22,8 @@ from benchmarks.shapes import Workload, adapted_model, batches
 from grit_optim import GritOptimizer, Site, linalg
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-# What a step waits for is said in the README: eigendecompositions, so "eigenbasis" and "balanced" are not among these.
+# What a step waits for is said in the README: eigendecompositions, so "eigenbasis" and "balanced" are not
+# among these.
 WAITING_FOR_NOTHING = ["spectral", "steer", "inverse", "none"]
 MODES = [*WAITING_FOR_NOTHING, "eigenbasis", "balanced"]
 
@@ -78,11 +80,13 @@ def products(model):
     return torch.cat([(found[b].double() @ found[a].double()).flatten().cpu() for a, b in pairs])
 
 
-# Off by how much of the distance that the weights went. In fp64 the factors, in fp32, are all that is rounded: 2e-6 of random
-# noise on them and on what is derived from them makes up to 1e-4 in one step and 2e-3 in ten.
+# Off by how much of the distance that the weights went. In fp64 the factors, in fp32, are all that is
+# rounded: 2e-6 of random noise on them and on what is derived from them makes up to 1e-4 in one step and 2e-3
+# in ten.
 FP64 = {1: 2e-3, 10: 3e-2}
-# In fp32 Adam gives an entry whose gradient is rounding alone a whole step, up or down: 3e-7 of noise on all weights makes 5e-5
-# for plain AdamW, 1e-3 in "spectral", whose steps do not go by single entries, 6e-3 in "steer", up to 5e-2 in the others.
+# In fp32 Adam gives an entry whose gradient is rounding alone a whole step, up or down: 3e-7 of noise on all
+# weights makes 5e-5 for plain AdamW, 1e-3 in "spectral", whose steps do not go by single entries, 6e-3 in
+# "steer", up to 5e-2 in the others.
 FP32 = {"none": 1e-3, "spectral": 1e-2, "steer": 5e-2, "inverse": 0.25, "eigenbasis": 0.25, "balanced": 0.25}
 
 
@@ -199,7 +203,9 @@ def autocast_training(device, dtype, scaler, steps, overflow=()):
 
 
 def test_bf16_autocast(device):
-    losses, optimizer = autocast_training(device, torch.bfloat16, torch.amp.GradScaler(device, enabled=False), 8)
+    losses, optimizer = autocast_training(
+        device, torch.bfloat16, torch.amp.GradScaler(device, enabled=False), 8
+    )
     assert losses[-1] < losses[0]
     assert optimizer.telemetry()["engaged_sites"] == 14
 

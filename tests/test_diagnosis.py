@@ -96,7 +96,9 @@ def test_a_pair_that_takes_no_part_is_unused():
     optimizer = still(model)
     loss_of(model).backward()
     assert counted(optimizer) == {"ok": 13, "unused": 1}
-    assert [n for n, s in statuses(optimizer).items() if s == "unused"] == [f"base_model.model.model.{name}.default"]
+    assert [n for n, s in statuses(optimizer).items() if s == "unused"] == [
+        f"base_model.model.model.{name}.default"
+    ]
 
 
 @pytest.mark.parametrize("to_none", [True, False], ids=["none", "zero"])

@@ -20,7 +20,10 @@ def ends(tmp_path_factory):
     """Every scenario's end in each of two processes, and in one that has all rows."""
     folder = tmp_path_factory.mktemp("together")
     script = Path(data_parallel.__file__)
-    here = {**os.environ, **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})}  # no name has to resolve
+    here = {
+        **os.environ,
+        **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
+    }  # no name has to resolve
     started = []
     for rank in range(PROCESSES):
         command = [sys.executable, str(script), str(rank), str(PROCESSES), str(folder)]
@@ -32,7 +35,9 @@ def ends(tmp_path_factory):
     finally:
         for process in started:
             process.kill()
-    assert ended == [0] * PROCESSES, "\n".join((folder / f"{r}.log").read_text()[-3000:] for r in range(PROCESSES))
+    assert ended == [0] * PROCESSES, "\n".join(
+        (folder / f"{r}.log").read_text()[-3000:] for r in range(PROCESSES)
+    )
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)], alone
 
 
@@ -53,12 +58,16 @@ def test_the_processes_stay_the_same_to_the_bit(ends, name):
         assert other["ranks"] == first["ranks"]
         assert other["told"] == pytest.approx(first["told"], rel=0, abs=0, nan_ok=True)
         for mine, its in zip(
-            tensors([first["weights"], first["state"]]), tensors([other["weights"], other["state"]]), strict=True
+            tensors([first["weights"], first["state"]]),
+            tensors([other["weights"], other["state"]]),
+            strict=True,
         ):
             assert torch.equal(mine, its)
 
 
-@pytest.mark.parametrize("name", [n for n in data_parallel.SCENARIOS if n not in ("overflow", "resting", "around")])
+@pytest.mark.parametrize(
+    "name", [n for n in data_parallel.SCENARIOS if n not in ("overflow", "resting", "around")]
+)
 def test_together_they_are_one_process_with_all_rows(ends, name):
     both, alone = ends[0][0][name], ends[1][name]
     largest = max(product.abs().max() for product in alone["products"].values())
@@ -100,7 +109,8 @@ def test_the_first_steps_warn_of_what_is_wrong_and_of_nothing_else(ends, name):
         told = end[name]["warnings"]
         assert len(told) == (name == "around"), told
         assert all(
-            "GRIT does nothing for 1 site(s) (base_model.model.model.layers.0.self_attn.v_proj" in t for t in told
+            "GRIT does nothing for 1 site(s) (base_model.model.model.layers.0.self_attn.v_proj" in t
+            for t in told
         )
 
 

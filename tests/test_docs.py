@@ -17,7 +17,9 @@ DOCS = REPOSITORY / "docs"
 MIGRATION, TELEMETRY, MATHEMATICS = (
     (DOCS / f"{name}.md").read_text(encoding="utf8") for name in ("migration", "telemetry", "mathematics")
 )
-OPTIONS = {n: p for n, p in inspect.signature(GritOptimizer.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY}
+OPTIONS = {
+    n: p for n, p in inspect.signature(GritOptimizer.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY
+}
 
 # Every knob that the earlier systems have, by where it is set there.
 GRIT_CONFIG = {
@@ -99,7 +101,9 @@ def test_a_rows_test_exists(test):
 
 def test_every_keyword_of_log_to_is_documented_with_its_default():
     keywords = {
-        n: p.default for n, p in inspect.signature(GritOptimizer.log_to).parameters.items() if p.kind is p.KEYWORD_ONLY
+        n: p.default
+        for n, p in inspect.signature(GritOptimizer.log_to).parameters.items()
+        if p.kind is p.KEYWORD_ONLY
     }
     documented = dict(re.findall(r"^\| `(\w+)` \| `?(\w+)`? \| .+ \|$", TELEMETRY, flags=re.MULTILINE))
     assert {n: str(d) for n, d in keywords.items()} == {n: documented.get(n) for n in keywords}
@@ -132,5 +136,9 @@ def test_the_fisher_table_is_the_one_that_was_measured():
 
 def test_links_lead_somewhere():
     for path in DOCS.glob("*.md"):
-        links = [link for link in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf8")) if "://" not in link]
+        links = [
+            link
+            for link in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf8"))
+            if "://" not in link
+        ]
         assert [link for link in links if not (path.parent / link).exists()] == [], path.name

@@ -19,14 +19,20 @@ from grit_optim import GritOptimizer, Site, export, export_adapter, folder
 LLAMA = {"r": 6, "lora_alpha": 6, "target_modules": "all-linear"}
 NESTED = {"r": 4, "lora_alpha": 6, "target_modules": ["proj", "conv"]}
 
-# name: base, LoraConfig, arguments of save_adapter, ranks by the end of a layer's name (else 3 of 6, or 2 of 4)
+# name: base, LoraConfig, arguments of save_adapter, ranks by the end of a layer's name (else 3 of 6, or 2 of
+# 4)
 CASES = {
     "mixed ranks and left-out sites": ("fp32", LLAMA, {}, {"q_proj": 0, "v_proj": 5, "1.mlp.up_proj": 1}),
     "one rank for all": ("fp32", LLAMA, {}, {}),
     "alpha is not the rank": ("fp32", {**LLAMA, "lora_alpha": 11}, {}, {"k_proj": 0, "o_proj": 2}),
     "rsLoRA": ("fp32", {**LLAMA, "lora_alpha": 5, "use_rslora": True}, {}, {"q_proj": 1, "down_proj": 0}),
     "folded": ("fp32", {**LLAMA, "lora_alpha": 11}, {"fold_scale": True}, {"q_proj": 1, "up_proj": 0}),
-    "folded rsLoRA": ("fp32", {**LLAMA, "lora_alpha": 5, "use_rslora": True}, {"fold_scale": True}, {"v_proj": 0}),
+    "folded rsLoRA": (
+        "fp32",
+        {**LLAMA, "lora_alpha": 5, "use_rslora": True},
+        {"fold_scale": True},
+        {"v_proj": 0},
+    ),
     "own patterns": (
         "fp32",
         {**LLAMA, "rank_pattern": {"mlp.*_proj": 4, "q_proj": 5}, "alpha_pattern": {"Q": 9, "q_proj": 7}},
@@ -54,7 +60,12 @@ CASES = {
     ),
     "bf16": ("bf16", LLAMA, {}, {"q_proj": 0}),
     "4-bit base": ("4bit", LLAMA, {}, {"q_proj": 0, "gate_proj": 1}),
-    "names that end in one another's": ("nested", NESTED, {}, {"model.proj": 1, "block.block.proj": 3, "conv": 2}),
+    "names that end in one another's": (
+        "nested",
+        NESTED,
+        {},
+        {"model.proj": 1, "block.block.proj": 3, "conv": 2},
+    ),
     "left out among such names": ("nested", NESTED, {}, {"model.proj": 0, "block.block.proj": 3}),
     "the inner one left out": ("nested", NESTED, {}, {"block.block.proj": 0}),
 }
@@ -161,8 +172,15 @@ def test_the_file_is_as_small_as_its_ranks(exported, name):
     shapes = {k.removesuffix(".lora_A.weight"): t.shape[0] for k, t in pairs.items() if "lora_A" in k}
     assert shapes == {f"base_model.model.{s.name}": s.rank for s in report.sites if s.rank}
     config = json.loads((path / "adapter_config.json").read_text())
-    assert all(key.startswith("^") and key.endswith("$") for key in (*config["rank_pattern"], *config["alpha_pattern"]))
-    assert {p.name for p in path.iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "grit_ranks.json"}
+    assert all(
+        key.startswith("^") and key.endswith("$")
+        for key in (*config["rank_pattern"], *config["alpha_pattern"])
+    )
+    assert {p.name for p in path.iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "grit_ranks.json",
+    }
 
 
 def test_half_the_parameters_are_half_the_bytes(base_folder, tmp_path):
@@ -199,7 +217,9 @@ def test_an_adapter_among_several(base_folder, tmp_path):
     assert {s.rank_before for s in report.sites} == {4}
     fresh = PeftModel.from_pretrained(bases.make("fp32", base_folder), tmp_path / "a", adapter_name="other")
     assert (bases.answer("fp32", fresh) - bases.answer("fp32", model)).abs().max() < 1e-6
-    with pytest.raises(ValueError, match="adapter 'default' was trained elsewhere: this optimizer trains 'second'"):
+    with pytest.raises(
+        ValueError, match="adapter 'default' was trained elsewhere: this optimizer trains 'second'"
+    ):
         optimizer.save_adapter(tmp_path / "b", adapter="default")
     with pytest.raises(ValueError, match=r"no adapter 'third'.*'default', 'second'"):
         optimizer.save_adapter(tmp_path / "b", adapter="third")
@@ -277,7 +297,9 @@ def test_a_type_that_cannot_hold_the_adapter(base_folder, tmp_path):
     optimizer.save_adapter(tmp_path)
     before = load_file(tmp_path / export.WEIGHTS)
     optimizer._sites[1].b.data[0, 0] = 1e5
-    with pytest.raises(ValueError, match=r"float16 cannot hold values of .*k_proj.lora_B.weight \(at most 65504\)"):
+    with pytest.raises(
+        ValueError, match=r"float16 cannot hold values of .*k_proj.lora_B.weight \(at most 65504\)"
+    ):
         optimizer.save_adapter(tmp_path, dtype=torch.float16)
     assert all(torch.equal(t, before[key]) for key, t in load_file(tmp_path / export.WEIGHTS).items())
     for wrong in (torch.int8, torch.float8_e4m3fn, "bf16"):
@@ -380,7 +402,9 @@ def test_an_interrupted_save_leaves_the_good_adapter(base_folder, tmp_path, monk
     assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == good
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     optimizer.save_adapter(tmp_path / "a")
-    assert (tmp_path / "a" / "adapter_model.safetensors").stat().st_size < len(good["adapter_model.safetensors"])
+    assert (tmp_path / "a" / "adapter_model.safetensors").stat().st_size < len(
+        good["adapter_model.safetensors"]
+    )
     assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
 
 
@@ -394,7 +418,12 @@ def test_the_stale_weights_of_another_format_are_not_carried_over(base_folder, t
 
 def small_llama(**settings):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": tiny.VOCABULARY}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "vocab_size": tiny.VOCABULARY,
+    }
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **settings))
 
@@ -426,13 +455,22 @@ def test_a_trained_bias_keeps_its_layer(tmp_path, bias, how):
 def test_experts_whose_weights_are_adapted_keep_rank_and_scale(tmp_path, pattern):
     def base():
         torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": tiny.VOCABULARY}
+        sizes = {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "vocab_size": tiny.VOCABULARY,
+        }
         heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
         return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
 
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = LoraConfig(
-        r=6, lora_alpha=9, target_modules=["q_proj"], target_parameters=experts, **{pattern: dict.fromkeys(experts, 2)}
+        r=6,
+        lora_alpha=9,
+        target_modules=["q_proj"],
+        target_parameters=experts,
+        **{pattern: dict.fromkeys(experts, 2)},
     )
     model = get_peft_model(base(), config)
     optimizer = tiny.grit(model)
@@ -446,7 +484,9 @@ def test_experts_whose_weights_are_adapted_keep_rank_and_scale(tmp_path, pattern
 def test_an_adapter_that_has_diverged_is_named(tmp_path):
     model = tiny.llama(layers=1)
     tiny.trained(model)[1].data.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"infinite or NaN in 1 layer\(s\) \(model.layers.0.self_attn.q_proj\)"):
+    with pytest.raises(
+        ValueError, match=r"infinite or NaN in 1 layer\(s\) \(model.layers.0.self_attn.q_proj\)"
+    ):
         export_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -455,7 +495,10 @@ def test_an_adapter_that_has_diverged_is_named(tmp_path):
 def test_a_head_that_shares_the_embeddings_adapter_is_saved_whole(tmp_path):
     """PEFT makes A and B of the head views of the embedding's B and A; cutting one would leave the other as it was."""
     config = LoraConfig(
-        r=6, lora_alpha=6, target_modules=["embed_tokens", "lm_head", "q_proj", "v_proj"], ensure_weight_tying=True
+        r=6,
+        lora_alpha=6,
+        target_modules=["embed_tokens", "lm_head", "q_proj", "v_proj"],
+        ensure_weight_tying=True,
     )
     model = get_peft_model(small_llama(tie_word_embeddings=True), config)
     optimizer = tiny.grit(model, min_lora_rank=0)

@@ -34,7 +34,9 @@ def test_decayed_mean_weighs_steps_not_tokens():
     for _, _, sums in steps:
         factors.fold(sums, YES, 0.5, ONE)
     weights = [0.25, 0.5, 1.0]
-    truth = sum(w * s[2].activation / n for w, s, n in zip(weights, steps, (4, 7, 1), strict=True)) / sum(weights)
+    truth = sum(w * s[2].activation / n for w, s, n in zip(weights, steps, (4, 7, 1), strict=True)) / sum(
+        weights
+    )
     torch.testing.assert_close(factors.activation, truth)
 
 
@@ -92,7 +94,9 @@ def test_readiness_is_counted_per_factor():
     activation, gradient = factors.ready(64)
     assert activation.tolist() == [True, False]
     assert gradient.tolist() == [False, True]
-    assert Factors.zeros(1, 2, CPU).ready(0)[0].tolist() == [False], "a factor that has seen nothing is never ready"
+    assert Factors.zeros(1, 2, CPU).ready(0)[0].tolist() == [False], (
+        "a factor that has seen nothing is never ready"
+    )
 
 
 def test_change_of_coordinates_follows_h_and_delta():
@@ -105,4 +109,6 @@ def test_change_of_coordinates_follows_h_and_delta():
     factors.change_coordinates(transform, inverse)
     moved_h, moved_delta = h.double() @ transform.mT, delta.double() @ inverse
     torch.testing.assert_close(factors.activation.double(), moved_h.mT @ moved_h / 9, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(factors.gradient.double(), moved_delta.mT @ moved_delta / 9, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        factors.gradient.double(), moved_delta.mT @ moved_delta / 9, rtol=1e-5, atol=1e-5
+    )

@@ -124,7 +124,9 @@ def test_model_init_builds_model_and_optimizer_anew(tmp_path, way):
     optimizer = of_trainer(trainer)
     assert optimizer is not first()
     assert engaged(optimizer) == (6, 7)
-    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == set(map(id, tiny.trained(trainer.model)))
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == set(
+        map(id, tiny.trained(trainer.model))
+    )
     assert all(torch.equal(w, once[n]) for n, w in tiny.weights(trainer.model).items())
     del optimizer
     gc.collect()
@@ -221,7 +223,9 @@ def test_clipping_scales_the_gradients_and_the_taps_still_agree(tmp_path):
     agreement.assert_whole(6)
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     assert min(norms) > 1e-3
-    assert agreement.ratios == pytest.approx([1e-3 / norm for norm in norms[-len(agreement.ratios) :]], rel=1e-2)
+    assert agreement.ratios == pytest.approx(
+        [1e-3 / norm for norm in norms[-len(agreement.ratios) :]], rel=1e-2
+    )
 
 
 def test_bf16_autocast(tmp_path):
@@ -253,7 +257,9 @@ def t5():
         dropout_rate=0.0, decoder_start_token_id=0,
     )  # fmt: skip
     model = transformers.T5ForConditionalGeneration(config)
-    lora = LoraConfig(r=4, lora_alpha=4, target_modules=["q", "k", "v", "o", "wi", "wo"], task_type="SEQ_2_SEQ_LM")
+    lora = LoraConfig(
+        r=4, lora_alpha=4, target_modules=["q", "k", "v", "o", "wi", "wo"], task_type="SEQ_2_SEQ_LM"
+    )
     return get_peft_model(model, lora)
 
 

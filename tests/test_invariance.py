@@ -35,7 +35,9 @@ def first_order_update(transform, pairing, seed=0):
 
 def change():
     generator = torch.Generator().manual_seed(5)
-    return torch.eye(3, dtype=torch.float64) + 0.4 * torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    return torch.eye(3, dtype=torch.float64) + 0.4 * torch.randn(
+        3, 3, generator=generator, dtype=torch.float64
+    )
 
 
 def test_kfac_pairing_is_invariant():

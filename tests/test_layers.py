@@ -9,13 +9,45 @@ import grit_optim
 
 ROOT = Path(grit_optim.__file__).parent
 LAYERS = [
-    {"_checks", "_warn", "buckets", "bypass", "folder", "hostcopy", "linalg", "presets", "sites", "spectra", "wrapper"},
     {
-        *{"budget", "curvature", "fisher", "held", "moments", "pairs", "precondition", "rank", "regularizers"},
+        "_checks",
+        "_warn",
+        "buckets",
+        "bypass",
+        "folder",
+        "hostcopy",
+        "linalg",
+        "presets",
+        "sites",
+        "spectra",
+        "wrapper",
+    },
+    {
+        *{
+            "budget",
+            "curvature",
+            "fisher",
+            "held",
+            "moments",
+            "pairs",
+            "precondition",
+            "rank",
+            "regularizers",
+        },
         *{"reprojection", "schedule", "transport"},
     },
     {
-        *{"adapter_config", "capture", "checkpoint", "diagnosis", "export", "losses", "pace", "processes", "ranks"},
+        *{
+            "adapter_config",
+            "capture",
+            "checkpoint",
+            "diagnosis",
+            "export",
+            "losses",
+            "pace",
+            "processes",
+            "ranks",
+        },
         *{"recording", "shrink", "sinks", "snapshot", "telemetry"},
     },
     {"stages"},
@@ -80,7 +112,9 @@ def test_imports_point_down_only():
     height = {name: i for i, layer in enumerate(LAYERS) for name in layer}
     edges = {(p.stem, name) for p in ROOT.glob("*.py") for name in imported(p)}
     assert len(edges) > 30
-    wrong = {(a, b) for a, b in edges if height[b] > height[a] or (height[b] == height[a] and (a, b) not in BESIDE)}
+    wrong = {
+        (a, b) for a, b in edges if height[b] > height[a] or (height[b] == height[a] and (a, b) not in BESIDE)
+    }
     assert wrong == set()
     assert edges >= BESIDE, "an exception that nothing uses any more"
 
@@ -98,7 +132,18 @@ def test_only_sites_and_export_know_peft():
 
 
 def test_importing_loads_nothing_heavier_than_torch():
-    heavier = ["peft", "transformers", "matplotlib", "rich", "tensorboard", "wandb", "bitsandbytes", "safetensors"]
+    heavier = [
+        "peft",
+        "transformers",
+        "matplotlib",
+        "rich",
+        "tensorboard",
+        "wandb",
+        "bitsandbytes",
+        "safetensors",
+    ]
     code = "import sys, grit_optim; print(sorted(set(sys.argv[1:]) & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code, *heavier], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code, *heavier], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"

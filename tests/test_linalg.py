@@ -29,7 +29,9 @@ def test_damped_inverse_is_the_dense_inverse(size, seed):
     strength = linalg.damping_strength(factor, 0.1, relative=True)
     inverse, used = linalg.damped_inverse(factor, strength)
     for site in range(size[0]):
-        truth = torch.linalg.inv(factor[site] + 0.1 * factor[site].trace() / size[1] * torch.eye(size[1]).double())
+        truth = torch.linalg.inv(
+            factor[site] + 0.1 * factor[site].trace() / size[1] * torch.eye(size[1]).double()
+        )
         torch.testing.assert_close(inverse[site], truth, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(used, strength)
 
@@ -70,7 +72,9 @@ def test_eigenvalues_come_largest_first_and_rebuild_the_factor():
 def test_eigenbasis_isolates_given_up_coordinates_exactly():
     mask = linalg.leading_mask(torch.tensor([2, 5, 3]), 5)
     factor = factors(3, 5) * mask[:, None, :] * mask[:, :, None]
-    factor[2, :3, :3] = torch.outer(torch.ones(3), torch.ones(3)).double()  # rank-deficient where it is in use, too
+    factor[2, :3, :3] = torch.outer(
+        torch.ones(3), torch.ones(3)
+    ).double()  # rank-deficient where it is in use, too
     values, vectors = linalg.leading_eigenbasis(factor, mask)
     torch.testing.assert_close(vectors.mT @ vectors, torch.eye(5, dtype=torch.float64).expand(3, 5, 5))
     torch.testing.assert_close(vectors * values[:, None, :] @ vectors.mT, factor)
@@ -92,7 +96,9 @@ def test_projector_keeps_the_leading_eigenvectors_of_each_site():
 def test_balance_makes_both_factors_diagonal_and_proportional(size, seed):
     activation, gradient = factors(*size, seed=seed), factors(*size, seed=seed + 1)
     transform, inverse, spectrum = linalg.balance(activation, gradient, everything(*size))
-    torch.testing.assert_close(transform @ inverse, torch.eye(size[1], dtype=torch.float64).expand(size[0], -1, -1))
+    torch.testing.assert_close(
+        transform @ inverse, torch.eye(size[1], dtype=torch.float64).expand(size[0], -1, -1)
+    )
     balanced_a = transform @ activation @ transform.mT
     balanced_g = inverse.mT @ gradient @ inverse
     for site in range(size[0]):
@@ -129,7 +135,9 @@ def test_balance_is_block_exact_where_coordinates_were_given_up():
 def test_dropping_trailing_balanced_coordinates_is_the_cheapest_projection():
     """No other rank-k projection of h costs less in the K-FAC metric, and the cost is Σ dropped Λ²."""
     activation, gradient = factors(1, 4, seed=5)[0], factors(1, 4, seed=6)[0]
-    transform, inverse, spectrum = (m[0] for m in linalg.balance(activation[None], gradient[None], everything(1, 4)))
+    transform, inverse, spectrum = (
+        m[0] for m in linalg.balance(activation[None], gradient[None], everything(1, 4))
+    )
     keep = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64))
 
     def cost(projection):

@@ -30,7 +30,9 @@ def test_inverse_multiplies_the_gradients_by_the_damped_inverses(pairing, dampin
         natural_b = gradients[b].double() @ inverse_of(for_b, 0.05, damping == "relative")
         for name, natural in ((a, natural_a), (b, natural_b)):
             moved = (before[name] - after[name]).double()
-            torch.testing.assert_close(moved, 1e-2 * natural, rtol=1e-3, atol=1e-3 * 1e-2 * natural.abs().max().item())
+            torch.testing.assert_close(
+                moved, 1e-2 * natural, rtol=1e-3, atol=1e-3 * 1e-2 * natural.abs().max().item()
+            )
             checked += 1
     assert checked == 28
 
@@ -103,7 +105,9 @@ def test_eigenbasis_is_adam_on_rotated_gradients():
         step = start[name]["step"].item() + 1
         adam = (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
         rotated = basis.mT @ reference[name].detach().double() * (1 - 1e-2 * 1e-2)
-        torch.testing.assert_close(after[name].double(), basis @ (rotated - 1e-2 * adam), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            after[name].double(), basis @ (rotated - 1e-2 * adam), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_turning_the_basis_moves_the_first_moment_exactly():
@@ -127,7 +131,8 @@ def test_close_leaves_the_first_moments_in_the_coordinates_of_the_weights():
     tiny.train(model, optimizer, 5)
     curvature = optimizer._curvatures[0]
     turned = [
-        q @ optimizer.state[s.a]["exp_avg"] for q, s in zip(curvature.a_operator, curvature.bucket.sites, strict=True)
+        q @ optimizer.state[s.a]["exp_avg"]
+        for q, s in zip(curvature.a_operator, curvature.bucket.sites, strict=True)
     ]
     assert len(turned) == 14
     optimizer.close()
@@ -209,14 +214,18 @@ def test_first_moments_follow_a_change_of_coordinates_as_gradients_do():
     curvature = optimizer._curvatures[0]
 
     def products():
-        pairs = [(p, optimizer.state[p]["momentum_buffer"]) for s in curvature.bucket.sites for p in (s.a, s.b)]
+        pairs = [
+            (p, optimizer.state[p]["momentum_buffer"]) for s in curvature.bucket.sites for p in (s.a, s.b)
+        ]
         return torch.stack([(p * m).sum() for p, m in pairs])
 
     with torch.no_grad():
         before, a_before = products(), curvature.bucket.sites[0].a.clone()
         optimizer._mode.refresh(curvature)
         torch.testing.assert_close(products(), before, rtol=1e-3, atol=1e-5)
-        assert not torch.allclose(curvature.bucket.sites[0].a, a_before, rtol=1e-2), "the coordinates did change"
+        assert not torch.allclose(curvature.bucket.sites[0].a, a_before, rtol=1e-2), (
+            "the coordinates did change"
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -251,7 +260,11 @@ def test_max_grad_norm_bounds_what_the_base_sees(mode):
             return super().step(closure)
 
     optimizer = GritOptimizer(
-        Watching(tiny.trained(model), lr=1e-2), model, precondition=mode, max_grad_norm=1e-3, kfac_min_samples=8
+        Watching(tiny.trained(model), lr=1e-2),
+        model,
+        precondition=mode,
+        max_grad_norm=1e-3,
+        kfac_min_samples=8,
     )
     tiny.train(model, optimizer, 4)
     assert len(seen) == 4

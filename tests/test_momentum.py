@@ -48,7 +48,9 @@ def adamw(beta1):
 
 @pytest.mark.parametrize("beta1", [0.9, 0.8, 0.3])
 def test_whatever_beta1_is_the_default_walks_as_with_that_of_the_momentum(beta1):
-    wanted, its_own, found = (trained_with(adamw(b), m)[0] for b, m in ((0.6, "base"), (beta1, "base"), (beta1, None)))
+    wanted, its_own, found = (
+        trained_with(adamw(b), m)[0] for b, m in ((0.6, "base"), (beta1, "base"), (beta1, None))
+    )
     assert distance(found, wanted) < 0.01 * distance(its_own, wanted)  # not equal: steps blow rounding up
 
 
@@ -125,7 +127,9 @@ def test_a_beta1_of_zero_stays_zero():
 def test_a_schedule_may_change_beta1():
     model, steady = started(), started()
     start = tiny.weights(model)
-    changing, fixed = (GritOptimizer(adamw(0.9)(tiny.trained(m)), m, kfac_min_samples=1) for m in (model, steady))
+    changing, fixed = (
+        GritOptimizer(adamw(0.9)(tiny.trained(m)), m, kfac_min_samples=1) for m in (model, steady)
+    )
     for seed in range(5):
         changing.param_groups[0]["betas"] = (0.95 - 0.05 * seed, 0.99)
         for m, optimizer in ((model, changing), (steady, fixed)):
@@ -137,7 +141,9 @@ def test_a_schedule_may_change_beta1():
 
 def test_maximizing_is_minimizing_the_negative():
     model, negative = started(), started()
-    up = GritOptimizer(torch.optim.AdamW(tiny.trained(model), lr=1e-2, maximize=True), model, kfac_min_samples=1)
+    up = GritOptimizer(
+        torch.optim.AdamW(tiny.trained(model), lr=1e-2, maximize=True), model, kfac_min_samples=1
+    )
     down = GritOptimizer(torch.optim.AdamW(tiny.trained(negative), lr=1e-2), negative, kfac_min_samples=1)
     for seed in range(6):
         (-tiny.loss_of(model, seed)).backward()

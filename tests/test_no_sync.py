@@ -31,7 +31,9 @@ def waited_for(mode, steps=3, **options):
     """What the steps of a model on the meta device would wait for, without the checks of the first steps."""
     model = llama().to("meta")
     optimizer = grit(model, precondition=mode, **options)
-    optimizer._tap_watch.steps_left = 0  # the comparison of taps and gradients in the first steps does read values
+    optimizer._tap_watch.steps_left = (
+        0  # the comparison of taps and gradients in the first steps does read values
+    )
     waiting = set()
     for _ in range(steps):
         ids = tokens().to("meta")
@@ -49,7 +51,9 @@ def test_a_step_waits_for_nothing(mode):
     assert waited_for(mode) == set()
 
 
-@pytest.mark.parametrize("options", [{"kfac_power": 1.0}, {"max_grad_norm": 1.0}, {"step_length": "base"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"kfac_power": 1.0}, {"max_grad_norm": 1.0}, {"step_length": "base"}], ids=str
+)
 def test_nor_does_it_with_options(options):
     assert waited_for("spectral", **options) == set()
 

@@ -68,7 +68,9 @@ INVALID = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "error", "message"), INVALID, ids=[f"{n}={v!r}" for n, v, *_ in INVALID])
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"), INVALID, ids=[f"{n}={v!r}" for n, v, *_ in INVALID]
+)
 def test_invalid_option(name, value, error, message):
     model = tiny.llama()
     with pytest.raises(error, match=message) as caught:
@@ -84,7 +86,9 @@ def test_every_option_has_an_invalid_value_in_the_table():
 
 
 def test_signature_and_validated_options_are_the_same_set():
-    keywords = {n for n, p in inspect.signature(GritOptimizer.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    keywords = {
+        n for n, p in inspect.signature(GritOptimizer.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY
+    }
     assert keywords - {"sites"} == {f.name for f in fields(Options)}
 
 
@@ -120,12 +124,21 @@ def test_bases_that_cannot_be_wrapped():
 
 @pytest.mark.parametrize(
     ("base", "length"),
-    [("AdamW", 0.6), ("RAdam", 0.6), ("Adamax", 0.6), ("SGD", "base"), ("Adafactor", "base"), ("Adagrad", "base")],
+    [
+        ("AdamW", 0.6),
+        ("RAdam", 0.6),
+        ("Adamax", 0.6),
+        ("SGD", "base"),
+        ("Adafactor", "base"),
+        ("Adagrad", "base"),
+    ],
 )
 def test_the_default_length_of_a_step_depends_on_the_base(base, length):
     """Only an Adam's learning rate is a length per entry."""
     model = tiny.llama()
-    optimizer = GritOptimizer(getattr(torch.optim, base)(tiny.trained(model), lr=1e-2), model, kfac_min_samples=8)
+    optimizer = GritOptimizer(
+        getattr(torch.optim, base)(tiny.trained(model), lr=1e-2), model, kfac_min_samples=8
+    )
     assert optimizer.options.precondition == "spectral"
     assert optimizer.options.step_length == length
     tiny.train(model, optimizer, 3)

@@ -21,7 +21,9 @@ def pace(**options):
 
 def twin(losses):
     """(periods' factor, damping's factor) after all losses, from whole lists."""
-    halves = [losses[i : i + 10] for i in range(0, len(losses) - 9, 10)][:-1]  # the last one is still on its way
+    halves = [losses[i : i + 10] for i in range(0, len(losses) - 9, 10)][
+        :-1
+    ]  # the last one is still on its way
     if not halves:
         return 1.0, 1.0
     means = [sum(half) / 10 for half in halves]
@@ -197,7 +199,12 @@ def test_what_is_observed_goes_before_the_models_output():
 
 
 def test_a_run_resumed_in_the_middle_of_a_window_goes_on_exactly():
-    options = {"kfac_update_freq": 3, "reprojection": "balanced", "reprojection_freq": 7, "adaptive_schedule": True}
+    options = {
+        "kfac_update_freq": 3,
+        "reprojection": "balanced",
+        "reprojection_freq": 7,
+        "adaptive_schedule": True,
+    }
     model = tiny.llama(layers=1)
     optimizer = tiny.grit(model, **options)
     tiny.train(model, optimizer, 34)

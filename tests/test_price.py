@@ -32,7 +32,9 @@ def test_the_scored_tokens_are_counted_where_only_they_have_a_gradient():
     answer_loss(model, tiny.tokens(batch=4, length=12), prompt=5).backward()
     sums = optimizer._capture.collect()
     assert float(loss_tokens(sums)) == 4 * 7
-    assert float(sums[0].tokens.max()) == 4 * 11  # the last token is never an input of anything that is scored
+    assert (
+        float(sums[0].tokens.max()) == 4 * 11
+    )  # the last token is never an input of anything that is scored
 
 
 @pytest.mark.parametrize("damping", ["relative", "absolute"])
@@ -74,7 +76,8 @@ def test_loss_tokens_of_nothing_is_nothing():
 def test_the_prediction_is_the_divergence_that_a_cut_causes():
     """For labels drawn from the model itself the Fisher matrix is exact, and the expected rise is the KL divergence.
 
-    No noise is left in what is measured, so that the constant ½·N·T is seen: one site at a time, half its directions.
+    No noise is left in what is measured, so that the constant ½·N·T is seen: one site at a time, half its
+    directions.
     """
     model = tiny.llama(rank=4, init_lora_weights=False).double()
     optimizer = still(model, damping="absolute")

@@ -21,7 +21,9 @@ def pairs_of(model):
 
 
 def kept_parameters(model):
-    return sum(int(torch.count_nonzero(m.abs().sum(1))) * m.shape[1] for _, *pair in pairs_of(model) for m in pair)
+    return sum(
+        int(torch.count_nonzero(m.abs().sum(1))) * m.shape[1] for _, *pair in pairs_of(model) for m in pair
+    )
 
 
 # ------------------------------------------------------------------ the allocation
@@ -71,7 +73,9 @@ def test_the_sort_agrees_with_a_loop(seed, floor):
         assert [r.tolist() for r in ranks] == [
             [expected[b, s] for s in range(len(bid.size))] for b, bid in enumerate(bids)
         ]
-    assert all(torch.equal(r, b.current) for r, b in zip(ranks, bids, strict=True)), "all of it fits into all of it"
+    assert all(torch.equal(r, b.current) for r, b in zip(ranks, bids, strict=True)), (
+        "all of it fits into all of it"
+    )
 
 
 def test_the_budget_goes_to_the_directions_whose_loss_per_parameter_is_highest():
@@ -79,11 +83,15 @@ def test_the_budget_goes_to_the_directions_whose_loss_per_parameter_is_highest()
     bids = [Bids(loss, torch.tensor([10, 10]), torch.tensor([2, 2]), torch.tensor([True, True]))]
     assert ranks_within(bids, torch.tensor(30.0), 0)[0].tolist() == [1, 2]
     dear = [Bids(loss, torch.tensor([10, 100]), torch.tensor([2, 2]), torch.tensor([True, True]))]
-    assert ranks_within(dear, torch.tensor(125.0), 0)[0].tolist() == [2, 1], "the same loss at ten times the parameters"
+    assert ranks_within(dear, torch.tensor(125.0), 0)[0].tolist() == [2, 1], (
+        "the same loss at ten times the parameters"
+    )
 
 
 def test_continuing_a_spectrum():
-    spectrum = torch.tensor([[8.0, 4.0, 0, 0], [9.0, 9.0, 0, 0], [4.0, 0, 0, 0], [0, 0, 0, 0], [4.0, 3.0, 2.0, 1.0]])
+    spectrum = torch.tensor(
+        [[8.0, 4.0, 0, 0], [9.0, 9.0, 0, 0], [4.0, 0, 0, 0], [0, 0, 0, 0], [4.0, 3.0, 2.0, 1.0]]
+    )
     filled = continued(spectrum, torch.tensor([2, 2, 1, 0, 4]))
     assert filled.tolist() == [[8, 4, 2, 1], [9, 9, 9, 9], [4, 2, 1, 0.5], [0, 0, 0, 0], [4, 3, 2, 1]]
 
@@ -208,7 +216,12 @@ BASES = {
 def test_what_a_budget_gives_up_stays_exactly_zero_under_every_base(base, mode):
     model = tiny.llama()
     optimizer = GritOptimizer(
-        BASES[base](tiny.trained(model)), model, precondition=mode, kfac_min_samples=8, kfac_update_freq=3, **BUDGET
+        BASES[base](tiny.trained(model)),
+        model,
+        precondition=mode,
+        kfac_min_samples=8,
+        kfac_update_freq=3,
+        **BUDGET,
     )
     tiny.train(model, optimizer, 9)
     ranks = optimizer.ranks()
@@ -220,7 +233,9 @@ def test_what_a_budget_gives_up_stays_exactly_zero_under_every_base(base, mode):
         assert torch.count_nonzero(a[rank:]) == torch.count_nonzero(b[rank:]) == 0, name
         assert torch.count_nonzero(a[:rank]) == a[:rank].numel(), name
         assert torch.isfinite(a).all(), name
-    for parameter, rank in zip(model_order(optimizer), (r for r in ranks.values() for _ in range(2)), strict=True):
+    for parameter, rank in zip(
+        model_order(optimizer), (r for r in ranks.values() for _ in range(2)), strict=True
+    ):
         for key, value in optimizer.state[parameter].items():
             if base not in ("adamw", "sgd") or not isinstance(value, torch.Tensor) or value.dim() == 0:
                 continue
@@ -234,7 +249,9 @@ def model_order(optimizer):
 
 def test_the_budget_is_kept_on_the_way_and_never_overspent():
     model = tiny.llama(rank=6)
-    optimizer = tiny.grit(model, **{**BUDGET, "rank_budget": 0.25}, rank_budget_steps=8, rank_adaptation_start_step=4)
+    optimizer = tiny.grit(
+        model, **{**BUDGET, "rank_budget": 0.25}, rank_budget_steps=8, rank_adaptation_start_step=4
+    )
     total, kept = optimizer.ranks().parameters_before, []
     for step in range(16):
         tiny.train(model, optimizer, 1, first=step)
@@ -260,9 +277,18 @@ def test_a_budget_in_parameters_and_a_floor():
 def test_a_rising_budget_brings_ranks_back_without_changing_what_the_model_computes(mode):
     """The third seed's projection_budget_start=32, projection_budget_end=96."""
     model = tiny.llama()
-    options = {**BUDGET, "rank_budget_start": 0.3, "rank_budget": 0.9, "rank_budget_steps": 8, "rank_regrowth": True}
+    options = {
+        **BUDGET,
+        "rank_budget_start": 0.3,
+        "rank_budget": 0.9,
+        "rank_budget_steps": 8,
+        "rank_regrowth": True,
+    }
     optimizer = tiny.grit(
-        model, precondition=mode, min_lora_rank=1, **{k: v for k, v in options.items() if k != "min_lora_rank"}
+        model,
+        precondition=mode,
+        min_lora_rank=1,
+        **{k: v for k, v in options.items() if k != "min_lora_rank"},
     )
     kept = []
     for step in range(12):
@@ -305,7 +331,12 @@ def test_regrown_rows_are_as_long_as_the_others():
 RESUMED = {
     "linear": {"rank_budget_steps": 8},
     "adaptive": {"rank_budget_steps": 8, "rank_budget_schedule": "adaptive", "rank_budget_tolerance": 0.0},
-    "regrowth": {"rank_budget_start": 0.3, "rank_budget": 0.9, "rank_budget_steps": 12, "rank_regrowth": True},
+    "regrowth": {
+        "rank_budget_start": 0.3,
+        "rank_budget": 0.9,
+        "rank_budget_steps": 12,
+        "rank_regrowth": True,
+    },
 }
 
 
@@ -379,13 +410,21 @@ def test_ranks_by_name():
 
 
 BAD = {
-    "unknown site": ({"q_proj": 2}, ValueError, "unknown site 'q_proj'; .*14 sites are the keys of optimizer.ranks"),
+    "unknown site": (
+        {"q_proj": 2},
+        ValueError,
+        "unknown site 'q_proj'; .*14 sites are the keys of optimizer.ranks",
+    ),
     "rank too high": (
         lambda o: {next(iter(o.ranks())): 5},
         ValueError,
         "has rank 4; it can keep a whole number from 0",
     ),
-    "below the floor": (0.2, ValueError, "min_lora_rank=4 keeps 1,984; raise the budget, or lower min_lora_rank"),
+    "below the floor": (
+        0.2,
+        ValueError,
+        "min_lora_rank=4 keeps 1,984; raise the budget, or lower min_lora_rank",
+    ),
     "more than all": (5000, ValueError, "more than the 1,984 parameters"),
     "zero": (0, ValueError, "at least 1"),
     "share above one": (1.5, ValueError, r"\(0, 1\]"),
@@ -406,7 +445,9 @@ def test_impossible_reductions(ranks, error, message):
 def test_nothing_is_reduced_before_anything_is_known():
     model = tiny.llama()
     optimizer = tiny.grit(model, min_lora_rank=0)
-    with pytest.raises(ValueError, match=r"nothing is known yet of the curvature of 14 site\(s\).*export_adapter"):
+    with pytest.raises(
+        ValueError, match=r"nothing is known yet of the curvature of 14 site\(s\).*export_adapter"
+    ):
         optimizer.plan_ranks(0.5)
 
 
@@ -452,7 +493,10 @@ IMPOSSIBLE = {
     "start without steps": ({"rank_budget_start": 0.9}, "no effect with rank_budget_steps=0"),
     "schedule without steps": ({"rank_budget_schedule": "cosine"}, "no effect with rank_budget_steps=0"),
     "steps without budget": ({"rank_budget": None, "rank_budget_steps": 5}, "rank_budget, which is None"),
-    "schedule without budget": ({"rank_budget": None, "rank_budget_schedule": "cosine"}, "rank_budget, which is None"),
+    "schedule without budget": (
+        {"rank_budget": None, "rank_budget_schedule": "cosine"},
+        "rank_budget, which is None",
+    ),
     "paper's projection": ({"reprojection": "two_sided"}, "needs reprojection='balanced'"),
     "regrowth of nothing": ({"rank_budget": None, "rank_regrowth": True}, "nothing adapts the rank"),
 }

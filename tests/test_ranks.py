@@ -38,7 +38,9 @@ def test_singular_values_of_the_product(r, d_in, d_out):
 def test_ranks_is_a_dict_with_details():
     model = tiny.llama(rank=6)
     optimizer = tiny.grit(model, min_lora_rank=0)
-    assert {s.entropy_rank for s in optimizer.ranks().sites} == {None}, "nothing is known before the first step"
+    assert {s.entropy_rank for s in optimizer.ranks().sites} == {None}, (
+        "nothing is known before the first step"
+    )
     tiny.train(model, optimizer, 5)
     optimizer.reduce_ranks_(0.4)
     report = optimizer.ranks()
@@ -55,7 +57,9 @@ def test_ranks_is_a_dict_with_details():
         else:
             assert site.entropy_rank is None
         assert (site.predicted_loss > 0) == (site.rank < 6)
-    assert report.parameters == sum(site.parameters for site in report.sites) <= 0.4 * report.parameters_before
+    assert (
+        report.parameters == sum(site.parameters for site in report.sites) <= 0.4 * report.parameters_before
+    )
     assert report.predicted_loss == pytest.approx(sum(s.predicted_loss for s in report.sites))
     assert json.loads(json.dumps(report.as_dict())) == report.as_dict()
 
@@ -104,7 +108,9 @@ def test_the_command_reads_adapters_that_peft_wrote(adapter, tmp_path, capsys):
     effective = {site["name"]: site["entropy_rank"] for site in read["sites"]}
     for site in adapter[1].sites:
         if site.rank:
-            assert effective[site.name] == pytest.approx(site.entropy_rank, rel=1e-3), "zero rows count for nothing"
+            assert effective[site.name] == pytest.approx(site.entropy_rank, rel=1e-3), (
+                "zero rows count for nothing"
+            )
         else:
             assert effective[site.name] is None
 
@@ -130,7 +136,10 @@ BAD = {
         lambda path: spoilt(path, "grit_ranks.json", b'{"format": 1, "sites": [{"name": "x"}]}'),
         "a site without parameters_before, predicted_loss, rank_before",
     ),
-    "a pair without B": (lambda path: without(path, ".lora_B.weight"), "and no base_model.model.model.layers.0"),
+    "a pair without B": (
+        lambda path: without(path, ".lora_B.weight"),
+        "and no base_model.model.model.layers.0",
+    ),
     "newer ranks file": (lambda path: spoilt(path, "grit_ranks.json", b'{"format": 99}'), "format 99"),
 }
 
@@ -189,7 +198,9 @@ def test_ranks_follow_weights_that_lost_or_regained_directions():
     set_directions(optimizer, some, 0.3)
     assert set(optimizer.ranks().values()) == {4}
     assert optimizer.ranks().predicted_loss == 0
-    assert optimizer.telemetry()["samples"] == {name: 0 if name in some else count for name, count in seen.items()}
+    assert optimizer.telemetry()["samples"] == {
+        name: 0 if name in some else count for name, count in seen.items()
+    }
 
 
 def test_directions_that_regrew_with_a_zero_b_are_in_use():
@@ -197,7 +208,11 @@ def test_directions_that_regrew_with_a_zero_b_are_in_use():
         rank_budget=0.5, rank_budget_start=0.4, rank_regrowth=True, rank_budget_steps=4, reprojection_freq=2
     )
     tiny.train(model, optimizer, 9)
-    told = {name: int(rank) for c in optimizer._curvatures for name, rank in zip(c.bucket.names(), c.rank, strict=True)}
+    told = {
+        name: int(rank)
+        for c in optimizer._curvatures
+        for name, rank in zip(c.bucket.names(), c.rank, strict=True)
+    }
     assert dict(optimizer.ranks()) == told
 
 

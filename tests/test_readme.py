@@ -96,7 +96,9 @@ def test_nothing_need_be_retuned():
 
 
 def test_the_cost_is_the_one_that_was_measured():
-    ratio = json.loads((ROOT / "benchmarks" / "results" / "cost" / "cost-naming-grit.json").read_text())["ratio"]
+    ratio = json.loads((ROOT / "benchmarks" / "results" / "cost" / "cost-naming-grit.json").read_text())[
+        "ratio"
+    ]
     measured = f"**{ratio['median']:.3f}×** step by step (quartiles {ratio['q1']:.3f} to {ratio['q3']:.3f})"
     assert measured in README
 
@@ -112,10 +114,16 @@ def test_what_cuts_cost_is_what_was_measured():
             next(p for p in truncation_report.whole(result, method) if p["rank"] == rank)
             for method in truncation_report.METHODS
         ]
-        row = " | ".join(f"{cell['measured']:.3f} ({cell['heldout']:.3f})" for cell in cells).replace("-", "−")
+        row = " | ".join(f"{cell['measured']:.3f} ({cell['heldout']:.3f})" for cell in cells).replace(
+            "-", "−"
+        )
         assert f"| {rank} | {row} |" in README
-    alone = [p for p in result["points"] if p["site"] != "all" and 1e-5 < p["predicted"] <= truncation_report.SMALL]
-    ratios = [[(p["measured"] - first * p["first_order"]) / p["predicted"] for p in alone] for first in (0, 1)]
+    alone = [
+        p for p in result["points"] if p["site"] != "all" and 1e-5 < p["predicted"] <= truncation_report.SMALL
+    ]
+    ratios = [
+        [(p["measured"] - first * p["first_order"]) / p["predicted"] for p in alone] for first in (0, 1)
+    ]
     said = "predicted is {:.2f} in the median ({:.2f} without the first-order part".format(
         *map(statistics.median, ratios)
     )
@@ -126,7 +134,10 @@ def test_what_cuts_cost_is_what_was_measured():
 def test_the_table_of_sizes_is_the_one_that_was_printed():
     folder = ROOT / "benchmarks" / "results" / "sizes"
     tasks = adapter_sizes_report.read(folder)
-    text, summary = adapter_sizes_report.table(tasks), adapter_sizes_report.summary(tasks, adapter_sizes_report.SHOWN)
+    text, summary = (
+        adapter_sizes_report.table(tasks),
+        adapter_sizes_report.summary(tasks, adapter_sizes_report.SHOWN),
+    )
     assert (folder / "table.md").read_text(encoding="utf8").strip() == text.strip()
     assert len(summary.splitlines()) > 4
     assert summary in README
@@ -136,7 +147,9 @@ def test_the_table_of_sizes_is_the_one_that_was_printed():
 def test_what_rounding_adds_is_what_was_measured():
     folder = ROOT / "benchmarks" / "results" / "sizes_rounded"
     tasks = adapter_sizes_report.read(folder)
-    assert (folder / "table.md").read_text(encoding="utf8").strip() == adapter_sizes_report.table(tasks).strip()
+    assert (folder / "table.md").read_text(encoding="utf8").strip() == adapter_sizes_report.table(
+        tasks
+    ).strip()
     summary = adapter_sizes_report.summary(tasks, 0.75)
     assert summary.count("(n=3)") == 12  # three ways, four tasks
     assert summary in README

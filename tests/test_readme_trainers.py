@@ -10,7 +10,9 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 README, MATRIX = ((ROOT / path).read_text(encoding="utf8") for path in ("README.md", "docs/trainers.md"))
-ROWS = re.findall(r"^\| (.+?) \| (\w+) ([\d.]+) \| .+ \| (tests/[\w/]+\.py)::(\w+) \|$", MATRIX, flags=re.MULTILINE)
+ROWS = re.findall(
+    r"^\| (.+?) \| (\w+) ([\d.]+) \| .+ \| (tests/[\w/]+\.py)::(\w+) \|$", MATRIX, flags=re.MULTILINE
+)
 EXTRAS = ("bench", "peers", "trainers", "trainers4")
 
 
@@ -27,10 +29,14 @@ def pins():
 
 def test_every_row_names_a_pinned_version_and_a_test_that_exists():
     assert len(ROWS) == 36
-    assert {version for _, package, version, *_ in ROWS if package == "transformers"} == pins()["transformers"]
+    assert {version for _, package, version, *_ in ROWS if package == "transformers"} == pins()[
+        "transformers"
+    ]
     for client, package, version, path, name in ROWS:
         assert version in pins()[package], client
-        functions = {n.name for n in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(n, ast.FunctionDef)}
+        functions = {
+            n.name for n in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(n, ast.FunctionDef)
+        }
         assert name in functions, client
 
 
@@ -38,7 +44,9 @@ def test_the_versions_that_exclude_each_other_are_run_by_the_files_of_their_rows
     """The command for the other environment names every file that a row for it names."""
     command = re.search(r"^\.venv4/bin/python -m pytest (.+)$", MATRIX, flags=re.MULTILINE).group(1)
     files = {path.relative_to(ROOT).as_posix() for pattern in command.split() for path in ROOT.glob(pattern)}
-    older = {path for _, package, version, path, _ in ROWS if (package, version) == ("transformers", "4.57.6")}
+    older = {
+        path for _, package, version, path, _ in ROWS if (package, version) == ("transformers", "4.57.6")
+    }
     assert len(older) == 4
     assert older <= files
     assert all(next(ROOT.glob(pattern), None) for pattern in command.split())
@@ -56,7 +64,9 @@ def test_the_qlora_recipe_runs(tmp_path):
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     code = re.search(r"```python\n(# qlora\n.+?)```", README, flags=re.DOTALL).group(1)
     assert code.count("bf16=True") == 1
-    code = code.replace("bf16=True", "bf16=True, use_cpu=True")  # the Trainer wants to be told that this is no accident
+    code = code.replace(
+        "bf16=True", "bf16=True, use_cpu=True"
+    )  # the Trainer wants to be told that this is no accident
     examples = [{"input_ids": ids, "labels": ids} for ids in tiny.tokens(0, batch=32)]
     names = {"model_id": str(tmp_path / "base"), "dataset": examples, "output_dir": str(tmp_path / "out")}
     exec(compile(code, "README.md", "exec"), names)

@@ -37,7 +37,9 @@ def expected(optimizer, model, before, k=2, one_sided=False):
         onto_a = leading_projector(sigma_a, rank)
         onto_g = onto_a if one_sided else leading_projector(sigma_g, rank)
         strengths = options.lambda_kfac, options.lambda_reproj
-        gradients[a], gradients[b] = by_autograd(before[a], before[b], sigma_a, sigma_g, onto_a, onto_g, *strengths)
+        gradients[a], gradients[b] = by_autograd(
+            before[a], before[b], sigma_a, sigma_g, onto_a, onto_g, *strengths
+        )
     assert len(gradients) == 28
     return gradients
 
@@ -65,7 +67,9 @@ def test_operators_are_the_gradients_of_the_formula():
         torch.testing.assert_close(b[i] @ for_b[i], grad_b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("change", [{}, {"lambda_kfac": 0.0}, {"lambda_reproj": 0.0}], ids=["both", "reproj", "kfac"])
+@pytest.mark.parametrize(
+    "change", [{}, {"lambda_kfac": 0.0}, {"lambda_reproj": 0.0}], ids=["both", "reproj", "kfac"]
+)
 def test_the_base_sees_the_losss_gradient_and_the_penalties(change):
     model, optimizer, before, gradients = one_step({"precondition": "none", **BOTH, **change})
     extra = expected(optimizer, model, before)
@@ -102,7 +106,9 @@ def test_the_preconditioner_does_not_see_the_penalties():
 
 def test_in_the_eigenbasis_the_penalties_are_turned_with_the_gradient():
     """SGD does not care for the basis, so the step is that of plain coordinates."""
-    model, optimizer, before, gradients = one_step({"precondition": "eigenbasis", "kfac_update_freq": 1, **BOTH})
+    model, optimizer, before, gradients = one_step(
+        {"precondition": "eigenbasis", "kfac_update_freq": 1, **BOTH}
+    )
     extra = expected(optimizer, model, before)
     assert_moved_by(model, before, {name: gradients[name] + extra[name] for name in extra})
 
@@ -116,7 +122,9 @@ def test_the_norms_bound_holds_with_the_penalties():
 
 def test_warm_up_grows_on_a_straight_line():
     """In its fourth step, of a warm-up of ten, the penalties have three tenths of their strength."""
-    model, optimizer, before, gradients = one_step({"precondition": "none", "regularizer_warmup_steps": 10, **BOTH})
+    model, optimizer, before, gradients = one_step(
+        {"precondition": "none", "regularizer_warmup_steps": 10, **BOTH}
+    )
     extra = expected(optimizer, model, before)
     assert_moved_by(model, before, {name: gradients[name] + 0.3 * extra[name] for name in extra})
 
@@ -140,7 +148,9 @@ def test_coordinates_that_were_given_up_stay_exactly_zero():
 
 def test_penalties_shrink_what_they_penalise():
     """Trained with a constant loss, only what lies inside the leading directions is left."""
-    model, optimizer, _, _ = one_step({"precondition": "none", "fisher_decay": None, **BOTH, "lambda_kfac": 0.0})
+    model, optimizer, _, _ = one_step(
+        {"precondition": "none", "fisher_decay": None, **BOTH, "lambda_kfac": 0.0}
+    )
     outside = []
     for _ in range(2):
         total = 0.0

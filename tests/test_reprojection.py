@@ -14,7 +14,11 @@ BALANCED = {"reprojection": "balanced", "reprojection_freq": 4}
 def products(model):
     """ΔW of each site, by the name of A."""
     state = dict(model.named_parameters())
-    return {n: (state[n.replace("lora_A", "lora_B")] @ p).detach().clone() for n, p in state.items() if "lora_A" in n}
+    return {
+        n: (state[n.replace("lora_A", "lora_B")] @ p).detach().clone()
+        for n, p in state.items()
+        if "lora_A" in n
+    }
 
 
 def without_training(model, optimizer):
@@ -87,7 +91,9 @@ def test_full_rank_reprojection_leaves_the_product(kind):
     assert optimizer.telemetry()["reprojections"] == 2
     assert len(before) == 14
     for name, product in products(model).items():
-        torch.testing.assert_close(product, before[name], rtol=1e-4, atol=1e-5 * before[name].abs().max().item())
+        torch.testing.assert_close(
+            product, before[name], rtol=1e-4, atol=1e-5 * before[name].abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("kind", ["two_sided", "one_sided"])
@@ -151,7 +157,12 @@ def test_balanced_reprojection_predicts_its_cost_and_costs_less_than_the_papers(
     for kind in ("balanced", "one_sided", "two_sided"):
         model = tiny.llama(rank=6)
         optimizer = tiny.grit(
-            model, precondition="none", fisher_decay=None, reprojection=kind, reprojection_k=3, reprojection_freq=40
+            model,
+            precondition="none",
+            fisher_decay=None,
+            reprojection=kind,
+            reprojection_k=3,
+            reprojection_freq=40,
         )
         tiny.train(model, optimizer, 40)
         without_training(model, optimizer)

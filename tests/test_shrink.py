@@ -157,7 +157,12 @@ def test_a_run_resumes_from_the_smaller_adapter(tmp_path):
 def test_shrinking_twice_and_a_budget_that_goes_on():
     model = tiny.llama(rank=6)
     optimizer = tiny.grit(
-        model, reprojection="balanced", reprojection_freq=2, rank_budget=0.2, rank_budget_steps=12, min_lora_rank=0
+        model,
+        reprojection="balanced",
+        reprojection_freq=2,
+        rank_budget=0.2,
+        rank_budget_steps=12,
+        min_lora_rank=0,
     )
     sizes = []
     for phase in range(3):

@@ -28,7 +28,9 @@ def test_all_linear_gives_every_projection_its_own_name():
     names, untapped = found_in(llama())
     attention = [f"self_attn.{kind}_proj" for kind in "qkvo"]
     mlp = [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]
-    expected = [f"base_model.model.model.layers.{i}.{kind}.default" for i in (0, 1) for kind in attention + mlp]
+    expected = [
+        f"base_model.model.model.layers.{i}.{kind}.default" for i in (0, 1) for kind in attention + mlp
+    ]
     assert sorted(names) == sorted(expected)
     assert untapped == {}
 
@@ -113,7 +115,9 @@ def frozen_a():
 
 
 @pytest.mark.parametrize("make", [embedding_lora, experts, frozen_a])
-@pytest.mark.parametrize("given", [trained, lambda model: list(model.parameters())], ids=["trained", "all parameters"])
+@pytest.mark.parametrize(
+    "given", [trained, lambda model: list(model.parameters())], ids=["trained", "all parameters"]
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_cannot_be_tapped_is_named_once_and_trained_by_the_base(make, given):
     """In one step from the same weights the gradients are the same, so it moves exactly as the plain base moves it."""
@@ -142,7 +146,9 @@ def test_what_cannot_be_tapped_is_named_once_and_trained_by_the_base(make, given
 
 def adalora():
     config = llama().base_model.model.config
-    return get_peft_model(LlamaForCausalLM(config), AdaLoraConfig(target_modules=["q_proj"], total_step=10, init_r=4))
+    return get_peft_model(
+        LlamaForCausalLM(config), AdaLoraConfig(target_modules=["q_proj"], total_step=10, init_r=4)
+    )
 
 
 def test_adalora_is_refused_with_the_reason():
@@ -179,7 +185,9 @@ def test_a_given_site_that_the_base_does_not_hold_is_refused():
     model = HandWritten()
     site = Site.from_modules("mine", model.down, model.up)
     base = AdamW([model.down.weight], lr=1e-2)
-    with pytest.raises(ValueError, match=r"site\(s\) mine have weights that the base optimizer does not hold"):
+    with pytest.raises(
+        ValueError, match=r"site\(s\) mine have weights that the base optimizer does not hold"
+    ):
         GritOptimizer(base, model, sites=[site])
 
 
@@ -187,7 +195,10 @@ def test_sites_that_share_a_name_or_a_pair_are_refused():
     first, second = HandWritten(), HandWritten()
     model = nn.ModuleList([first, second])
     one, named_alike = (Site.from_modules("mine", m.down, m.up) for m in (first, second))
-    same_pair, same_b = Site.from_modules("again", first.down, first.up), Site.from_modules("b", second.down, first.up)
+    same_pair, same_b = (
+        Site.from_modules("again", first.down, first.up),
+        Site.from_modules("b", second.down, first.up),
+    )
     base = AdamW(model.parameters(), lr=1e-2)
     for other, what in ((named_alike, "the same name"), (same_pair, "the same A"), (same_b, "the same B")):
         with pytest.raises(ValueError, match=rf"sites 0 \('mine'\) and 1 \('{other.name}'\) have {what}"):
@@ -196,7 +207,11 @@ def test_sites_that_share_a_name_or_a_pair_are_refused():
 
 BAD_PAIRS = {
     "no weight": (nn.Tanh(), nn.Linear(3, 5), "site 'mine': `a` is a Tanh without a `weight` tensor"),
-    "no weight in b": (nn.Linear(6, 3), nn.Identity(), "site 'mine': `b` is a Identity without a `weight` tensor"),
+    "no weight in b": (
+        nn.Linear(6, 3),
+        nn.Identity(),
+        "site 'mine': `b` is a Identity without a `weight` tensor",
+    ),
     "ranks differ": (nn.Linear(6, 3), nn.Linear(4, 5), r"A has shape \[3, 6\] and B \[5, 4\]"),
     "swapped": (nn.Linear(3, 5), nn.Linear(6, 3), r"A has shape \[5, 3\] and B \[3, 6\]"),
     "one-dimensional": (nn.LayerNorm(3), nn.Linear(3, 5), r"A has shape \[3\]"),
@@ -212,7 +227,8 @@ def test_hand_written_pairs_are_checked(a, b, message):
         Site.from_modules("mine", a, b)
 
 
-# -------------------------------------------------------------------- a model that changes under the optimizer
+# -------------------------------------------------------------------- a model that changes under the
+# optimizer
 
 
 def change_adapter(model, how):
@@ -335,7 +351,9 @@ def plus_groups(model):
     """LoRA+ style: A and B apart, each with its own rate and decay, and layer 1's A apart again."""
 
     def chosen(letter, layer):
-        return [p for n, p in model.named_parameters() if p.requires_grad and f"lora_{letter}" in n and layer in n]
+        return [
+            p for n, p in model.named_parameters() if p.requires_grad and f"lora_{letter}" in n and layer in n
+        ]
 
     return [
         {"params": chosen("A", "layers.0."), "lr": 1e-2, "weight_decay": 0.1},

@@ -26,7 +26,9 @@ def root_of(factor, damping, power):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_spectral_orthogonalises_the_momentum_in_fisher_coordinates(weight_decay):
     settings = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": weight_decay}
-    model, optimizer, before, gradients = one_step({"precondition": "spectral"}, torch.optim.AdamW, **settings)
+    model, optimizer, before, gradients = one_step(
+        {"precondition": "spectral"}, torch.optim.AdamW, **settings
+    )
     after = tiny.weights(model)
     parameters, checked = dict(model.named_parameters()), 0
     for a, b, sigma_a, sigma_g in sites_of(model, optimizer):
@@ -77,7 +79,8 @@ def test_full_caution_never_goes_up_the_newest_gradient(mode):
         after = tiny.weights(model)
         moved[caution] = {name: before[name] - after[name] for name in gradients}
     uphill = {
-        caution: [(step * gradients[name] < 0).any() for name, step in moved[caution].items()] for caution in moved
+        caution: [(step * gradients[name] < 0).any() for name, step in moved[caution].items()]
+        for caution in moved
     }
     assert len(uphill[1.0]) == 28
     assert not any(uphill[1.0])
@@ -110,7 +113,9 @@ def test_without_a_gradient_a_step_fades_out_with_the_bases_average(mode, absent
         (absent * tiny.loss_of(model, seed)).backward()
         optimizer.step()
         optimizer.zero_grad()
-        moved.append(max((after - before[name]).abs().max().item() for name, after in tiny.weights(model).items()))
+        moved.append(
+            max((after - before[name]).abs().max().item() for name, after in tiny.weights(model).items())
+        )
     assert moved[0] > 1e-4, "the average still moves the weights, or the test shows nothing"
     assert moved[-1] < 1e-6
     assert all(value.isfinite().all() for value in tiny.weights(model).values())

@@ -96,12 +96,15 @@ def test_relative_factors_do_not_know_the_losss_unit(change):
     }[change]
     plain = relative_factors(model, lambda: loss_of(model).backward())
     other = relative_factors(model, changed)
-    # A query that sees one key has δ = 0 up to rounding, so whether such a token counts may change with the unit.
+    # A query that sees one key has δ = 0 up to rounding, so whether such a token counts may change with the
+    # unit.
     names = [name for name in plain if change == "loss times 1024" or "q_proj" not in name]
     assert len(names) == (14 if change == "loss times 1024" else 12)
     for name in names:
         assert_near(other[name]["activation"], plain[name]["activation"], 1e-5, name)
-        assert_near(other[name]["gradient"], plain[name]["gradient"], 1e-5 if len(names) == 14 else 1e-3, name)
+        assert_near(
+            other[name]["gradient"], plain[name]["gradient"], 1e-5 if len(names) == 14 else 1e-3, name
+        )
     mean_trace = sum(float(site["gradient"].trace()) / 4 for site in plain.values()) / 14
     assert mean_trace == pytest.approx(1.0, rel=1e-4)
 

@@ -37,7 +37,9 @@ def test_every_site_tells_its_numbers():
             assert numbers[f"eigenvalues_{letter}"] == rounded(values.tolist())
             assert numbers[f"trace_{letter}"] == rounded(sigma.trace().item())
             assert numbers[f"condition_{letter}"] == pytest.approx((values[0] / values[-1]).item(), rel=1e-2)
-            assert numbers[f"effective_rank_{letter}"] == rounded(math.exp(-(shares * shares.log()).sum().item()))
+            assert numbers[f"effective_rank_{letter}"] == rounded(
+                math.exp(-(shares * shares.log()).sum().item())
+            )
         for side, name, sigma in (("A", a, sigma_g), ("B", b, sigma_a)):
             gradient, moved = gradients[name].double(), (before[name] - after[name]).double()
             cosine = (gradient * moved).sum() / (gradient.norm() * moved.norm())
@@ -109,7 +111,12 @@ def test_records_come_at_the_first_step_every_so_many_and_the_last():
 
 
 def test_spectra_and_eigenvectors_on_request():
-    log = {"log_fisher_spectrum": True, "log_top_eigs": 2, "log_eig_heatmaps": True, "log_eig_heatmaps_modules": 3}
+    log = {
+        "log_fisher_spectrum": True,
+        "log_top_eigs": 2,
+        "log_eig_heatmaps": True,
+        "log_eig_heatmaps_modules": 3,
+    }
     optimizer, records, _ = recorded({}, **log)
     last = records[-2]["sites"]
     assert {len(values) for values in last["eigenvalues_a"] + last["eigenvalues_g"]} == {2}
@@ -137,7 +144,9 @@ def test_logging_changes_no_weight():
             model = tiny.llama()
             optimizer = tiny.grit(model, precondition=mode)
             if log:
-                optimizer.log_to(lambda record: None, every=1, log_fisher_spectrum=True, log_eig_heatmaps=True)
+                optimizer.log_to(
+                    lambda record: None, every=1, log_fisher_spectrum=True, log_eig_heatmaps=True
+                )
             tiny.train(model, optimizer, 4)
             weights.append(tiny.weights(model))
     for plain, logged in zip(weights[::2], weights[1::2], strict=True):

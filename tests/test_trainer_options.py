@@ -34,7 +34,9 @@ OPTIONS = {
 def test_options_that_change_data_or_loss(tmp_path, arguments):
     model, optimizer = built()
     before, agreement = loss_on_data(model), Agreement()
-    run(tmp_path, model, (optimizer, None), callbacks=[agreement], gradient_accumulation_steps=2, **arguments).train()
+    run(
+        tmp_path, model, (optimizer, None), callbacks=[agreement], gradient_accumulation_steps=2, **arguments
+    ).train()
     assert engaged(optimizer) == (6, 7)
     agreement.assert_whole(6)
     assert loss_on_data(model) < before
@@ -57,7 +59,10 @@ class TwoLayers(torch.nn.Module):
 
     def forward(self, input_ids, labels):
         logits = self.head(torch.relu(self.inner(self.embedding(input_ids))))
-        return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+        return {
+            "loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()),
+            "logits": logits,
+        }
 
 
 def two_layers():
@@ -105,8 +110,13 @@ def test_a_batch_that_does_not_fit_is_tried_smaller(tmp_path):
 
 def in_use(model):
     """Per site, how many directions of A and B are not zero."""
-    layers = {f"{name}.default": layer for name, layer in model.named_modules() if getattr(layer, "lora_A", None)}
-    pairs = {name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for name, layer in layers.items()}
+    layers = {
+        f"{name}.default": layer for name, layer in model.named_modules() if getattr(layer, "lora_A", None)
+    }
+    pairs = {
+        name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+        for name, layer in layers.items()
+    }
     return {name: int(((a != 0).any(1) | (b != 0).any(0)).sum()) for name, (a, b) in pairs.items()}
 
 
@@ -142,13 +152,17 @@ def test_ranks_that_a_checkpoint_had_given_up_are_not_counted_again(tmp_path):
 def test_the_best_model_has_its_own_ranks(tmp_path):
     """It was saved before the budget was met; ranks, shrinking, saving and going on to train all keep what it has."""
     model, optimizer = built(**{**HALF, "reprojection_freq": 4, "rank_adaptation_start_step": 4})
-    trainer = run(tmp_path, model, (optimizer, None), callbacks=[GritCallback()], **{**BEST, "greater_is_better": True})
+    trainer = run(
+        tmp_path, model, (optimizer, None), callbacks=[GritCallback()], **{**BEST, "greater_is_better": True}
+    )
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     assert in_use(model) == optimizer.ranks() == dict.fromkeys(in_use(model), 4)
     told = json.loads((tmp_path / "grit_final_ranks.json").read_text())
     assert told["parameters_kept"] == told["parameters"]
-    assert {entry["grit_mean_rank"] for entry in trainer.state.log_history[-3:] if "grit_mean_rank" in entry} != {4.0}
+    assert {
+        entry["grit_mean_rank"] for entry in trainer.state.log_history[-3:] if "grit_mean_rank" in entry
+    } != {4.0}
     assert optimizer.save_adapter(tmp_path / "adapter").parameters == told["parameters"]
     best = loss_on_data(model)
     optimizer.shrink_()

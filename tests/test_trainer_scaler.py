@@ -1,7 +1,7 @@
 """fp16 with a GradScaler inside the trainers: an overflow skips the step, and what the taps saw of it is discarded.
 
-transformers and accelerate give no scaler to a run on the CPU, so there it is put in the place where accelerate keeps it;
-everything from there on is what they run on a GPU.
+transformers and accelerate give no scaler to a run on the CPU, so there it is put in the place where
+accelerate keeps it; everything from there on is what they run on a GPU.
 """
 
 import pytest
@@ -17,7 +17,10 @@ DEVICES = [
     "cpu",
     pytest.param(
         "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
     ),
 ]
 OVERFLOWS = {"init_scale": 2.0**40, "backoff_factor": 2.0**-15, "growth_interval": 1000}
@@ -62,7 +65,8 @@ def test_the_trainer_skips_overflows_and_discards_their_statistics(tmp_path, dev
     steps, sites = engaged(optimizer)
     assert (steps, sites) == (8 - watch.skipped, 7)
     told = optimizer.telemetry(per_site=False)
-    # The Trainer clears by model.zero_grad(), so the skipped batches come to the next step's fold, which is dropped whole.
+    # The Trainer clears by model.zero_grad(), so the skipped batches come to the next step's fold, which is
+    # dropped whole.
     assert told["dropped_folds"] == 1
     assert all(0 < count < 8 * 44 for count in told["samples"].values())
     assert all(weight.isfinite().all() for weight in tiny.weights(model).values())

@@ -10,7 +10,9 @@ from grit_optim.reprojection import change_of_coordinates
 
 
 def random_move(sites, rank, keep, seed=0):
-    transform = torch.randn(sites, rank, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    transform = torch.randn(
+        sites, rank, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     mask = torch.arange(rank).expand(sites, rank) < keep
     return change_of_coordinates(transform, torch.linalg.inv(transform), mask)
 
@@ -66,8 +68,12 @@ def test_without_known_correlations_entries_count_as_uncorrelated():
         [(optimizer, curvature, covariances, _)] = list(with_separable_moments())[:1]
         move = random_move(len(curvature.bucket.sites), curvature.bucket.rank, 4)
         unknown = torch.zeros_like(covariances[0])
-        transport.move_state(optimizer.base, curvature.bucket.groups, move, (unknown, unknown) if known else None)
-        moved.append([optimizer.state[p]["exp_avg_sq"] for g in curvature.bucket.groups for p in g.parameters])
+        transport.move_state(
+            optimizer.base, curvature.bucket.groups, move, (unknown, unknown) if known else None
+        )
+        moved.append(
+            [optimizer.state[p]["exp_avg_sq"] for g in curvature.bucket.groups for p in g.parameters]
+        )
     for one, other in zip(*moved, strict=True):
         assert one.isfinite().all()
         torch.testing.assert_close(one, other, rtol=0, atol=0)

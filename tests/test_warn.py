@@ -61,4 +61,6 @@ def test_the_caller_of_the_model_is_named_where_a_hook_finds_out():
 
     with pytest.warns(UserWarning, match="by somebody else") as told:
         loop()
-    assert lines(told, "by somebody else") == {"model(input_ids=tiny.tokens(seed)).logits.square().mean().backward()"}
+    assert lines(told, "by somebody else") == {
+        "model(input_ids=tiny.tokens(seed)).logits.square().mean().backward()"
+    }

@@ -44,7 +44,11 @@ def test_a_run_is_read_as_it_was_written(run_file):
     run = read_run(run_file)
     assert [step["step"] for step in run.steps] == [1, 2, 4, 5]
     assert len(run.sites) == 14
-    assert (run.sites[0].layer, run.sites[0].projection, str(run.sites[13])) == (0, "q_proj", "layer 1 down_proj")
+    assert (run.sites[0].layer, run.sites[0].projection, str(run.sites[13])) == (
+        0,
+        "q_proj",
+        "layer 1 down_proj",
+    )
     assert run.end["final"].keys() == {site["name"] for site in run.start["sites"]}
 
 
@@ -123,7 +127,9 @@ def test_the_spectrum_shows_the_median_share_of_the_trace(run_file):
     figure = figures.spectrum(run, "a")
     last, members = run.steps[-1]["sites"], [i for i, s in enumerate(run.sites) if s.projection == "v_proj"]
     panel = next(axis for axis in figure.axes if axis.get_title().startswith("v_proj"))
-    expected = [statistics.median(last["eigenvalues_a"][i][k] / last["trace_a"][i] for i in members) for k in range(4)]
+    expected = [
+        statistics.median(last["eigenvalues_a"][i][k] / last["trace_a"][i] for i in members) for k in range(4)
+    ]
     assert list(panel.lines[-1].get_ydata()) == pytest.approx(expected)
     assert len(panel.lines) == len(run.steps) - 1, "in the first step B is zero, and no token counts"
     assert panel.get_yscale() == "log"
@@ -179,7 +185,9 @@ def test_plot_writes_every_figure(run_file, tmp_path, capsys):
     assert main(["plot", str(run_file), "--out", str(tmp_path / "figures")]) == 0
     printed = capsys.readouterr().out.split()
     assert [f"{kind}.png" for kind in figures.FIGURES] == [path.rsplit("/", 1)[-1] for path in printed]
-    assert all((tmp_path / "figures" / f"{kind}.png").read_bytes().startswith(b"\x89PNG") for kind in figures.FIGURES)
+    assert all(
+        (tmp_path / "figures" / f"{kind}.png").read_bytes().startswith(b"\x89PNG") for kind in figures.FIGURES
+    )
 
 
 def test_plot_writes_one_figure_as_pdf(run_file, tmp_path):
@@ -238,7 +246,9 @@ def test_sparkline():
 
 
 def test_the_module_is_a_command():
-    done = subprocess.run([sys.executable, "-m", "grit_optim", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "grit_optim", "--help"], capture_output=True, text=True, check=True
+    )
     assert "plot" in done.stdout
     assert "watch" in done.stdout
 

@@ -47,7 +47,12 @@ def test_setters_reach_the_base(name):
 def test_setstate_sets_up_hooks_without_touching_the_groups():
     """`Optimizer.__setstate__(self, {})` is semi-private; a torch that changes it must be noticed here."""
     base = adamw(llama())
-    groups, group, settings, state = base.param_groups, base.param_groups[0], dict(base.param_groups[0]), base.state
+    groups, group, settings, state = (
+        base.param_groups,
+        base.param_groups[0],
+        dict(base.param_groups[0]),
+        base.state,
+    )
     shell = object.__new__(type("Shell", (GritOptimizer,), {}))
     shell.base = base
     Optimizer.__setstate__(shell, {})
@@ -57,7 +62,9 @@ def test_setstate_sets_up_hooks_without_touching_the_groups():
     assert base.param_groups is groups
     assert base.param_groups[0] is group
     assert base.state is state
-    assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in settings.items() if k != "params"}
+    assert {k: v for k, v in group.items() if k != "params"} == {
+        k: v for k, v in settings.items() if k != "params"
+    }
 
 
 @pytest.mark.parametrize("kind", HOOK_KINDS)
@@ -83,7 +90,9 @@ def test_state_dict_hooks_may_replace_the_state():
     optimizer.register_state_dict_post_hook(lambda _, state: {**state, "extra": 3})
     saved = optimizer.state_dict()
     assert saved["extra"] == 3
-    optimizer.register_load_state_dict_pre_hook(lambda _, state: {k: v for k, v in state.items() if k != "grit"})
+    optimizer.register_load_state_dict_pre_hook(
+        lambda _, state: {k: v for k, v in state.items() if k != "grit"}
+    )
     optimizer.load_state_dict(saved)
     assert optimizer.telemetry()["steps"] == 0  # the hook took GRIT's part away: it starts anew
     assert "grit" in saved
@@ -180,7 +189,9 @@ def with_other_parameters():
 def test_parameters_that_are_no_site_get_what_the_base_gives_them(mode):
     """In one step from the same weights their gradients are the same, so whatever differs is GRIT's doing."""
     ours, plain = with_other_parameters(), with_other_parameters()
-    optimizer = grit(ours, precondition=mode, kfac_update_freq=1, max_grad_norm=1e-3 if mode != "none" else None)
+    optimizer = grit(
+        ours, precondition=mode, kfac_update_freq=1, max_grad_norm=1e-3 if mode != "none" else None
+    )
     train(ours, optimizer, 1)
     train(plain, adamw(plain), 1)
     got, expected = weights(ours), weights(plain)

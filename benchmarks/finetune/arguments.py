@@ -52,7 +52,9 @@ def share(text: str) -> float:
 
 def _add_what(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and data")
-    group.add_argument("--model", required=True, help="a hub id, a folder, or embedded (the benchmark's small model)")
+    group.add_argument(
+        "--model", required=True, help="a hub id, a folder, or embedded (the benchmark's small model)"
+    )
     group.add_argument("--revision", help="the hub's branch, tag or commit")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     group.add_argument(
@@ -62,22 +64,37 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         help=f"the hub's copy ({', '.join(DATA)}), local copies NAME_train.jsonl and NAME_test.jsonl, or a jsonl file with "
         "prompt and completion, instruction and output (and input), messages, or text",
     )
-    group.add_argument("--eval-data", type=Path, help="held-out rows for FILE; by default 5 %% of its prompts")
+    group.add_argument(
+        "--eval-data", type=Path, help="held-out rows for FILE; by default 5 %% of its prompts"
+    )
     group.add_argument(
         "--max-length",
         type=read.positive_int,
         help=f"tokens of prompt and answer; longer examples are left out and counted; by default what the model reads, at "
         f"most {MAX_LENGTH}",
     )
-    group.add_argument("--train-examples", type=read.positive_int, help="so many, drawn at random; by default all")
+    group.add_argument(
+        "--train-examples", type=read.positive_int, help="so many, drawn at random; by default all"
+    )
     _setting(group, "eval_examples", read.positive_int, "held-out examples, drawn at random")
-    _setting(group, "generate_examples", read.whole, "of these, questions of gsm8k that are answered in full; 0: none")
+    _setting(
+        group,
+        "generate_examples",
+        read.whole,
+        "of these, questions of gsm8k that are answered in full; 0: none",
+    )
     _setting(group, "max_new_tokens", read.positive_int, "tokens of such an answer")
 
 
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("precision and adapter")
-    _setting(group, "quantize", str, "nf4: QLoRA, 4-bit base weights with double quantization", choices=QUANTIZATIONS)
+    _setting(
+        group,
+        "quantize",
+        str,
+        "nf4: QLoRA, 4-bit base weights with double quantization",
+        choices=QUANTIZATIONS,
+    )
     group.add_argument("--precision", choices=PRECISIONS, help="by default bf16 on a GPU, fp32 on a CPU")
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory for more time")
     _setting(group, "rank", read.positive_int, "LoRA's r")
@@ -97,7 +114,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     _setting(group, "trainer", str, "transformers' Trainer or the hand-written loop", choices=TRAINERS)
     _setting(group, "optimizer", str, f"known: {', '.join(OPTIMIZERS)}", metavar="NAME")
     _setting(group, "base", str, "what grit wraps: any of the others", metavar="NAME")
-    group.add_argument("--option", type=read.option, action="append", metavar="KEY=VALUE", help="to its constructor")
+    group.add_argument(
+        "--option", type=read.option, action="append", metavar="KEY=VALUE", help="to its constructor"
+    )
     _setting(group, "lr", read.positive, "the highest learning rate")
     _setting(group, "weight_decay", read.not_negative, "decoupled")
     _setting(group, "beta1", read.beta, "Adam's")
@@ -115,13 +134,19 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("running")
-    group.add_argument("--out", type=Path, required=True, help="folder for adapter, checkpoints, card and metrics.json")
+    group.add_argument(
+        "--out", type=Path, required=True, help="folder for adapter, checkpoints, card and metrics.json"
+    )
     _setting(group, "eval_every", read.whole, "steps; 0: before and after alone")
-    group.add_argument("--save-every", type=read.whole, default=50, help="steps; 0: at the end alone; by default 50")
+    group.add_argument(
+        "--save-every", type=read.whole, default=50, help="steps; 0: at the end alone; by default 50"
+    )
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     group.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    group.add_argument("--threads", type=read.positive_int, help="torch threads; by default torch's own choice")
+    group.add_argument(
+        "--threads", type=read.positive_int, help="torch threads; by default torch's own choice"
+    )
 
 
 def _setting(group: Any, name: str, kind: Any, text: str, **more: Any) -> None:
@@ -143,7 +168,11 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _fill_in(arguments: argparse.Namespace) -> None:
     """Give what was left out the recipe's value."""
     for name, value in RECIPES.get(arguments.recipe, {}).items():
-        if name != "default_length" and getattr(arguments, name) is None and not (name == "epochs" and arguments.steps):
+        if (
+            name != "default_length"
+            and getattr(arguments, name) is None
+            and not (name == "epochs" and arguments.steps)
+        ):
             setattr(arguments, name, value)
 
 

@@ -24,9 +24,10 @@ class Collator:
     """Puts examples side by side, padded on the right, as keywords of the model's forward.
 
     With `narrow` the model is asked for logits only at the positions [P] that some row of the batch wants
-    (`logits_to_keep`): with a vocabulary of 128,000 the others would be most of the memory. `labels` [examples, 1 + P] are
-    the tokens that these positions are to predict, -100 where a row does not want it. Their first column is always -100,
-    so that it does not matter whether a trainer counts them shifted or not. Without `narrow` P is every position.
+    (`logits_to_keep`): with a vocabulary of 128,000 the others would be most of the memory. `labels`
+    [examples, 1 + P] are the tokens that these positions are to predict, -100 where a row does not want it.
+    Their first column is always -100, so that it does not matter whether a trainer counts them shifted or
+    not. Without `narrow` P is every position.
     """
 
     pad: int
@@ -70,7 +71,9 @@ def losses(logits: Tensor, labels: Tensor) -> Tensor:
         labels: [examples, 1 + P], as the collator makes them.
     """
     targets = labels[:, 1:]
-    flat = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    flat = cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
     return flat.view_as(targets)
 
 

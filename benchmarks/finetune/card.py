@@ -57,7 +57,14 @@ def _front_matter(name: str, metrics: dict[str, Any], config: FinetuneConfig) ->
         tags=[*tags, "qlora"] if config.quantize != "none" else tags,
         model_name=name,
         eval_results=[
-            EvalResult("text-generation", hub or config.dataset, config.dataset, kind, value, dataset_split="held out")
+            EvalResult(
+                "text-generation",
+                hub or config.dataset,
+                config.dataset,
+                kind,
+                value,
+                dataset_split="held out",
+            )
             for kind, value in found.items()
         ],
     )
@@ -79,7 +86,9 @@ def write(folder: Path, metrics: dict[str, Any], config: FinetuneConfig) -> None
     weights = "NF4" if config.quantize == "nf4" else config.precision
     batch = f"{config.batch_size} × {config.accumulation}"
     hardware = metrics["hardware"]["gpu"] or metrics["hardware"]["cpu"]
-    versions = ", ".join(f"{package} {version}" for package, version in metrics["versions"].items() if version)
+    versions = ", ".join(
+        f"{package} {version}" for package, version in metrics["versions"].items() if version
+    )
     text = f"""---
 {_front_matter(name, metrics, config)}
 ---

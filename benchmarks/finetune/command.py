@@ -54,7 +54,9 @@ def _length(order: Order) -> tuple[int, int | None]:
     """Most tokens of an example, and how many the model reads at all."""
     limit = positions(order.source)
     if order.max_length and limit and order.max_length > limit:
-        raise BenchmarkError(f"--max-length {order.max_length}: {order.source.name} reads at most {limit} tokens")
+        raise BenchmarkError(
+            f"--max-length {order.max_length}: {order.source.name} reads at most {limit} tokens"
+        )
     return order.max_length or min(order.default_length, limit or order.default_length), limit
 
 
@@ -79,7 +81,11 @@ def finetune(config: FinetuneConfig, order: Order) -> Path:
     config = replace(config, max_length=length)
     data = load(order.origin, tokenizer, config)
     print(data.task.note)
-    config = replace(config, steps=steps_of(order.epochs, len(data.task.train), config)) if order.epochs else config
+    config = (
+        replace(config, steps=steps_of(order.epochs, len(data.task.train), config))
+        if order.epochs
+        else config
+    )
     check(config)
     next(data.task.batches(config.seed, config.batch_size))  # refuses a batch that is larger than the data
     code = environment.commit()  # as it is now, not when the run ends
@@ -92,7 +98,11 @@ def finetune(config: FinetuneConfig, order: Order) -> Path:
 
 
 def _start(
-    config: FinetuneConfig, order: Order, tokenizer: PreTrainedTokenizerBase, data: FinetuneData, limit: int | None
+    config: FinetuneConfig,
+    order: Order,
+    tokenizer: PreTrainedTokenizerBase,
+    data: FinetuneData,
+    limit: int | None,
 ) -> tuple[Session, Path | None, dict[str, str]]:
     """The session, the checkpoint that it goes on from, and what identifies data and model."""
     model = load_model(order.source, config)
@@ -104,7 +114,11 @@ def _start(
     output.begin(order.out, config, fingerprints, order.resume)
     found = output.checkpoints(order.out)
     if order.resume:
-        print(f"going on from {found[-1].name}" if found else "there is no checkpoint yet; starting at the beginning")
+        print(
+            f"going on from {found[-1].name}"
+            if found
+            else "there is no checkpoint yet; starting at the beginning"
+        )
     if found:
         session.record = Record.load(found[-1])
     return session, found[-1] if found else None, fingerprints
@@ -117,8 +131,12 @@ def _train(session: Session, order: Order, checkpoint: Path | None) -> None:
     try:
         session.begin()
         train(session, order.out, order.save_every, checkpoint)
-    except pickle.UnpicklingError as error:  # the loop and the Trainer both load what is safe and nothing else
-        raise BenchmarkError(f"{unreadable(session.config.optimizer)}; start anew with --overwrite") from error
+    except (
+        pickle.UnpicklingError
+    ) as error:  # the loop and the Trainer both load what is safe and nothing else
+        raise BenchmarkError(
+            f"{unreadable(session.config.optimizer)}; start anew with --overwrite"
+        ) from error
     except KeyboardInterrupt:
         found = output.checkpoints(order.out)
         kept = f"{found[-1].name} is kept" if found else "there was no checkpoint yet"
@@ -134,13 +152,17 @@ def _trainer(name: str) -> Callable[[Session, Path, int, Path | None], None]:
 
         return loop.train
     if environment.installed_version("accelerate") is None:
-        raise BenchmarkError("--trainer hf needs accelerate: pip install -e '.[finetune]'; or take --trainer loop")
+        raise BenchmarkError(
+            "--trainer hf needs accelerate: pip install -e '.[finetune]'; or take --trainer loop"
+        )
     from . import hf
 
     return hf.train
 
 
-def _finish(session: Session, order: Order, tokenizer: PreTrainedTokenizerBase, known: dict[str, Any]) -> Path:
+def _finish(
+    session: Session, order: Order, tokenizer: PreTrainedTokenizerBase, known: dict[str, Any]
+) -> Path:
     """Write adapter, tokenizer, card and, last, the metrics, of which some are `known` already."""
     metrics = {**_metrics(session, order), **known}
     path = order.out / output.METRICS
@@ -195,7 +217,8 @@ def _metrics(session: Session, order: Order) -> dict[str, Any]:
         "optimizer_state_bytes": state_bytes(optimizer.state_dict()),
         "ranks": dict(ranks()) if ranks else None,
         "telemetry": plain(telemetry(per_site=False)) if telemetry else None,
-        "versions": environment.versions() | {name: environment.installed_version(name) for name in _LIBRARIES},
+        "versions": environment.versions()
+        | {name: environment.installed_version(name) for name in _LIBRARIES},
         "optimizer_package": package_version(config.optimizer) | package_version(config.base),
         "hardware": environment.hardware(config.device),
     }

@@ -10,11 +10,16 @@ from ..files import BenchmarkError
 TRAINERS = ("hf", "loop")
 QUANTIZATIONS = ("none", "nf4")
 PRECISIONS = ("fp32", "bf16")
-SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # transformers' names
+SCHEDULES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant_with_warmup",
+}  # transformers' names
 ALL_LINEAR = "all-linear"
 MAX_LENGTH = 2048
 RECIPES: dict[str, dict[str, Any]] = {
-    # The GRIT library's five example scripts: their configuration's defaults, and transformers' where they set none.
+    # The GRIT library's five example scripts: their configuration's defaults, and transformers' where they
+    # set none.
     "library": {
         "optimizer": "grit-paper",
         "alpha": 32,
@@ -24,7 +29,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "epochs": 3.0,
         "default_length": 1024,
     },
-    # The comparison of 8-bit AdamW and GRIT under QLoRA; clipping is transformers' default, which it leaves alone.
+    # The comparison of 8-bit AdamW and GRIT under QLoRA; clipping is transformers' default, which it leaves
+    # alone.
     "study": {"quantize": "nf4", "batch_size": 2, "clip": 1.0, "seed": 3407},
 }
 """Defaults that take the place of the configuration's, by name; what is given on the command line goes before both.
@@ -45,8 +51,8 @@ class FinetuneConfig:
         generate_examples: held-out questions that are answered by generation, where the data call for it.
         dropout: LoRA's; drawn anew at every step from the seed and the step alone.
         target_modules: "all-linear", or the names of the layers, separated by commas.
-        precision: of the forward pass; "bf16" keeps the frozen weights in it, and the adapters in fp32. Products with nf4
-            weights are in bf16 in either.
+        precision: of the forward pass; "bf16" keeps the frozen weights in it, and the adapters in fp32.
+            Products with nf4 weights are in bf16 in either.
         steps: updates; each takes `batch_size` × `accumulation` examples.
         warmup: steps over which the rate rises from 0.
         clip: bound on the gradient's norm; 0: none.

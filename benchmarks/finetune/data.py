@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from .config import FinetuneConfig
 
 _CHUNK = 512  # texts tokenized at a time
-_SELECTION_SEED = 0  # which examples are drawn depends on the data alone, so that runs of all seeds share them
+_SELECTION_SEED = (
+    0  # which examples are drawn depends on the data alone, so that runs of all seeds share them
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ def parse_origin(dataset: str, heldout: Path | None) -> Origin:
     name, separator, folder = dataset.partition("=")
     if name in DATA and not (separator and not folder):
         if heldout:
-            raise BenchmarkError(f"--eval-data is for a file of your own; {name} has a held-out part of its own")
+            raise BenchmarkError(
+                f"--eval-data is for a file of your own; {name} has a held-out part of its own"
+            )
         if folder and not Path(folder).is_dir():
             raise BenchmarkError(f"--dataset {dataset}: no such folder: {folder}")
         return Origin(name, folder=Path(folder) if folder else None)
@@ -101,15 +105,17 @@ def _splits(origin: Origin, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Te
 class Encoder:
     """Texts as examples.
 
-    A prompt begins as the tokenizer begins texts, and an answer ends with the end token. What a chat template has written is
-    taken as it is.
+    A prompt begins as the tokenizer begins texts, and an answer ends with the end token. What a chat template
+    has written is taken as it is.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         end = tokenizer.eos_token_id
         if not isinstance(end, int):
-            raise BenchmarkError("the model's tokenizer has no end token (eos_token), so no answer could ever end")
+            raise BenchmarkError(
+                "the model's tokenizer has no end token (eos_token), so no answer could ever end"
+            )
         self.end = end
         self.begin = tuple(token for token in tokenizer("")["input_ids"] if token != end)
 
@@ -138,7 +144,9 @@ def _chosen(
     texts: Sequence[Text], encoder: Encoder, most: int | None, max_length: int, name: str
 ) -> tuple[list[Example], list[Text], list[str]]:
     """Examples that fit, their texts, and in words what was left out; with `most`, so many in a random order."""
-    order: Iterable[Text] = texts if most is None else random.Random(_SELECTION_SEED).sample(texts, len(texts))
+    order: Iterable[Text] = (
+        texts if most is None else random.Random(_SELECTION_SEED).sample(texts, len(texts))
+    )
     answered = [text for text in order if text.answer.strip()]
     examples, kept, seen, long = list[Example](), list[Text](), 0, 0
     with tqdm(total=len(answered), desc=f"tokenizing {name}", unit="row", leave=False) as bar:
@@ -170,7 +178,9 @@ def load(origin: Origin, tokenizer: PreTrainedTokenizerBase, config: FinetuneCon
     train, test = _splits(origin, tokenizer)
     apart = without_prompts_of(test, train)
     training, _, left = _chosen(apart, encoder, config.train_examples, config.max_length, "training examples")
-    heldout, texts, left_of_test = _chosen(test, encoder, config.eval_examples, config.max_length, "held-out examples")
+    heldout, texts, left_of_test = _chosen(
+        test, encoder, config.eval_examples, config.max_length, "held-out examples"
+    )
     if len(apart) < len(train):
         left.append(f"{len(train) - len(apart):,} that the held-out split asks too")
     note = f"{origin.name}: {in_words('training', training, left)}; {in_words('held-out', heldout, left_of_test)}"

@@ -51,7 +51,8 @@ class Evaluator:
         """`loss` in nats per answer token, `perplexity`, and what else the data are judged by.
 
         `accuracy`: share of questions whose right label has the highest likelihood of all labels.
-        `final_number_exact_match`: share of `generated` questions whose greedily generated answer ends in the right number.
+        `final_number_exact_match`: share of `generated` questions whose greedily generated answer ends in the
+        right number.
 
         Args:
             generate: also write answers, where they end in numbers; that takes far longer than the rest.
@@ -83,7 +84,9 @@ class Evaluator:
         """Negative log-likelihood of each example's answer, float64 [examples], on the CPU."""
         found = torch.zeros(len(examples), dtype=torch.float64)
         for rows in self._by_length([len(example) for example in examples], name):
-            batch = {k: v.to(self.config.device) for k, v in self.collator([examples[row] for row in rows]).items()}
+            batch = {
+                k: v.to(self.config.device) for k, v in self.collator([examples[row] for row in rows]).items()
+            }
             labels = batch.pop("labels")
             with self.autocast():
                 logits = self.model(**batch).logits
@@ -102,7 +105,9 @@ class Evaluator:
         heldout, labels = self.data.task.heldout, self.data.heldout.labels
         asked = [Example(example.prompt, label) for example in heldout for label in labels]
         nats = self._nats(asked, "held-out labels").view(len(heldout), len(labels))
-        right = [labels[best] == example.answer for best, example in zip(nats.argmin(1), heldout, strict=True)]
+        right = [
+            labels[best] == example.answer for best, example in zip(nats.argmin(1), heldout, strict=True)
+        ]
         return sum(right) / len(right)
 
     def _final_numbers(self) -> dict[str, float | int | None]:
@@ -118,7 +123,9 @@ class Evaluator:
         answers = [""] * len(prompts)
         for rows in self._by_length([len(prompt) for prompt in prompts], "answers"):
             said = self._continue([prompts[row] for row in rows])
-            for row, text in zip(rows, self.tokenizer.batch_decode(said, skip_special_tokens=True), strict=True):
+            for row, text in zip(
+                rows, self.tokenizer.batch_decode(said, skip_special_tokens=True), strict=True
+            ):
                 answers[row] = text
         return answers
 

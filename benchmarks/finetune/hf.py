@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import OPTIMIZER_NAME
 
 from ..tasks import Example
@@ -39,7 +46,9 @@ class _Bridge(TrainerCallback):
         """Start the step's clock."""
         self._session.begin_step()
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         """Keep what the step gave, evaluate and save where it is due, stop a run that has diverged."""
         diverged = self._session.end_step()
         control.should_training_stop |= diverged

@@ -59,7 +59,9 @@ def check_source(source: Source) -> None:
     """Refuse a folder that is not there before anything asks the hub for it."""
     looks_like_a_path = source.model.startswith((".", "/", "~")) or source.model.count("/") > 1
     if source.folder is None and looks_like_a_path:
-        raise BenchmarkError(f"--model {source.model}: no such folder; give one that holds config.json, or a hub id")
+        raise BenchmarkError(
+            f"--model {source.model}: no such folder; give one that holds config.json, or a hub id"
+        )
 
 
 def _unavailable(source: Source, what: str, error: Exception) -> BenchmarkError:
@@ -112,7 +114,11 @@ def _load_base(source: Source, config: FinetuneConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     low = config.quantize != "none" or config.precision == "bf16"
-    keywords = {"dtype": torch.bfloat16 if low else torch.float32, **_quantization(config), **source.keywords()}
+    keywords = {
+        "dtype": torch.bfloat16 if low else torch.float32,
+        **_quantization(config),
+        **source.keywords(),
+    }
     if source.is_embedded:
         keywords["attn_implementation"] = "eager"  # at its size the plain products are faster on a CPU
     try:
@@ -137,8 +143,9 @@ def _prepared(model: Any, config: FinetuneConfig) -> PreTrainedModel:
 def _keep_trainable(model: Any) -> None:
     """Forbid bitsandbytes' fast path for inference on CPUs that have AVX512-BF16.
 
-    Its first use, in evaluation, repacks a layer's weights for good, and the packed product passes no gradient on: training
-    would go on with wrong gradients. Nor does it take layers whose width is no multiple of 32.
+    Its first use, in evaluation, repacks a layer's weights for good, and the packed product passes no
+    gradient on: training would go on with wrong gradients. Nor does it take layers whose width is no multiple
+    of 32.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -166,7 +173,9 @@ def load_model(source: Source, config: FinetuneConfig) -> PeftModel:
     )
     torch.manual_seed(config.seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, nothing that is used here
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # between peft and transformers, nothing that is used here
         try:
             return get_peft_model(_prepared(base, config), lora)
         except ValueError as error:
@@ -188,5 +197,7 @@ def model_fingerprint(source: Source, model: Any) -> str:
     """What identifies the base model: the hub's commit, or a hash of the folder's weights and configuration."""
     if source.folder is None:
         return f"{source.model}@{getattr(model.config, '_commit_hash', None) or source.revision or 'main'}"
-    files = sorted([*source.folder.glob("*.safetensors"), *source.folder.glob("*.bin"), source.folder / "config.json"])
+    files = sorted(
+        [*source.folder.glob("*.safetensors"), *source.folder.glob("*.bin"), source.folder / "config.json"]
+    )
     return sha256(part for file in files for part in (file.name, sha256_of_file(file)))

@@ -43,7 +43,11 @@ def _shared(metrics: dict[str, Any]) -> dict[str, Any]:
 def _method(metrics: dict[str, Any]) -> str:
     config = metrics["config"]
     options = "".join(f", {key}={value}" for key, value in sorted(config["options"].items()))
-    return config["optimizer"] + (f" over {config['base']}" if config["optimizer"].startswith("grit") else "") + options
+    return (
+        config["optimizer"]
+        + (f" over {config['base']}" if config["optimizer"].startswith("grit") else "")
+        + options
+    )
 
 
 def _loss(runs: list[dict[str, Any]]) -> float:
@@ -82,7 +86,9 @@ def _note(found: list[dict[str, Any]]) -> str:
     weights = "NF4" if config["quantize"] == "nf4" else config["precision"]
     commits = ", ".join(sorted({str(run["code"]["commit"])[:12] for run in found}))
     examples = f"{config['steps']} steps of {config['batch_size']} × {config['accumulation']} examples"
-    hardware = f"{first['hardware']['gpu'] or first['hardware']['cpu']}, {first['hardware']['threads']} threads"
+    hardware = (
+        f"{first['hardware']['gpu'] or first['hardware']['cpu']}, {first['hardware']['threads']} threads"
+    )
     return (
         f"Loss in nats per answer token, mean over n seeds; before training {first['curve'][0]['loss']:.4f}. {len(found)} runs "
         f"of {examples}, model {config['model']} ({weights}), rank {config['rank']}. {first['data']['note']}. "

@@ -58,8 +58,8 @@ MESSAGES = "messages"
 def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
     """The prompts and answers of a file; a conversation gives one for each of the assistant's messages.
 
-    All rows have the form of the first: `prompt` and `completion`; `instruction`, `output` and perhaps `input`; `messages`
-    with `role` and `content`; or `text`.
+    All rows have the form of the first: `prompt` and `completion`; `instruction`, `output` and perhaps
+    `input`; `messages` with `role` and `content`; or `text`.
 
     Raises:
         BenchmarkError: A row lacks a field, or a field holds something else than text; names file and line.
@@ -86,7 +86,9 @@ def _form(row: formats.Row, place: str) -> tuple[str, ...]:
 def _checked(row: formats.Row, place: str, fields: tuple[str, ...]) -> Text:
     missing = [field for field in fields if field not in row]
     if missing:
-        raise BenchmarkError(f"{place} lacks {', '.join(missing)}; every row of this file needs: {', '.join(fields)}")
+        raise BenchmarkError(
+            f"{place} lacks {', '.join(missing)}; every row of this file needs: {', '.join(fields)}"
+        )
     wrong = [field for field in (*fields, "input") if field in row and not isinstance(row[field], str)]
     if wrong:
         raise BenchmarkError(f"{place}: {wrong[0]} is {type(row[wrong[0]]).__name__}, not text")
@@ -99,7 +101,9 @@ def _messages(row: formats.Row, place: str) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise BenchmarkError(f"{place} lacks {MESSAGES}, a list of objects with role and content")
     for number, message in enumerate(messages, 1):
-        lacking = [key for key in ("role", "content") if not isinstance(message, dict) or not message.get(key)]
+        lacking = [
+            key for key in ("role", "content") if not isinstance(message, dict) or not message.get(key)
+        ]
         if lacking:
             raise BenchmarkError(f"{place}: message {number} lacks {', '.join(lacking)}")
     if not any(message["role"] == "assistant" for message in messages):
@@ -129,9 +133,13 @@ def _turns(row: formats.Row, place: str, tokenizer: PreTrainedTokenizerBase) -> 
         yield Turn(prompt, whole[len(prompt) :], opening)
 
 
-def _rendered(messages: list[dict[str, Any]], place: str, tokenizer: PreTrainedTokenizerBase, asking: bool) -> str:
+def _rendered(
+    messages: list[dict[str, Any]], place: str, tokenizer: PreTrainedTokenizerBase, asking: bool
+) -> str:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking)
-    except Exception as error:  # a template is a program of its author's; jinja has one class per kind of mistake
+    except (
+        Exception
+    ) as error:  # a template is a program of its author's; jinja has one class per kind of mistake
         raise BenchmarkError(f"{place}: the tokenizer's chat template refuses it: {error}") from error
     return str(text)

@@ -66,7 +66,9 @@ class Record:
 
 
 def _optimizer(model: PeftModel, config: FinetuneConfig) -> torch.optim.Optimizer:
-    settings = Settings(config.lr, (config.beta1, config.beta2), config.weight_decay, config.options, config.base)
+    settings = Settings(
+        config.lr, (config.beta1, config.beta2), config.weight_decay, config.options, config.base
+    )
     try:
         return make_optimizer(config.optimizer, model, settings)
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -89,7 +91,10 @@ class Session:
         self.model, self.data, self.config = model, data, config
         self.optimizer = _optimizer(model, config)
         self.schedule = get_scheduler(
-            SCHEDULES[config.schedule], self.optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
+            SCHEDULES[config.schedule],
+            self.optimizer,
+            num_warmup_steps=config.warmup,
+            num_training_steps=config.steps,
         )
         pad: Any = tokenizer.pad_token_id
         self.collator = collator(model, pad)
@@ -110,7 +115,10 @@ class Session:
         if not self.record.curve:
             self._measure(generate=True)
         self._bar = tqdm(
-            total=self.config.steps, initial=self.record.steps, desc=f"training ({self.config.optimizer})", unit="step"
+            total=self.config.steps,
+            initial=self.record.steps,
+            desc=f"training ({self.config.optimizer})",
+            unit="step",
         )
 
     def end(self) -> None:
@@ -139,7 +147,9 @@ class Session:
         self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         self._bar.update()
         step, last = self.record.steps, self.record.steps == self.config.steps
-        if not self.record.diverged and (last or (self.config.eval_every and step % self.config.eval_every == 0)):
+        if not self.record.diverged and (
+            last or (self.config.eval_every and step % self.config.eval_every == 0)
+        ):
             self._measure(generate=last)
         return self.record.diverged
 
@@ -175,6 +185,8 @@ def unreadable(optimizer: str) -> str:
 def _told(point: dict[str, Any]) -> list[str]:
     """The values of a point in words."""
     return [
-        f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
+        f"{name.replace('_', ' ')} {value:.4g}"
+        if isinstance(value, float)
+        else f"{name.replace('_', ' ')} {value}"
         for name, value in point.items()
     ]

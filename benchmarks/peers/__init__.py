@@ -35,8 +35,9 @@ PEERS: dict[str, Peer] = {
     "adamw8bit": Peer(preconditioners.adamw8bit, "bitsandbytes"),
 }
 
-# Where a sweep may start to bracket the best rate, for LoRA of rank 16 on a small Llama with 48 examples a step. Only a start:
-# AdamW's and GRIT's are measured, the others follow from the size of the method's step against AdamW's.
+# Where a sweep may start to bracket the best rate, for LoRA of rank 16 on a small Llama with 48 examples a
+# step. Only a start: AdamW's and GRIT's are measured, the others follow from the size of the method's step
+# against AdamW's.
 LR_CENTRES: dict[str, float] = {
     "adamw": 1e-2,
     "grit": 1e-2,

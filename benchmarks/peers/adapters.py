@@ -11,8 +11,9 @@ from .construct import construct, matrices
 if TYPE_CHECKING:
     import torch
 
-# The value that the method's paper recommends and peft's manual uses (2**4, arXiv 2402.12354); a peer is shown as its
-# authors advise. On the naming task 4 did well in a first study: `--option loraplus_lr_ratio=4` runs that.
+# The value that the method's paper recommends and peft's manual uses (2**4, arXiv 2402.12354); a peer is
+# shown as its authors advise. On the naming task 4 did well in a first study: `--option loraplus_lr_ratio=4`
+# runs that.
 LORAPLUS_LR_RATIO = 16.0
 
 
@@ -51,7 +52,9 @@ def lorafa(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
     from peft.optimizers import create_lorafa_optimizer
 
     given = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    optimizer = construct(create_lorafa_optimizer, model, *_scale(model), given=given, options=settings.options)
+    optimizer = construct(
+        create_lorafa_optimizer, model, *_scale(model), given=given, options=settings.options
+    )
     for group in optimizer.param_groups:
         group["betas"] = settings.betas  # peft's function has no argument for them and writes (0.9, 0.999)
     return optimizer

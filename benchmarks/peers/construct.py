@@ -18,8 +18,8 @@ def lora_pairs(model: torch.nn.Module) -> list[Pair]:
     """Every LoRA pair as (A [rank, d_in], B [d_out, rank]), in the model's order.
 
     Raises:
-        BenchmarkError: If the model trains something that is no LoRA matrix; a rule for matrices would skip it silently,
-            or take it for one half of a pair.
+        BenchmarkError: If the model trains something that is no LoRA matrix; a rule for matrices would skip
+            it silently, or take it for one half of a pair.
     """
     left = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     pairs = []
@@ -83,7 +83,8 @@ def construct(
         also: Further names that it passes on by `**kwargs`.
 
     Raises:
-        BenchmarkError: For an option that it has not (several of these packages ignore such), or that is given already.
+        BenchmarkError: For an option that it has not (several of these packages ignore such), or that is
+            given already.
     """
     taken = list(inspect.signature(constructor).parameters)[: len(arguments)]
     known = (_parameters(constructor) | set(also)) - set(taken) - set(given)

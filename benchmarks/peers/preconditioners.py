@@ -29,8 +29,8 @@ def soap_full(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimiz
 def _shampoo_preset(model: torch.nn.Module) -> dict[str, Any]:
     """Shampoo as it is run in practice; the package's defaults are for runs of 100,000 steps.
 
-    There the preconditioner starts at step 25 and is computed every 1,000 steps, which no run here reaches, and the step
-    has the gradient's own norm.
+    There the preconditioner starts at step 25 and is computed every 1,000 steps, which no run here reaches,
+    and the step has the gradient's own norm.
     """
     from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
 
@@ -61,7 +61,10 @@ def shampoo_rank(model: torch.nn.Module, settings: Settings) -> torch.optim.Opti
 
     downs, ups = zip(*lora_pairs(model), strict=True)
     groups = [
-        {"params": list(downs), "pre_conditioner_type": PreConditionerType.INPUT},  # all dimensions but the last
+        {
+            "params": list(downs),
+            "pre_conditioner_type": PreConditionerType.INPUT,
+        },  # all dimensions but the last
         {"params": list(ups), "pre_conditioner_type": PreConditionerType.OUTPUT},  # the last
     ]
     preset = {**_shampoo_preset(model), "preconditioning_compute_steps": 1}
@@ -73,14 +76,16 @@ def shampoo_full(model: torch.nn.Module, settings: Settings) -> torch.optim.Opti
     from pytorch_optimizer import ScalableShampoo
 
     preset = {**_shampoo_preset(model), "preconditioning_compute_steps": 10}
-    return construct(ScalableShampoo, matrices(model), given=settings.adam(), preset=preset, options=settings.options)
+    return construct(
+        ScalableShampoo, matrices(model), given=settings.adam(), preset=preset, options=settings.options
+    )
 
 
 def heavyball(class_name: str) -> Factory:
     """The factory of one of heavyball's classes; both sides up to `max_precond_dim` (2,048) are preconditioned.
 
-    KLShampoo's `init_factor` (0.1), which outweighs LoRA's small gradients for many steps, is the package's own: with
-    1e-4 and 1e-6 the loss went up at once, to 6 and 14 nats.
+    KLShampoo's `init_factor` (0.1), which outweighs LoRA's small gradients for many steps, is the package's
+    own: with 1e-4 and 1e-6 the loss went up at once, to 6 and 14 nats.
     """
 
     def factory(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -90,10 +95,13 @@ def heavyball(class_name: str) -> Factory:
         parameters = matrices(model)
         if parameters[0].device.type == "cpu":
             heavyball.utils.compile_mode = None  # compiling takes minutes there and gains nothing
-        # Without merge_dims a small matrix stays one: merged into a vector it would not be preconditioned at all.
+        # Without merge_dims a small matrix stays one: merged into a vector it would not be preconditioned at
+        # all.
         preset = {"merge_dims": False}
         constructor = getattr(heavyball, class_name)
-        return construct(constructor, parameters, given=settings.adam(), preset=preset, options=settings.options)
+        return construct(
+            constructor, parameters, given=settings.adam(), preset=preset, options=settings.options
+        )
 
     return factory
 
@@ -117,11 +125,11 @@ def muon(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
 def singd(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """SINGD (singd): inverse-free K-FAC by hooks on A's and B's own Linear modules.
 
-    It has one momentum (0.9, `--option momentum=`) and no betas. The package's `T=10, lr_cov=0.01` move the preconditioner
-    so slowly from the identity that in some hundred steps it would be SGD under another name; `T=1, lr_cov=0.1` reach
-    its scale (1/damping, as far as the damping outweighs the curvature) in some twenty. The loss is a mean over answer
-    tokens, which no value of `loss_average` says; "batch" is nearest, and the factor left (answer tokens per example)
-    acts like a change of the damping.
+    It has one momentum (0.9, `--option momentum=`) and no betas. The package's `T=10, lr_cov=0.01` move the
+    preconditioner so slowly from the identity that in some hundred steps it would be SGD under another name;
+    `T=1, lr_cov=0.1` reach its scale (1/damping, as far as the damping outweighs the curvature) in some
+    twenty. The loss is a mean over answer tokens, which no value of `loss_average` says; "batch" is nearest,
+    and the factor left (answer tokens per example) acts like a change of the damping.
     """
     from singd.optim.optimizer import SINGD
 

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 FORMAT = 4  # raise it with every change of the code that changes the data
 MAX_LENGTH = 80  # tokens of prompt and answer together, in every task cut from installed text
-HELDOUT_SIZE = 768  # at most; on 256 of naming the difference of two optimizers had a standard error of 0.02 nats
+HELDOUT_SIZE = (
+    768  # at most; on 256 of naming the difference of two optimizers had a standard error of 0.02 nats
+)
 STDLIB = "stdlib"  # stands among package names for the standard library, whose version is Python's
 EXPECTED_PYTHON = "3.11.7"  # with the pinned packages it gives the expected fingerprints
 
@@ -102,7 +104,8 @@ def encode(
         samples: In any order.
         tokenizer: Cuts prompts and answers, each on its own.
         max_answer: Samples with more answer tokens are left out.
-        shorten: Whether a prompt that is too long loses tokens before its last one, or its sample is left out.
+        shorten: Whether a prompt that is too long loses tokens before its last one, or its sample is left
+            out.
     """
     # The last assignment of a key stays, so the order is reversed: the first in the order of the choice wins.
     unique = {(s.label, s.body): s for s in sorted(samples, key=lambda s: s.rank, reverse=True)}
@@ -123,7 +126,9 @@ def _shorten(prompt: list[int], room: int) -> list[int]:
     return prompt if len(prompt) <= room else [*prompt[: max(room - 1, 0)], prompt[-1]]
 
 
-def without_repeats(rows: Groups, key: Callable[[Row], Hashable] = lambda row: (row.label, row.body)) -> Groups:
+def without_repeats(
+    rows: Groups, key: Callable[[Row], Hashable] = lambda row: (row.label, row.body)
+) -> Groups:
     """Rows whose key no earlier row has."""
     seen, kept = set[Hashable](), Groups()
     for package, items in rows.items():
@@ -138,8 +143,8 @@ def without_repeats(rows: Groups, key: Callable[[Row], Hashable] = lambda row: (
 def apart(train: Groups, heldout: Groups, key: Callable[[Row], Hashable] = lambda row: row.body) -> Groups:
     """Training rows whose key no held-out row has.
 
-    The training split gives way, so that the held-out one does not depend on it (nor, where only the training split has
-    the standard library, on Python's version).
+    The training split gives way, so that the held-out one does not depend on it (nor, where only the training
+    split has the standard library, on Python's version).
     """
     known = {key(row) for items in heldout.values() for row in items}
     return {package: [row for row in items if key(row) not in known] for package, items in train.items()}
@@ -167,7 +172,9 @@ def fingerprint(rows: Sequence[Row]) -> str:
 def cache_file(recipe: Recipe, tokenizer: Tokenizer) -> Path:
     """The cache's path; its name changes with the format, the versions and the tokenizer."""
     found = environment.require_versions([name for name in recipe.packages if name != STDLIB])
-    key = sha256([str(FORMAT), environment.python_version(), *map(str, sorted(found.items())), tokenizer.to_str()])
+    key = sha256(
+        [str(FORMAT), environment.python_version(), *map(str, sorted(found.items())), tokenizer.to_str()]
+    )
     folder = Path(os.environ.get("GRIT_BENCH_CACHE") or REPOSITORY / ".cache" / "benchmarks")
     return folder / f"{recipe.name}-{key[:16]}.jsonl"
 
@@ -193,7 +200,9 @@ def unpinned(recipe: Recipe) -> list[str]:
         if version != pin
     ]
     if environment.python_version() != EXPECTED_PYTHON:
-        others.append(f"Python {environment.python_version()} runs where the data were fixed with {EXPECTED_PYTHON}")
+        others.append(
+            f"Python {environment.python_version()} runs where the data were fixed with {EXPECTED_PYTHON}"
+        )
     return others
 
 

@@ -24,8 +24,9 @@ HELDOUT_PERCENT = 5  # of the prompts, where the data have no split to report on
 class Source:
     """Where data come from and how a row becomes an example.
 
-    `test` is the split that is reported on: the one with public labels; None where there is none, and a share of the
-    training split, chosen by a hash of the prompt, is kept apart instead. `labels` are the only answers there are.
+    `test` is the split that is reported on: the one with public labels; None where there is none, and a share
+    of the training split, chosen by a hash of the prompt, is kept apart instead. `labels` are the only
+    answers there are.
     """
 
     hub: str
@@ -202,7 +203,9 @@ def load(name: str, tokenizer: Tokenizer, options: DataOptions) -> Task:
         BenchmarkError: Data that cannot be had or read, or of which nothing fits in `max_length` tokens.
     """
     if options.max_length > MAX_POSITIONS:
-        raise BenchmarkError(f"--max-length {options.max_length}: the base model reads at most {MAX_POSITIONS} tokens")
+        raise BenchmarkError(
+            f"--max-length {options.max_length}: the base model reads at most {MAX_POSITIONS} tokens"
+        )
     train, test = read_splits(check_data(name), options.folder)
     apart = without_prompts_of(test, train)
     training, left_out = _encode(apart, tokenizer, options.max_length)

@@ -41,7 +41,9 @@ def gsm8k(row: Row) -> Texts:
 def boolq(row: Row) -> Texts:
     """The question, after its passage where the copy has one (the hub's has); the answer is Yes or No."""
     instruction = f"Answer the question with Yes or No.\n{row['question'].strip()}?".replace("??", "?")
-    return sections(instruction, row.get("passage", "")), _label(row, "answer", {"true": "Yes", "false": "No"})
+    return sections(instruction, row.get("passage", "")), _label(
+        row, "answer", {"true": "Yes", "false": "No"}
+    )
 
 
 def qnli(row: Row) -> Texts:

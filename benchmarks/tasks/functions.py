@@ -35,7 +35,9 @@ def blank_name(source: str, name: str) -> str:
 def _docstring(node: Definition) -> ast.stmt | None:
     first = node.body[0]
     is_text = (
-        isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
     )
     return first if is_text else None
 

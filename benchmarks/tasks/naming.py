@@ -1,8 +1,8 @@
 """The task "naming": say a function's name from its source, where the name is blanked.
 
-Functions are cut from what is installed (nothing is downloaded) and chosen by a hash of package, qualified name and source.
-Held-out functions come from other files of the same packages than training functions. Pinned package versions make them the
-same everywhere.
+Functions are cut from what is installed (nothing is downloaded) and chosen by a hash of package, qualified
+name and source. Held-out functions come from other files of the same packages than training functions. Pinned
+package versions make them the same everywhere.
 """
 
 from __future__ import annotations
@@ -48,8 +48,12 @@ def _samples(file: SourceFile) -> list[Sample]:
 
 def _rows(split: str, files: Files, tokenizer: Tokenizer) -> Groups:
     """All usable examples by package, without repeated (name, body)."""
-    groups = {package: [sample for file in found for sample in _samples(file)] for package, found in files.items()}
-    return without_repeats({package: encode(split, made, tokenizer, MAX_ANSWER) for package, made in groups.items()})
+    groups = {
+        package: [sample for file in found for sample in _samples(file)] for package, found in files.items()
+    }
+    return without_repeats(
+        {package: encode(split, made, tokenizer, MAX_ANSWER) for package, made in groups.items()}
+    )
 
 
 def build(tokenizer: Tokenizer) -> list[Row]:

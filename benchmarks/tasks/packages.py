@@ -1,7 +1,7 @@
 """The task "packages": say from which package a few lines of source are.
 
-The lines stand together in the file, none of them imports anything or names one of the packages or its usual alias. Classes
-are balanced; held-out snippets come from other files than training snippets.
+The lines stand together in the file, none of them imports anything or names one of the packages or its usual
+alias. Classes are balanced; held-out snippets come from other files than training snippets.
 """
 
 from __future__ import annotations
@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING
 
 from ..base_model import ANSWER, EOS
 from ..corpus import SourceFile
-from .embedded import HELDOUT_SIZE, Groups, Recipe, Row, Sample, apart, choose, encode, split_files, without_repeats
+from .embedded import (
+    HELDOUT_SIZE,
+    Groups,
+    Recipe,
+    Row,
+    Sample,
+    apart,
+    choose,
+    encode,
+    split_files,
+    without_repeats,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -81,7 +92,9 @@ def split_samples() -> tuple[dict[str, list[Sample]], dict[str, list[Sample]]]:
         for split in split_files(PACKAGES, HELDOUT_PERCENT)
     )
     known = {key for made in heldout.values() for sample in made for key in line_keys(sample.prompt)}
-    clean = {package: [sample for sample in made if not _is_copy(sample, known)] for package, made in train.items()}
+    clean = {
+        package: [sample for sample in made if not _is_copy(sample, known)] for package, made in train.items()
+    }
     return clean, heldout
 
 
@@ -95,7 +108,12 @@ def _rows(split: str, groups: dict[str, list[Sample]], tokenizer: Tokenizer) -> 
 
 def _with_answer(sample: Sample) -> Sample:
     return Sample(
-        sample.package, sample.origin, sample.label, sample.body, f"{sample.prompt}\n{ANSWER}", f" {sample.label}{EOS}"
+        sample.package,
+        sample.origin,
+        sample.label,
+        sample.body,
+        f"{sample.prompt}\n{ANSWER}",
+        f" {sample.label}{EOS}",
     )
 
 
@@ -109,5 +127,9 @@ def build(tokenizer: Tokenizer) -> list[Row]:
 
 
 RECIPE = Recipe(
-    "packages", PACKAGES, build, "f10cdb3de882b732237ff672c1f916b8ed961b1de3ca099c8d99ab0ed863ed19", metric="accuracy"
+    "packages",
+    PACKAGES,
+    build,
+    "f10cdb3de882b732237ff672c1f916b8ed961b1de3ca099c8d99ab0ed863ed19",
+    metric="accuracy",
 )

@@ -1,8 +1,9 @@
 """The task "prose": language-model adaptation from code to the prose of Python's documentation.
 
-Python's documentation topics (`pydoc_data`, which the base model never saw) are too short for an epoch, so the training split
-also has prose paragraphs out of packages' docstrings. Held out are whole topics. Every paragraph is used once, and none that
-stands in a held-out topic is in training. The loss is on all tokens of a window but its first.
+Python's documentation topics (`pydoc_data`, which the base model never saw) are too short for an epoch, so
+the training split also has prose paragraphs out of packages' docstrings. Held out are whole topics. Every
+paragraph is used once, and none that stands in a held-out topic is in training. The loss is on all tokens of
+a window but its first.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ TRAIN_SIZE = 4_000  # windows
 WINDOW, MIN_WINDOW = 64, 16  # tokens
 HELDOUT_CHARACTERS = 60_000  # of unrepeated paragraphs, enough for the held-out windows
 MAX_HELDOUT_TOPIC = 15_000  # characters; the few longer topics would each be most of the held-out split
-MIN_WORDS, MIN_LETTERS = 12, 0.85  # a docstring's paragraph is prose from so many words and such a share of letters on
+MIN_WORDS, MIN_LETTERS = (
+    12,
+    0.85,
+)  # a docstring's paragraph is prose from so many words and such a share of letters on
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -58,7 +62,9 @@ def topics() -> list[Document]:
 
 def held_out_topics(found: Iterable[Document]) -> list[Document]:
     """Topics chosen by a hash of their names until they have enough text, each without what an earlier one has."""
-    candidates = sorted((topic for topic in found if _size(topic) <= MAX_HELDOUT_TOPIC), key=lambda t: sha256([t.name]))
+    candidates = sorted(
+        (topic for topic in found if _size(topic) <= MAX_HELDOUT_TOPIC), key=lambda t: sha256([t.name])
+    )
     kept: list[Document] = []
     for topic in unrepeated(candidates, set()):
         if sum(map(_size, kept)) >= HELDOUT_CHARACTERS:
@@ -122,7 +128,9 @@ def split_documents() -> tuple[list[Document], list[Document]]:
     heldout = held_out_topics(found)
     names = {topic.name for topic in heldout}
     rest = [topic for topic in found if topic.name not in names]
-    rest += [made for package in DOCSTRING_PACKAGES for file in sources(package) for made in _docstrings(file)]
+    rest += [
+        made for package in DOCSTRING_PACKAGES for file in sources(package) for made in _docstrings(file)
+    ]
     seen = {normal(paragraph) for topic in heldout for run in topic.runs for paragraph in run}
     return list(unrepeated(rest, seen)), heldout
 
@@ -131,12 +139,16 @@ def _windows(split: str, documents: Iterable[Document], tokenizer: Tokenizer) ->
     """Windows of at most WINDOW tokens that do not overlap, by package in the order of the choice."""
     texts = [(document, "\n\n".join(run)) for document in documents for run in document.runs]
     rows: list[Row] = []
-    for (document, text), encoding in zip(texts, tokenizer.encode_batch([text for _, text in texts]), strict=True):
+    for (document, text), encoding in zip(
+        texts, tokenizer.encode_batch([text for _, text in texts]), strict=True
+    ):
         digest = sha256([text])
         for start in range(0, len(encoding.ids), WINDOW):
             first, *rest = encoding.ids[start : start + WINDOW]
             if len(rest) >= MIN_WINDOW - 1:
-                rows.append(Row(split, document.package, f"{document.name}:{start}", "", digest, [first], rest))
+                rows.append(
+                    Row(split, document.package, f"{document.name}:{start}", "", digest, [first], rest)
+                )
     return sorted(rows, key=lambda row: sha256([row.package, row.origin, row.body]))
 
 

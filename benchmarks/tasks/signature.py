@@ -1,7 +1,8 @@
 """The task "signature": write a function's `def` line from the first paragraph of its docstring.
 
-Signatures are written without annotations and default values: sources annotate unevenly, and a default is rarely said in
-the first paragraph. Train and held-out functions come from different packages, none of them in the base model's pretraining.
+Signatures are written without annotations and default values: sources annotate unevenly, and a default is
+rarely said in the first paragraph. Train and held-out functions come from different packages, none of them in
+the base model's pretraining.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ from typing import TYPE_CHECKING
 
 from ..base_model import ANSWER, EOS
 from ..corpus import SourceFile
-from .embedded import HELDOUT_SIZE, Groups, Recipe, Row, Sample, apart, choose, encode, sources, without_repeats
+from .embedded import (
+    HELDOUT_SIZE,
+    Groups,
+    Recipe,
+    Row,
+    Sample,
+    apart,
+    choose,
+    encode,
+    sources,
+    without_repeats,
+)
 from .functions import Definition, definitions, parse, usable
 
 if TYPE_CHECKING:
@@ -26,7 +38,9 @@ HELDOUT_PACKAGES = ("jinja2", "fsspec", "pyparsing", "packaging", "rich")
 TRAIN_SIZE = 10_000  # at most
 MAX_ANSWER = 32  # tokens, <eos> included
 MIN_WORDS = 4  # of a docstring's first paragraph: fewer say too little
-_NEAR_WORDS = 4  # the same signature with the same first words is a copy, even if the text goes on differently
+_NEAR_WORDS = (
+    4  # the same signature with the same first words is a copy, even if the text goes on differently
+)
 
 
 def signature(node: Definition) -> str:
@@ -72,7 +86,9 @@ def near_key(text: str) -> str:
 
 def _rows(split: str, packages: tuple[str, ...], tokenizer: Tokenizer) -> Groups:
     groups = {package: [made for file in sources(package) for made in samples(file)] for package in packages}
-    encoded = {name: encode(split, made, tokenizer, MAX_ANSWER, shorten=True) for name, made in groups.items()}
+    encoded = {
+        name: encode(split, made, tokenizer, MAX_ANSWER, shorten=True) for name, made in groups.items()
+    }
     return without_repeats(encoded)
 
 

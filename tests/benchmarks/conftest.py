@@ -63,7 +63,13 @@ def naming_task(rows, tokenizer):
 def made_up_result():
     """A function that makes one result; keywords change it, `final` ends its curve."""
 
-    def make(optimizer="adamw", lr=0.01, seed=0, curve=((0, 0.0, 5.0), (50, 10.0, 3.0), (100, 20.0, 2.0)), **changes):
+    def make(
+        optimizer="adamw",
+        lr=0.01,
+        seed=0,
+        curve=((0, 0.0, 5.0), (50, 10.0, 3.0), (100, 20.0, 2.0)),
+        **changes,
+    ):
         from dataclasses import asdict
 
         from benchmarks.results import RunConfig

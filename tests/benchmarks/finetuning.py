@@ -49,12 +49,34 @@ def save_model(folder, vocabulary=400):
 
 
 SHORT = ["--steps", "4", "--warmup", "1", "--batch-size", "2", "--accumulation", "2", "--eval-examples", "6"]
-FEW = ["--generate-examples", "2", "--max-new-tokens", "4", "--device", "cpu", "--threads", "1", "--rank", "4"]
+FEW = [
+    "--generate-examples",
+    "2",
+    "--max-new-tokens",
+    "4",
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--rank",
+    "4",
+]
 
 
 def train(model, dataset, out, *arguments, status=0):
     """Run the command, short; returns the metrics."""
-    command = ["train", "--model", str(model), "--dataset", str(dataset), "--out", str(out), *SHORT, *FEW, *arguments]
+    command = [
+        "train",
+        "--model",
+        str(model),
+        "--dataset",
+        str(dataset),
+        "--out",
+        str(out),
+        *SHORT,
+        *FEW,
+        *arguments,
+    ]
     assert main(command) == status
     path = out / "metrics.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -6,7 +6,12 @@ ROWS = {
     "alpaca": {"instruction": "Name {n} birds.", "input": "", "output": "A wren and {n} owls."},
     "alpaca-gpt4": {"instruction": "Name {n} birds.", "input": "", "output": "A wren and {n} owls."},
     "boolq": {"question": "is {n} a prime number", "answer": "true"},
-    "dolly": {"instruction": "What is {n}?", "context": "Numbers.", "response": "A number.", "category": "qa"},
+    "dolly": {
+        "instruction": "What is {n}?",
+        "context": "Numbers.",
+        "response": "A number.",
+        "category": "qa",
+    },
     "gsm8k": {"question": "What is {n} + 1?", "answer": "{n} + 1 is <<{n}+1>>.\n#### {n}1"},
     "qnli": {"question": "Who has {n}?", "sentence": "Ann has {n}.", "label": 0},
 }

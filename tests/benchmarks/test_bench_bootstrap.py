@@ -43,7 +43,8 @@ def test_shifts_of_the_contender_alone_widen_the_interval_around_the_truth():
     found = interval(measured([0.05, -0.05, 0.0], [0.0, 0.0, 0.0]).ratio, 3)
     assert (found.low, found.high) == pytest.approx((0.75, 0.85))
     wide, narrow = (
-        interval(measured(list(scale * np.linspace(-1, 1, 12)), [0.0] * 12).ratio, 12) for scale in (0.05, 0.01)
+        interval(measured(list(scale * np.linspace(-1, 1, 12)), [0.0] * 12).ratio, 12)
+        for scale in (0.05, 0.01)
     )
     assert wide.low < narrow.low < 0.8 < narrow.high < wide.high
 

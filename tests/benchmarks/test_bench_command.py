@@ -40,7 +40,10 @@ RUN = ["run", "--optimizers", "adamw", "--lrs", "5e-3", "--out", "never"]
         ([*RUN, "--option", "precondition"], "is not of the form key=value"),
         ([*RUN, "--device", "tpu"], "invalid choice: 'tpu'"),
         ([*RUN, "--task", "poetry"], "unknown task 'poetry'; known: naming, packages, prose, signature"),
-        ([*RUN, "--data", "squad"], "unknown data 'squad'; known: alpaca, alpaca-gpt4, boolq, dolly, gsm8k, qnli"),
+        (
+            [*RUN, "--data", "squad"],
+            "unknown data 'squad'; known: alpaca, alpaca-gpt4, boolq, dolly, gsm8k, qnli",
+        ),
         ([*RUN, "--data", "gsm8k="], "'gsm8k=' is not of the form NAME or NAME=FOLDER"),
         ([*RUN, "--data", "gsm8k=no/such/folder"], "cannot read no/such/folder/gsm8k_train.jsonl"),
         ([*RUN, "--data", "gsm8k", "--task", "naming"], "not allowed with argument"),
@@ -61,7 +64,13 @@ def test_bad_arguments_are_named(arguments, message, refusal):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("a=1", ("a", 1)), ("a=0.5", ("a", 0.5)), ("a=true", ("a", True)), ("a=kfac", ("a", "kfac")), ("a=", ("a", ""))],
+    [
+        ("a=1", ("a", 1)),
+        ("a=0.5", ("a", 0.5)),
+        ("a=true", ("a", True)),
+        ("a=kfac", ("a", "kfac")),
+        ("a=", ("a", "")),
+    ],
 )
 def test_options_are_read_as_json_or_text(text, expected):
     assert option(text) == expected
@@ -72,7 +81,9 @@ def test_help_loads_nothing_heavy():
         "import sys, benchmarks.__main__ as m; m.make_parser().format_help(); "
         "print([n for n in ('torch', 'transformers', 'peft', 'matplotlib', 'grit_optim') if n in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -82,7 +93,19 @@ def call(*arguments):
 
 
 def test_two_steps_from_command_to_table_and_skipping(tmp_path):
-    run = ["run", "--optimizers", "adamw", "--lrs", "5e-3", "--steps", "2", "--eval-every", "1", "--threads", "1"]
+    run = [
+        "run",
+        "--optimizers",
+        "adamw",
+        "--lrs",
+        "5e-3",
+        "--steps",
+        "2",
+        "--eval-every",
+        "1",
+        "--threads",
+        "1",
+    ]
     first = call(*run, "--out", tmp_path)
     assert first.returncode == 0, first.stderr
     (result,) = read_results(tmp_path)
@@ -110,7 +133,9 @@ def small_task(naming_task):
 
 
 def config(**changes):
-    return dataclasses.replace(RunConfig("naming", "adamw", 5e-3, 0, steps=3, batch_size=4, eval_every=2), **changes)
+    return dataclasses.replace(
+        RunConfig("naming", "adamw", 5e-3, 0, steps=3, batch_size=4, eval_every=2), **changes
+    )
 
 
 def test_runs_repeat_and_start_from_the_same_adapter(small_task):
@@ -160,7 +185,9 @@ def test_both_lanes_of_the_cost_see_the_same_batches(small_task):
 def test_plain_adamw_is_timed_at_a_rate_of_its_own_and_a_diverged_run_not_at_all(small_task, monkeypatch):
     made = []
     monkeypatch.setattr("benchmarks.train.Run", lambda *given: made.append(Run(*given)) or made[-1])
-    with pytest.raises(BenchmarkError, match=r"grit-none at learning rate 1e\+30 diverged while it was timed"):
+    with pytest.raises(
+        BenchmarkError, match=r"grit-none at learning rate 1e\+30 diverged while it was timed"
+    ):
         measure(config(optimizer="grit-none", lr=1e30, beta1=0.5, steps=20), small_task, 1)
     assert [(run.config.optimizer, run.config.lr, run.config.beta1) for run in made] == [
         ("adamw", 5e-3, 0.9),

@@ -166,7 +166,12 @@ def newton_steps(smallest):
 def test_products_of_the_stages(counted):
     """The default: roots of order 4 and 2 by Newton-Schulz, three r×r products an iteration; four of width r per matrix."""
     costs, _, _ = counted
-    r, rows, passes, sites = SMALL.rank, SMALL.tokens, SMALL.accumulation, 14  # 24·2 tokens are below 1,024 a step
+    r, rows, passes, sites = (
+        SMALL.rank,
+        SMALL.tokens,
+        SMALL.accumulation,
+        14,
+    )  # 24·2 tokens are below 1,024 a step
     widths = [width for pair in WIDTHS for width in pair] * 2
     smallest = 0.3 / (r * 1.3)
     fourth_root = newton_steps(smallest) + newton_steps(smallest**0.5)

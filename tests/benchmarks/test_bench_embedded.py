@@ -36,7 +36,8 @@ def test_sizes_and_lengths(recipe, rows_of):
 def test_splits_share_no_example(recipe, rows_of):
     found = rows_of(recipe)
     prompts = {
-        split: {tuple(row.prompt + row.answer) for row in found if row.split == split} for split in ("train", "heldout")
+        split: {tuple(row.prompt + row.answer) for row in found if row.split == split}
+        for split in ("train", "heldout")
     }
     assert not prompts["train"] & prompts["heldout"]
 

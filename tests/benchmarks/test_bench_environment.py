@@ -27,7 +27,9 @@ def test_the_slowdown_is_measured():
     assert found > 0
 
 
-def test_slow_bf16_is_said_before_the_runs_with_the_factor_and_the_way_out(on_a_processor, monkeypatch, tmp_path):
+def test_slow_bf16_is_said_before_the_runs_with_the_factor_and_the_way_out(
+    on_a_processor, monkeypatch, tmp_path
+):
     begun = []
     monkeypatch.setattr(runner, "in_process", lambda call, config, *others: begun.append(config))
     on_a_processor(23.4)

@@ -79,7 +79,9 @@ def test_alpaca_with_an_input_says_so():
     assert prompt.endswith("### Instruction:\nI\n\n### Input:\nX\n\n### Response:\n")
 
 
-@pytest.mark.parametrize(("label", "answer"), [(0, "Yes"), (1, "No"), ("entailment", "Yes"), ("not_entailment", "No")])
+@pytest.mark.parametrize(
+    ("label", "answer"), [(0, "Yes"), (1, "No"), ("entailment", "Yes"), ("not_entailment", "No")]
+)
 def test_qnli_labels(label, answer):
     prompt, found = formats.qnli({"question": "Q", "sentence": "S", "label": label})
     assert found == answer
@@ -116,7 +118,11 @@ def test_train_is_trained_on_and_test_is_reported_on(tmp_path, tokenizer):
 
 
 def test_what_is_left_out_is_counted(tmp_path, tokenizer):
-    train = [*rows("gsm8k", 0, 6), {"question": "long " * 300, "answer": "x"}, {"question": "q", "answer": " "}]
+    train = [
+        *rows("gsm8k", 0, 6),
+        {"question": "long " * 300, "answer": "x"},
+        {"question": "q", "answer": " "},
+    ]
     options = write(tmp_path, "gsm8k", train=[*train, *rows("gsm8k", 100, 1)], test=rows("gsm8k", 100, 3))
     task = load_task("gsm8k", tokenizer, options)
     assert len(task.train) == 6
@@ -131,7 +137,10 @@ def test_length_limit_keeps_exactly_what_fits(lengths, most):
 
     tokenizer = load_tokenizer()
     texts = [external.Text("x" * n + "\n", "y") for n in lengths]
-    sizes = [len(tokenizer.encode(text.prompt).ids) + len(tokenizer.encode(text.answer + EOS).ids) for text in texts]
+    sizes = [
+        len(tokenizer.encode(text.prompt).ids) + len(tokenizer.encode(text.answer + EOS).ids)
+        for text in texts
+    ]
     kept, left_out = external._encode(texts, tokenizer, most)
     fitting = [size for size in sizes if size <= most]
     assert [len(example) for example in kept] == fitting
@@ -156,7 +165,10 @@ def test_fingerprint_depends_on_every_example_and_on_the_split(tmp_path, tokeniz
     first, second = rows("boolq", 0, 8), rows("boolq", 100, 8)
     changed = [*first[:-1], first[-1] | {"answer": "false"}]
     assert found(first, second) == found(first, second)
-    assert len({found(first, second), found(second, first), found(changed, second), found(first, second[:-1])}) == 4
+    assert (
+        len({found(first, second), found(second, first), found(changed, second), found(first, second[:-1])})
+        == 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,7 +240,9 @@ def test_a_hub_out_of_reach_names_the_local_way(monkeypatch, tokenizer):
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(BenchmarkError, match=r"cannot get openai/gsm8k .*gsm8k_train.jsonl.*--data gsm8k=FOLDER"):
+    with pytest.raises(
+        BenchmarkError, match=r"cannot get openai/gsm8k .*gsm8k_train.jsonl.*--data gsm8k=FOLDER"
+    ):
         load_task("gsm8k", tokenizer, DataOptions())
 
 
@@ -263,7 +277,9 @@ def test_a_run_on_local_data_from_command_to_result(tmp_path):
         "--batch-size",
         "4",
     ]
-    done = subprocess.run([*map(str, command), *rest], capture_output=True, text=True, cwd=REPOSITORY, timeout=300)
+    done = subprocess.run(
+        [*map(str, command), *rest], capture_output=True, text=True, cwd=REPOSITORY, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert "40 training examples (left out: 1 of more than 64 tokens)" in done.stdout
     (result,) = read_results(out)
@@ -273,8 +289,12 @@ def test_a_run_on_local_data_from_command_to_result(tmp_path):
     assert "secret_place" not in path.read_text()
 
 
-@pytest.mark.skipif("GRIT_BENCH_DATA" not in os.environ, reason="GRIT_BENCH_DATA names no folder with the real files")
-@pytest.mark.parametrize(("name", "length", "sizes"), [("gsm8k", 512, (7_473, 1_319)), ("boolq", 128, (9_427, 3_270))])
+@pytest.mark.skipif(
+    "GRIT_BENCH_DATA" not in os.environ, reason="GRIT_BENCH_DATA names no folder with the real files"
+)
+@pytest.mark.parametrize(
+    ("name", "length", "sizes"), [("gsm8k", 512, (7_473, 1_319)), ("boolq", 128, (9_427, 3_270))]
+)
 def test_the_real_files(name, length, sizes, tokenizer):
     task = load_task(name, tokenizer, DataOptions(Path(os.environ["GRIT_BENCH_DATA"]), length))
     for examples, size in zip((task.train, task.heldout), sizes, strict=True):

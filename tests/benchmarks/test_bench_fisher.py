@@ -30,13 +30,17 @@ def test_each_matrix_is_what_it_is_said_to_be():
     assert torch.allclose(made["block_diagonal"], torch.kron(traced, torch.eye(D).double()))
     assert torch.allclose(made["kfac"], torch.kron(inner.T @ inner / TOKENS, torch.eye(D).double()))
     basis = torch.kron(torch.linalg.eigh(inner.T @ inner)[1].contiguous(), torch.eye(D).double())
-    assert torch.allclose(basis.T @ made["ekfac"] @ basis, torch.diag((basis.T @ truth @ basis).diagonal()), atol=1e-12)
+    assert torch.allclose(
+        basis.T @ made["ekfac"] @ basis, torch.diag((basis.T @ truth @ basis).diagonal()), atol=1e-12
+    )
 
 
 def test_both_sides_of_kfac_are_exact_where_they_are_independent():
     inner, outer = (side[:6] for side in tokens())
     inner, outer = inner.repeat_interleave(6, 0), outer.repeat(6, 1)
-    assert torch.allclose(fisher_distance.approximations(inner, outer, inner)["kfac-full"], dense(inner, outer))
+    assert torch.allclose(
+        fisher_distance.approximations(inner, outer, inner)["kfac-full"], dense(inner, outer)
+    )
 
 
 def test_the_dense_matrix_itself_is_at_no_distance():

@@ -22,7 +22,10 @@ def run(*arguments, timeout=60, **surroundings):
 
 
 def parts(text):
-    return {name: int(limit) for name, limit in re.findall(r"^([\w-]+) \(at most (\d+) s\)", text, flags=re.MULTILINE)}
+    return {
+        name: int(limit)
+        for name, limit in re.findall(r"^([\w-]+) \(at most (\d+) s\)", text, flags=re.MULTILINE)
+    }
 
 
 def test_a_dry_run_names_every_part_and_writes_nothing(tmp_path):

@@ -129,7 +129,9 @@ class Fake(Lane):
 
 def turns(lanes, steps, block, warm=0, seconds=None):
     failures = {}
-    done = take_turns(lanes, steps, block, warm, seconds, lambda lane, error: failures.update({lane.name: str(error)}))
+    done = take_turns(
+        lanes, steps, block, warm, seconds, lambda lane, error: failures.update({lane.name: str(error)})
+    )
     return done, failures, "".join(lanes[0].log)
 
 
@@ -195,7 +197,11 @@ def test_what_is_found_of_each(shared):
     sizes = grit["optimizer_state_bytes"]
     assert sizes["optimizer"] > sizes["plain adamw"] > 2 * 4 * 4 * (64 + 64)
     memory = grit["memory"]
-    assert memory["optimizer"]["peak_bytes"] > memory["plain adamw"]["peak_bytes"] > memory["plain adamw"]["rest_bytes"]
+    assert (
+        memory["optimizer"]["peak_bytes"]
+        > memory["plain adamw"]["peak_bytes"]
+        > memory["plain adamw"]["rest_bytes"]
+    )
     found = grit["launched"]
     assert found["optimizer"]["step"]["operations"] > found["plain adamw"]["step"]["operations"] + 100
     # With so few tokens the taps leave everything to the step.
@@ -216,7 +222,9 @@ def test_what_fails_is_named_and_the_others_go_on(shared, monkeypatch, capsys):
     assert list(outcome.results) == ["adamw", "grit"]
     assert "muon failed" in capsys.readouterr().err
     monkeypatch.setattr(cost_lanes, "compare", lambda *given: cost_lanes.Comparison({}, {"adamw": "no room"}))
-    with pytest.raises(BenchmarkError, match="plain adamw failed, so there is nothing to compare with: no room"):
+    with pytest.raises(
+        BenchmarkError, match="plain adamw failed, so there is nothing to compare with: no room"
+    ):
         cost_on_shape(SMALL, ["grit"], QUICK, None)
 
 
@@ -234,7 +242,9 @@ def test_without_a_profiler_there_are_times_all_the_same(shared, monkeypatch, ca
 
 
 def test_a_diverged_lane_is_no_result(shared):
-    outcome = compare(shared, ["adamw", "grit-none"], lambda n: Settings(1e30 if n != "adamw" else 1e-3), QUICK)
+    outcome = compare(
+        shared, ["adamw", "grit-none"], lambda n: Settings(1e30 if n != "adamw" else 1e-3), QUICK
+    )
     assert list(outcome.results) == ["adamw"]
     assert "diverged while it was timed" in outcome.failures["grit-none"]
 
@@ -262,7 +272,10 @@ def test_the_devices_time_of_stages_is_read_from_a_trace():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "gpt"], "unknown model 'gpt'; known: embedded, llama-3-8b-shape, llama-3.2-1b-shape, tiny"),
+        (
+            ["--model", "gpt"],
+            "unknown model 'gpt'; known: embedded, llama-3-8b-shape, llama-3.2-1b-shape, tiny",
+        ),
         (["--model", "tiny", "--optimizers", "sgdx"], "unknown optimizer 'sgdx'"),
         (["--model", "tiny", "--task", "naming"], "--task is for the embedded model"),
         (["--length", "8"], "--length is for --model"),
@@ -278,15 +291,35 @@ def test_bad_arguments_are_named(arguments, message, refusal):
     assert "unknown model 'gpt'" in refusal(["count", "--model", "gpt"])
 
 
-SIZE = ["--rank", "4", "--batch-size", "1", "--length", "16", "--accumulation", "2", "--steps", "2", "--block", "1"]
+SIZE = [
+    "--rank",
+    "4",
+    "--batch-size",
+    "1",
+    "--length",
+    "16",
+    "--accumulation",
+    "2",
+    "--steps",
+    "2",
+    "--block",
+    "1",
+]
 COST = ["cost", "--model", "tiny", *SIZE, "--threads", "1", "--device", "cpu"]
 
 
 def test_files_and_report(tmp_path):
     pytest.importorskip("bitsandbytes")
     trace = tmp_path / "traces" / "t.json"
-    assert main([*COST, "--optimizers", "grit,riemannian", "--out", str(tmp_path), "--trace", str(trace)]) == 0
-    assert main([*COST, "--quantize", "nf4", "--base", "adamw8bit", "--no-checkpointing", "--out", str(tmp_path)]) == 0
+    assert (
+        main([*COST, "--optimizers", "grit,riemannian", "--out", str(tmp_path), "--trace", str(trace)]) == 0
+    )
+    assert (
+        main(
+            [*COST, "--quantize", "nf4", "--base", "adamw8bit", "--no-checkpointing", "--out", str(tmp_path)]
+        )
+        == 0
+    )
     paths = sorted(tmp_path.glob("cost-*.json"))
     assert [path.name for path in paths] == [
         "cost-tiny-2x16tokens-grit.json",

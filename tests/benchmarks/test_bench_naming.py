@@ -27,7 +27,9 @@ def test_sizes_and_caps(rows):
 
 def test_name_never_stands_in_its_prompt(rows, tokenizer):
     prompts = tokenizer.decode_batch([row.prompt for row in rows], skip_special_tokens=False)
-    leaks = [row.label for row, prompt in zip(rows, prompts, strict=True) if re.search(rf"\b{row.label}\b", prompt)]
+    leaks = [
+        row.label for row, prompt in zip(rows, prompts, strict=True) if re.search(rf"\b{row.label}\b", prompt)
+    ]
     assert leaks == []
     assert all(BLANK in prompt and prompt.endswith("<answer>") for prompt in prompts)
 
@@ -68,17 +70,23 @@ def test_batches_repeat_and_differ_by_seed(naming_task):
 
 def test_an_epoch_has_every_example_once():
     batches = take(toy_task(range(1, 101)), 0, 10, 20)
-    epochs = [sorted(example.answer[0] for batch in batches[i : i + 10] for example in batch) for i in (0, 10)]
+    epochs = [
+        sorted(example.answer[0] for batch in batches[i : i + 10] for example in batch) for i in (0, 10)
+    ]
     assert epochs == [list(range(100))] * 2
     assert batches[:10] != batches[10:]
 
 
 @pytest.mark.parametrize("size", [0, 101])
 def test_batch_size_out_of_range(size):
-    with pytest.raises(BenchmarkError, match=f"batch size {size} is not between 1 and the 100 training examples"):
+    with pytest.raises(
+        BenchmarkError, match=f"batch size {size} is not between 1 and the 100 training examples"
+    ):
         next(toy_task(range(1, 101)).batches(0, size))
 
 
 def test_unknown_task(tokenizer):
-    with pytest.raises(BenchmarkError, match="unknown task 'poetry'; known: naming, packages, prose, signature"):
+    with pytest.raises(
+        BenchmarkError, match="unknown task 'poetry'; known: naming, packages, prose, signature"
+    ):
         load_task("poetry", tokenizer)

@@ -41,7 +41,9 @@ def test_labels_are_the_answer_and_nothing_else():
 
 
 def test_loss_is_the_mean_over_answer_tokens_whatever_the_padding(model):
-    expected = -torch.stack([p for example in EXAMPLES for p in slow_log_probabilities(model, example)]).mean()
+    expected = -torch.stack(
+        [p for example in EXAMPLES for p in slow_log_probabilities(model, example)]
+    ).mean()
     assert answer_loss(model, collate(EXAMPLES)).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -56,7 +58,9 @@ def test_gradients_do_not_depend_on_the_padding_token(model):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_score_does_not_depend_on_batches(model, batch_size):
-    reference = -torch.stack([p for example in EXAMPLES for p in slow_log_probabilities(model, example)]).mean()
+    reference = -torch.stack(
+        [p for example in EXAMPLES for p in slow_log_probabilities(model, example)]
+    ).mean()
     assert evaluate(model, EXAMPLES, batch_size).loss == pytest.approx(reference.item(), rel=1e-6)
 
 

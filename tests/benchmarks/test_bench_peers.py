@@ -118,7 +118,9 @@ def test_an_option_that_would_go_unheard_is_refused(name):
 def test_anything_but_pairs_is_refused(name):
     model = tiny.llama(RANK, layers=1)
     model.base_model.model.model.norm.weight.requires_grad_(True)
-    with pytest.raises(BenchmarkError, match=r"for LoRA pairs alone.*1 other parameters are, first .*norm\.weight"):
+    with pytest.raises(
+        BenchmarkError, match=r"for LoRA pairs alone.*1 other parameters are, first .*norm\.weight"
+    ):
         make(name, model)
 
 
@@ -191,10 +193,16 @@ def test_rank_variants_keep_no_matrix_beyond_the_rank(name):
     one_batch(model, optimizer, 3)
     assert len(optimizer.state) == 14
     for parameter, state in optimizer.state.items():
-        found = [tensor for tensor in state_tensors(state) if tensor.dim() >= 2 and tensor.shape != parameter.shape]
+        found = [
+            tensor for tensor in state_tensors(state) if tensor.dim() >= 2 and tensor.shape != parameter.shape
+        ]
         assert {tuple(tensor.shape[-2:]) for tensor in found} == {(RANK, RANK)}
-        assert {tensor.numel() for tensor in found} == {RANK * RANK}  # one block per side, one side per matrix
-        assert not any(torch.allclose(tensor, torch.eye(RANK), atol=1e-3) for tensor in found)  # they are at work
+        assert {tensor.numel() for tensor in found} == {
+            RANK * RANK
+        }  # one block per side, one side per matrix
+        assert not any(
+            torch.allclose(tensor, torch.eye(RANK), atol=1e-3) for tensor in found
+        )  # they are at work
 
 
 @pytest.mark.parametrize("name", ["soap-full", "shampoo-full", "kl-soap", "kl-shampoo"])

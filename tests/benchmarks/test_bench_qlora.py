@@ -39,7 +39,9 @@ def collate(rows):
     def padded(name, value):
         return torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows])
 
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
+    mask = torch.tensor(
+        [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
+    )
     return {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED), "attention_mask": mask}
 
 

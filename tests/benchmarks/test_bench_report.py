@@ -23,7 +23,9 @@ def study(made_up_result):
     grit = {"step_seconds_median": 0.3, "optimizer_state_bytes": 3_000_000}
     return [
         made_up_result("adamw", 0.01, 0, exact_match=0.10),
-        made_up_result("adamw", 0.01, 1, ((0, 0.0, 5.0), (50, 10.0, 3.4), (100, 20.0, 2.2)), exact_match=0.20),
+        made_up_result(
+            "adamw", 0.01, 1, ((0, 0.0, 5.0), (50, 10.0, 3.4), (100, 20.0, 2.2)), exact_match=0.20
+        ),
         made_up_result("adamw", 0.005, 0, ((0, 0.0, 5.0), (50, 10.0, 3.0), (100, 20.0, 2.8))),
         made_up_result("adamw", 0.005, 1, ((0, 0.0, 5.0), (50, 10.0, 3.0), (100, 20.0, 2.8))),
         made_up_result("grit", 0.005, 0, slow, **grit),
@@ -70,8 +72,9 @@ def test_a_method_that_only_diverges_is_shown(study):
 
 
 def test_a_method_that_never_gets_there(study):
-    assert "| grit | 0.005 (single rate) | 3.000 (n=1) | 2.500 | 25.0 % | not reached | not reached | 1.50×" in table(
-        study[:5]
+    assert (
+        "| grit | 0.005 (single rate) | 3.000 (n=1) | 2.500 | 25.0 % | not reached | not reached | 1.50×"
+        in table(study[:5])
     )
 
 
@@ -89,11 +92,15 @@ def test_settings_that_vary_are_methods_of_their_own(made_up_result):
     ]
     found = {row.method.label: row for row in rows(methods(results))}
     assert set(found) == {"adamw (beta1=0.9)", "adamw (beta1=0.6)"}
-    assert reference_cell(methods(results)).loss == pytest.approx(1.8)  # AdamW's best is taken over its settings
+    assert reference_cell(methods(results)).loss == pytest.approx(
+        1.8
+    )  # AdamW's best is taken over its settings
     assert found["adamw (beta1=0.9)"].steps_ratio is None
 
 
-@pytest.mark.parametrize(("target", "expected"), [(6.0, 0.0), (4.0, 5.0), (3.0, 10.0), (2.5, 17.5), (1.9, None)])
+@pytest.mark.parametrize(
+    ("target", "expected"), [(6.0, 0.0), (4.0, 5.0), (3.0, 10.0), (2.5, 17.5), (1.9, None)]
+)
 def test_first_crossing(target, expected):
     found = first_crossing([0.0, 10.0, 15.0, 20.0], [5.0, 3.0, 3.0, 2.0], target)
     assert found == (None if expected is None else pytest.approx(expected))
@@ -103,7 +110,10 @@ def test_first_crossing(target, expected):
     ("change", "heading"),
     [
         ({"fingerprint": "0" * 64}, "data and model: 0000000000000000"),
-        ({"hardware": {"cpu": "other", "cores": 2, "threads": 2, "gpu": None, "jobs": 1}}, "hardware cpu: other"),
+        (
+            {"hardware": {"cpu": "other", "cores": 2, "threads": 2, "gpu": None, "jobs": 1}},
+            "hardware cpu: other",
+        ),
         ({"config": {"steps": 7}}, "steps: 7"),
         ({"versions": {"torch": "9.9"}}, "version of torch: 9.9"),
     ],
@@ -151,4 +161,6 @@ def test_unseen_loss_is_only_given_within_one_epoch(made_up_result):
     cells = [Cell(0.01, (made_up_result(epochs=epochs),)) for epochs in (1.0, 1.01)]
     assert cells[0].unseen_loss == 2.5
     assert cells[1].unseen_loss is None
-    assert Cell(0.01, (made_up_result(train_losses=[3.0] * 50),)).unseen_loss is None, "nothing after the first point"
+    assert Cell(0.01, (made_up_result(train_losses=[3.0] * 50),)).unseen_loss is None, (
+        "nothing after the first point"
+    )

@@ -100,13 +100,20 @@ def test_adamw_state_bytes_of_a_step():
     optimizer = make_optimizer("adamw", model, Settings(0.1))
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    assert state_bytes(optimizer.state_dict()) == 2 * (12 + 3) * 4 + 2 * 4  # two moments, one step count per tensor
+    assert (
+        state_bytes(optimizer.state_dict()) == 2 * (12 + 3) * 4 + 2 * 4
+    )  # two moments, one step count per tensor
 
 
 def test_settings_reach_the_optimizer():
     made = make_optimizer("adamw", torch.nn.Linear(4, 3), Settings(0.1, (0.6, 0.95), 0.2, {"amsgrad": True}))
     group = made.param_groups[0]
-    assert (group["lr"], group["betas"], group["weight_decay"], group["amsgrad"]) == (0.1, (0.6, 0.95), 0.2, True)
+    assert (group["lr"], group["betas"], group["weight_decay"], group["amsgrad"]) == (
+        0.1,
+        (0.6, 0.95),
+        0.2,
+        True,
+    )
 
 
 def test_unknown_optimizer_lists_the_known():

@@ -15,7 +15,8 @@ from benchmarks.results import RunConfig
 from benchmarks.tasks import Example, Task
 
 WAYS = {**adapter_sizes.WAYS, **adapter_peers.PEER_WAYS}
-# The paper's recipe looks at what the last layer sees, which is the answers alone: 64 tokens until it projects.
+# The paper's recipe looks at what the last layer sees, which is the answers alone: 64 tokens until it
+# projects.
 WHOLE = 311_296  # parameters of the adapter at rank 16
 CONFIG = RunConfig("naming", "", 1e-2, 0, steps=12, batch_size=12, eval_every=12)
 
@@ -46,7 +47,9 @@ def seen(monkeypatch):
     models = []
     for module in (adapter_sizes, adapter_peers):
         real = module.fit
-        monkeypatch.setattr(module, "fit", lambda j, m, *rest, real=real: (models.append(m), real(j, m, *rest)))
+        monkeypatch.setattr(
+            module, "fit", lambda j, m, *rest, real=real: (models.append(m), real(j, m, *rest))
+        )
     return models
 
 
@@ -74,7 +77,9 @@ def test_in_bf16_frozen_weights_are_in_bf16_and_the_adapter_is_not(task, tmp_pat
 
 
 def test_rounded_the_whole_adapter_has_half_its_bytes(task, tmp_path):
-    whole = adapter_sizes.train_and_save(job(task, tmp_path, "whole"), adapter_sizes.adapted_model(CONFIG), "as it is")
+    whole = adapter_sizes.train_and_save(
+        job(task, tmp_path, "whole"), adapter_sizes.adapted_model(CONFIG), "as it is"
+    )
     ((name, budget, place),) = adapter_sizes.rounded(job(task, tmp_path, "rounded", budget=1.0))
     assert (name, budget) == ("grit, saved in bf16", 1.0)
     sizes = [(at / "adapter_model.safetensors").stat().st_size for at in (whole, place)]
@@ -93,7 +98,8 @@ def test_adalora_ends_at_its_target_and_its_regularizer_is_pefts(task, tmp_path,
     assert sum(map(sum, kept.values())) == 28 * 8
     model, batch = seen[-1], collate(task.heldout)
     with_it, without = (
-        m(input_ids=batch.tokens, labels=batch.tokens).loss for m in (model.base_model, model.get_base_model())
+        m(input_ids=batch.tokens, labels=batch.tokens).loss
+        for m in (model.base_model, model.get_base_model())
     )
     ours = adapter_peers.off_orthogonal(model, model.peft_config["default"].orth_reg_weight)
     assert (with_it - without).item() == pytest.approx(ours.item(), rel=1e-4)
@@ -147,7 +153,18 @@ def test_options_reach_grit_and_stand_in_the_ways_name(small_task, tmp_path):
 
 
 def test_an_option_that_grit_does_not_have_is_said_in_one_line(small_task, tmp_path, capsys):
-    arguments = ["--ways", "budget", "--budgets", "0.5", "--steps", "4", "--option", "zzz=1", "--out", str(tmp_path)]
+    arguments = [
+        "--ways",
+        "budget",
+        "--budgets",
+        "0.5",
+        "--steps",
+        "4",
+        "--option",
+        "zzz=1",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(["sizes", *arguments]) == 2
     assert "GRIT cannot be built with --option as given" in capsys.readouterr().err
     assert main(["count", "--model", "tiny", "--option", "zzz=1", "--out", str(tmp_path)]) == 2

@@ -23,7 +23,9 @@ ADAMW, SLOW, GRIT = (
     Contender("adamw-0.6", "adamw", 0.6, lr=0.01),
     Contender("grit", "grit", lr=0.01),
 )
-SIZES = SuiteSettings(steps=100, explore_steps=100, eval_every=50, seeds=(0, 1, 2), extensions=2, longest_budget=1.2)
+SIZES = SuiteSettings(
+    steps=100, explore_steps=100, eval_every=50, seeds=(0, 1, 2), extensions=2, longest_budget=1.2
+)
 SMALL = Suite(SIZES, ("naming",), (ADAMW, SLOW, GRIT))
 GAIN = {"adamw": 0.0, "grit": 0.22}
 
@@ -139,7 +141,9 @@ def test_other_hardware_or_versions_are_not_mixed_in(tmp_path, pretend, made_up_
     write_result(tmp_path, made_up_result(versions={"torch": "1.0"}))
     with pytest.raises(BenchmarkError, match=r"version of torch: 1\.0 there, 2\.13\.0 now"):
         run_suite(tmp_path, SMALL, PHASES)
-    write_result(tmp_path, made_up_result(hardware={"cpu": "other", "cores": 8, "threads": 4, "gpu": None, "jobs": 7}))
+    write_result(
+        tmp_path, made_up_result(hardware={"cpu": "other", "cores": 8, "threads": 4, "gpu": None, "jobs": 7})
+    )
     run_suite(tmp_path, SMALL, PHASES)  # another CPU changes losses by rounding alone
 
 
@@ -151,7 +155,9 @@ def failing(run):
 
 def test_a_failure_is_named_kept_shown_and_mended(tmp_path, pretend):
     pretend(failing)
-    with pytest.raises(BenchmarkError, match=r"3 runs failed; the others are done:\nnaming-grit-.*no such kernel"):
+    with pytest.raises(
+        BenchmarkError, match=r"3 runs failed; the others are done:\nnaming-grit-.*no such kernel"
+    ):
         run_suite(tmp_path, SMALL, PHASES)
     assert len(list((tmp_path / FAILED).iterdir())) == 3
     line = row(report(tmp_path), "grit")
@@ -187,8 +193,9 @@ def test_the_table_says_what_the_results_say(tmp_path, drawn, pretend, capsys):
     text = report(tmp_path)
     assert (tmp_path / "table.md").read_text() == text
     assert text in capsys.readouterr().out
-    # Means over seeds: 3 - 1 + 0.01 = 2.01; GRIT 0.22 below, β1 = 0.6 0.05 above. GRIT is 22 steps ahead: 80 on the grid of
-    # 5, 78 on straight lines; the other AdamW is 5 behind. Seeds shift all alike, so the intervals are points.
+    # Means over seeds: 3 - 1 + 0.01 = 2.01; GRIT 0.22 below, β1 = 0.6 0.05 above. GRIT is 22 steps ahead: 80
+    # on the grid of 5, 78 on straight lines; the other AdamW is 5 behind. Seeds shift all alike, so the
+    # intervals are points.
     assert row(text, "grit") == (
         "| grit | 0.9, 0.99 | 1.790 ± 0.010 (n=3) | 0.80× (0.78; 0.78 to 0.78) | 0.96× | 1.20× (1.10 to 1.30) | 2.00 MB |  |"
     )
@@ -223,7 +230,9 @@ def test_the_data_are_those_of_the_table(tmp_path, pretend):
 
 
 def test_a_best_at_the_end_of_the_rates_never_goes_without_the_remark(tmp_path, pretend):
-    pretend(lambda run: usual(run) if run.optimizer == "adamw" else 3.0 - math.log2(run.lr) - 0.01 * run.steps)
+    pretend(
+        lambda run: usual(run) if run.optimizer == "adamw" else 3.0 - math.log2(run.lr) - 0.01 * run.steps
+    )
     run_suite(tmp_path, SMALL, PHASES)
     text = report(tmp_path)
     assert "not bracketed: best at the end of the rates tried" in row(text, "grit")
@@ -303,7 +312,9 @@ def test_one_seed_gives_no_interval(tmp_path, pretend):
     assert "With one seed there is no interval." in text
 
 
-def test_results_that_may_not_be_compared_get_tables_of_their_own(tmp_path, pretend, made_up_result, monkeypatch):
+def test_results_that_may_not_be_compared_get_tables_of_their_own(
+    tmp_path, pretend, made_up_result, monkeypatch
+):
     pretend()
     figures = []
     monkeypatch.setattr(suite_figures, "draw", lambda *arguments: figures.append(arguments[-1]) or [])

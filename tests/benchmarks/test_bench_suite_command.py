@@ -21,9 +21,15 @@ SUITE = ["run", "--suite", "peers", "--out", "never"]
         ([*SUITE, "--phases", "explore,sleep"], "unknown phase sleep; known: explore, narrow, budgets, cost"),
         ([*SUITE, "--contenders", "adamw,sgdx"], "no contender sgdx in suite 'peers'; known: adamw,"),
         ([*SUITE, "--contenders", "adamw", "--tasks", "poetry"], "unknown task 'poetry'"),
-        ([*SUITE, "--contenders", "adamw", "--steps", "5", "--explore-steps", "6"], "explore_steps 6 is more than"),
+        (
+            [*SUITE, "--contenders", "adamw", "--steps", "5", "--explore-steps", "6"],
+            "explore_steps 6 is more than",
+        ),
         (["run", "--suite", "best", "--out", "never"], "invalid choice: 'best'"),
-        (["run", "--optimizers", "adamw", "--lrs", "1", "--out", "never", "--quick"], "--quick: only with --suite"),
+        (
+            ["run", "--optimizers", "adamw", "--lrs", "1", "--out", "never", "--quick"],
+            "--quick: only with --suite",
+        ),
         (
             ["run", "--optimizers", "adamw", "--lrs", "1", "--out", "x", "--tasks", "naming"],
             "--tasks: only with --suite",
@@ -52,8 +58,28 @@ def in_this_process(monkeypatch, naming_task):
 
 def test_the_real_command_from_nothing_to_the_report(tmp_path, in_this_process, capsys):
     sizes = ["--steps", "2", "--explore-steps", "2", "--batch-size", "2", "--eval-every", "2", "--seeds", "0"]
-    narrow = ["--extensions", "0", "--budget-grid", "0.5", "--shortest-budget", "0.5", "--longest-budget", "1"]
-    who = ["--contenders", "adamw,grit", "--tasks", "naming", "--device", "cpu", "--threads", "1", "--cost-steps", "1"]
+    narrow = [
+        "--extensions",
+        "0",
+        "--budget-grid",
+        "0.5",
+        "--shortest-budget",
+        "0.5",
+        "--longest-budget",
+        "1",
+    ]
+    who = [
+        "--contenders",
+        "adamw,grit",
+        "--tasks",
+        "naming",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--cost-steps",
+        "1",
+    ]
     command = ["run", "--suite", "peers", "--out", str(tmp_path), *sizes, *narrow, *who]
     assert main(command) == 0, capsys.readouterr().err
     results = read_ledger(tmp_path).results

@@ -35,7 +35,13 @@ def searched(loss, start=0, extensions=4):
 
 @pytest.mark.parametrize(
     ("best", "places"),
-    [(0, (-1, 0, 1)), (1, (-1, 0, 1, 2)), (-1, (-2, -1, 0, 1)), (3, (-1, 0, 1, 2, 3, 4)), (-3, (-4, -3, -2, -1, 0, 1))],
+    [
+        (0, (-1, 0, 1)),
+        (1, (-1, 0, 1, 2)),
+        (-1, (-2, -1, 0, 1)),
+        (3, (-1, 0, 1, 2, 3, 4)),
+        (-3, (-4, -3, -2, -1, 0, 1)),
+    ],
 )
 def test_the_grid_grows_on_the_side_of_the_best_until_that_is_inside(best, places):
     found, asked = searched(lambda place: abs(place - best))
@@ -109,13 +115,17 @@ def test_without_longer_budgets_nothing_more_is_run():
 
 
 def test_budgets_contain_the_full_one_lie_on_the_grid_and_outlast_the_warm_up():
-    assert SuiteSettings().budgets() == [3 * place for place in range(2, 21)]  # 5 % of 60 steps are 3, warm-up 5
+    assert SuiteSettings().budgets() == [
+        3 * place for place in range(2, 21)
+    ]  # 5 % of 60 steps are 3, warm-up 5
     assert SuiteSettings().lowest_budget() == 24
     assert SuiteSettings(steps=2).budgets()[0] == 1
     assert 100 in SuiteSettings(steps=100, budget_grid=0.3).budgets()
 
 
-def simulated(losses, contenders=(ADAMW, OTHER), tasks=("naming",), settings=SMALL, phases=PHASES, failing=()):
+def simulated(
+    losses, contenders=(ADAMW, OTHER), tasks=("naming",), settings=SMALL, phases=PHASES, failing=()
+):
     """Plan and "run" by a function of the configuration until nothing is left; returns the trials and all runs."""
     results, failures, everything = {}, {}, []
     while True:
@@ -214,7 +224,9 @@ def test_a_rate_with_the_first_seed_alone_is_never_the_best():
 
 
 def test_a_rate_that_diverges_for_one_seed_is_not_the_best():
-    trials, _ = simulated(lambda run: None if run.seed == 1 and run.lr >= 0.01 else valley(run), contenders=(ADAMW,))
+    trials, _ = simulated(
+        lambda run: None if run.seed == 1 and run.lr >= 0.01 else valley(run), contenders=(ADAMW,)
+    )
     assert trials[0].contender.rate(trials[0].best) == 0.005
     assert math.isfinite(trials[0].loss)
 
@@ -238,7 +250,9 @@ def test_a_failed_adamw_does_not_hold_up_the_target():
     second = replace(ADAMW, label="adamw-0.6", beta1=0.6)
     trials, _ = simulated(better_by(0.0), contenders=(ADAMW, second))
     broken = trials[1].config(0, 0, 50).file_name()
-    results = {name: result for name, result in trials[0].ledger.results.items() if result["config"]["beta1"] == 0.9}
+    results = {
+        name: result for name, result in trials[0].ledger.results.items() if result["config"]["beta1"] == 0.9
+    }
     again = make_trials(["naming"], [ADAMW, second], SMALL, Ledger(results, {broken: "OSError: gone"}))
     assert targets(again)["naming"] == again[0].loss
 
@@ -259,14 +273,18 @@ def test_only_the_phases_that_were_asked_for():
 
 
 def test_exploring_at_the_full_budget_is_not_repeated():
-    _, runs = simulated(better_by(0.0), contenders=(ADAMW,), settings=replace(SMALL, explore_steps=100, seeds=(0,)))
+    _, runs = simulated(
+        better_by(0.0), contenders=(ADAMW,), settings=replace(SMALL, explore_steps=100, seeds=(0,))
+    )
     assert [run.lr for run in runs[:3]] == [0.005, 0.01, 0.02]
     assert all(run.steps < 100 for run in runs[3:]), "what follows are the shorter budgets"
 
 
 def test_a_contender_reaches_the_run_with_all_its_settings():
     contender = Contender("x", "grit", 0.6, 0.95, {"precondition": "steer"}, 0.01)
-    (trial,) = make_trials(["prose"], [contender], replace(SMALL, batch_size=8, rank=4, alpha=2, warmup=3), Ledger())
+    (trial,) = make_trials(
+        ["prose"], [contender], replace(SMALL, batch_size=8, rank=4, alpha=2, warmup=3), Ledger()
+    )
     run = trial.config(1, 2, 100)
     assert (run.task, run.optimizer, run.lr, run.seed, run.steps) == ("prose", "grit", 0.02, 2, 100)
     assert (run.beta1, run.beta2, run.options) == (0.6, 0.95, {"precondition": "steer"})
@@ -280,8 +298,14 @@ def test_the_suite_of_peers():
     assert set(QUICK_CONTENDERS) <= set(labels)
     betas = {(one.beta1, one.beta2) for one in SUITES["peers"] if one.optimizer == "adamw"}
     assert betas == {(0.6, 0.99), (0.8, 0.99), (0.9, 0.99), (0.9, 0.95)}
-    assert {one.beta1 for one in SUITES["peers"] if one.optimizer == "grit"} == {0.9}, "as a user's AdamW has it"
-    assert {one.options.get("momentum", 0.95) for one in SUITES["peers"] if one.optimizer == "muon"} == {0.95, 0.8, 0.6}
+    assert {one.beta1 for one in SUITES["peers"] if one.optimizer == "grit"} == {0.9}, (
+        "as a user's AdamW has it"
+    )
+    assert {one.options.get("momentum", 0.95) for one in SUITES["peers"] if one.optimizer == "muon"} == {
+        0.95,
+        0.8,
+        0.6,
+    }
 
 
 def test_every_contender_is_a_known_optimizer():
@@ -340,4 +364,6 @@ def test_the_quick_suite_is_small():
     steps = sum(run.steps for run in plan(empty, PHASES, {})) + sum(length for _, length in later)
     runs = len(plan(empty, PHASES, {})) + len(later)
     cost = len(QUICK_CONTENDERS) * (2 * (10 + QUICK_SETTINGS.cost_steps) * 0.25 + 10)
-    assert (steps * 0.25 + runs * 6) / 2 + cost < 25 * 60  # 0.25 s a step, 6 s to load and evaluate, two at a time
+    assert (
+        steps * 0.25 + runs * 6
+    ) / 2 + cost < 25 * 60  # 0.25 s a step, 6 s to load and evaluate, two at a time

@@ -158,7 +158,9 @@ def test_packages_splits_share_no_file_and_no_snippet(rows_of, tokenizer):
     assert not files[0] & files[1]
     assert max(Counter(row.body for row in (*train, *heldout)).values()) == 1
     known = {
-        key for text in tokenizer.decode_batch([row.prompt for row in heldout]) for key in packages.line_keys(text)
+        key
+        for text in tokenizer.decode_batch([row.prompt for row in heldout])
+        for key in packages.line_keys(text)
     }
     for text in tokenizer.decode_batch([row.prompt for row in train]):
         keys = packages.line_keys(text)

@@ -27,7 +27,10 @@ def test_every_dataset_from_command_to_folder(tiny_model, tmp_path, name):
     metrics = train(tiny_model, local_copies(tmp_path / "secret_place", name), out, "--trainer", "loop")
     first, last = metrics["curve"]
     assert (first["step"], last["step"]) == (0, 4)
-    assert (("accuracy" in last), ("final_number_exact_match" in last)) == (name in ("boolq", "qnli"), name == "gsm8k")
+    assert (("accuracy" in last), ("final_number_exact_match" in last)) == (
+        name in ("boolq", "qnli"),
+        name == "gsm8k",
+    )
     assert metrics["data"]["argument"] == f"{name}=FOLDER"
     assert len(metrics["step_seconds"]) == len(metrics["train_losses"]) == 4
     assert len(metrics["ranks"]) == 7
@@ -51,7 +54,9 @@ def test_the_saved_adapter_and_tokenizer_give_the_loss_that_was_reported(tiny_mo
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = tmp_path / "out"
-    metrics = train(tiny_model, local_copies(tmp_path, "dolly"), out, "--lr", "1e-2", "--rslora", "--alpha", "8")
+    metrics = train(
+        tiny_model, local_copies(tmp_path, "dolly"), out, "--lr", "1e-2", "--rslora", "--alpha", "8"
+    )
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), out).eval()
     tokenizer = AutoTokenizer.from_pretrained(out)
     config = FinetuneConfig(**metrics["config"])
@@ -82,9 +87,22 @@ OBJECTS_IN_STATE = {"shampoo-full", "shampoo-rank", "singd"}
 
 
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"grit", "adamw", "adamw8bit"}))
-def test_every_optimizer_of_the_registry_trains_and_resumes_or_says_that_it_cannot(tiny_model, tmp_path, name, capsys):
+def test_every_optimizer_of_the_registry_trains_and_resumes_or_says_that_it_cannot(
+    tiny_model, tmp_path, name, capsys
+):
     data = local_copies(tmp_path, "dolly", train=20, test=4)
-    arguments = ["--optimizer", name, "--trainer", "loop", "--lr", "1e-3", "--steps", "2", "--save-every", "1"]
+    arguments = [
+        "--optimizer",
+        name,
+        "--trainer",
+        "loop",
+        "--lr",
+        "1e-3",
+        "--steps",
+        "2",
+        "--save-every",
+        "1",
+    ]
     whole = train(tiny_model, data, tmp_path / "out", *arguments)
     assert not whole["diverged"]
     (tmp_path / "out" / "metrics.json").unlink()
@@ -108,20 +126,32 @@ REFUSED = {
     "unknown data": (["--model", "embedded", "--dataset", "squad"], "neither known data"),
     "no folder": (["--model", "./nowhere", "--dataset", "dolly"], "no such folder"),
     "trainer": (["--model", "embedded", "--dataset", "dolly", "--trainer", "trl"], "invalid choice: 'trl'"),
-    "optimizer": (["--model", "embedded", "--dataset", "dolly", "--optimizer", "adam"], "unknown optimizer 'adam'"),
+    "optimizer": (
+        ["--model", "embedded", "--dataset", "dolly", "--optimizer", "adam"],
+        "unknown optimizer 'adam'",
+    ),
     "base": (
         ["--model", "embedded", "--dataset", "dolly", "--optimizer", "adamw", "--base", "adamw8bit"],
         "only grit can",
     ),
     "base of grit": (["--model", "embedded", "--dataset", "dolly", "--base", "grit-paper"], "is GRIT itself"),
-    "length": (["--model", "embedded", "--dataset", "dolly", "--max-length", "600"], "reads at most 512 tokens"),
-    "warm-up": (["--model", "embedded", "--dataset", "dolly", "--warmup", "200"], "leaves no step at the full rate"),
+    "length": (
+        ["--model", "embedded", "--dataset", "dolly", "--max-length", "600"],
+        "reads at most 512 tokens",
+    ),
+    "warm-up": (
+        ["--model", "embedded", "--dataset", "dolly", "--warmup", "200"],
+        "leaves no step at the full rate",
+    ),
     "steps and epochs": (
         ["--model", "embedded", "--dataset", "dolly", "--steps", "2", "--epochs", "1"],
         "not allowed with",
     ),
     "dropout": (["--model", "embedded", "--dataset", "dolly", "--dropout", "1"], "not below 1"),
-    "revision": (["--model", "embedded", "--dataset", "dolly", "--revision", "main"], "for a model from the hub"),
+    "revision": (
+        ["--model", "embedded", "--dataset", "dolly", "--revision", "main"],
+        "for a model from the hub",
+    ),
 }
 
 
@@ -147,13 +177,23 @@ def test_several_processes_are_refused(refusal, tmp_path, monkeypatch):
     ],
 )
 def test_what_the_model_or_data_cannot_do(refusal, tiny_model, tmp_path, arguments, message):
-    command = ["train", "--model", str(tiny_model), "--dataset", local_copies(tmp_path, "dolly"), *SHORT, *FEW]
+    command = [
+        "train",
+        "--model",
+        str(tiny_model),
+        "--dataset",
+        local_copies(tmp_path, "dolly"),
+        *SHORT,
+        *FEW,
+    ]
     assert message in refusal([*command, "--out", str(tmp_path / "out"), *arguments])
 
 
 def test_a_hub_out_of_reach_names_the_model_and_the_folder_way(refusal, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    said = refusal(["train", "--model", "some-one/some-model", "--dataset", "dolly", "--out", str(tmp_path / "out")])
+    said = refusal(
+        ["train", "--model", "some-one/some-model", "--dataset", "dolly", "--out", str(tmp_path / "out")]
+    )
     assert "cannot load the tokenizer of some-one/some-model" in said
     assert "HF_TOKEN" in said
     assert "--model FOLDER" in said
@@ -161,7 +201,9 @@ def test_a_hub_out_of_reach_names_the_model_and_the_folder_way(refusal, tmp_path
 
 def test_data_out_of_reach_name_the_local_way(refusal, tiny_model, tmp_path):
     pytest.importorskip("datasets")
-    said = refusal(["train", "--model", str(tiny_model), "--dataset", "gsm8k", "--out", str(tmp_path / "out")])
+    said = refusal(
+        ["train", "--model", str(tiny_model), "--dataset", "gsm8k", "--out", str(tmp_path / "out")]
+    )
     assert "cannot get openai/gsm8k from the hub" in said
     assert "--dataset gsm8k=FOLDER" in said
 
@@ -186,7 +228,9 @@ def test_what_the_hub_is_asked_for(monkeypatch):
 
 def test_a_folder_that_lacks_the_model(refusal, tmp_path):
     (tmp_path / "empty").mkdir()
-    said = refusal(["train", "--model", str(tmp_path / "empty"), "--dataset", "dolly", "--out", str(tmp_path / "out")])
+    said = refusal(
+        ["train", "--model", str(tmp_path / "empty"), "--dataset", "dolly", "--out", str(tmp_path / "out")]
+    )
     assert "the folder must hold what save_pretrained writes" in said
 
 
@@ -212,7 +256,14 @@ def test_a_folder_with_a_run_is_only_touched_when_asked(refusal, tiny_model, tmp
 def test_a_folder_with_other_files_is_left_alone(refusal, tiny_model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "README.md").write_text("mine")
-    command = ["train", "--model", str(tiny_model), "--dataset", local_copies(tmp_path, "dolly"), "--overwrite"]
+    command = [
+        "train",
+        "--model",
+        str(tiny_model),
+        "--dataset",
+        local_copies(tmp_path, "dolly"),
+        "--overwrite",
+    ]
     assert "holds no run of this command" in refusal([*command, "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
     assert "is a file; name a folder" in refusal([*command, "--out", str(tmp_path / "out" / "README.md")])
@@ -246,7 +297,9 @@ def evaluator(tiny_model, tmp_path_factory):
     def make(name, count=6, **settings):
         folder = tmp_path_factory.mktemp(name)
         local_copies(folder, name)
-        config = FinetuneConfig("tiny", name, rank=4, max_length=192, eval_examples=count, batch_size=4, **settings)
+        config = FinetuneConfig(
+            "tiny", name, rank=4, max_length=192, eval_examples=count, batch_size=4, **settings
+        )
         source = Source(str(tiny_model))
         tokenizer = load_tokenizer(source)
         data = load(Origin(name, folder=folder), tokenizer, config)
@@ -293,7 +346,9 @@ def test_final_numbers_are_compared_in_the_examples_order(evaluator, monkeypatch
     judge = evaluator("gsm8k", generate_examples=4)
     answers = judge.data.heldout.answers
     wanted = {e.prompt: a for e, a in zip(judge.data.task.heldout, answers, strict=True)}
-    monkeypatch.setattr(Evaluator, "generate", lambda self, prompts: ["#### 0", *(wanted[p] for p in prompts[1:])])
+    monkeypatch.setattr(
+        Evaluator, "generate", lambda self, prompts: ["#### 0", *(wanted[p] for p in prompts[1:])]
+    )
     found = judge.measure(True)
     assert (found["final_number_exact_match"], found["generated"]) == (0.75, 4)
     monkeypatch.setattr(Evaluator, "generate", lambda self, prompts: ["no number"] * len(prompts))
@@ -387,7 +442,10 @@ def test_the_documents_defaults_are_the_ones_in_the_code():
     from benchmarks.files import REPOSITORY
 
     text = (REPOSITORY / "docs" / "finetune.md").read_text(encoding="utf-8")
-    cells = {row[0]: row[1:] for row in re.findall(r"^\| (`--.+?) \| (.+?) \| (.+?) \| (.+?) \|$", text, re.MULTILINE)}
+    cells = {
+        row[0]: row[1:]
+        for row in re.findall(r"^\| (`--.+?) \| (.+?) \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
+    }
     columns = [parsed()[1], parsed("--recipe", "library")[1], parsed("--recipe", "study")[1]]
     for option in ("lr", "weight_decay", "quantize"):
         shown = [re.sub(r" \(.*", "", cell) for cell in cells[f"`--{option.replace('_', '-')}`"]]

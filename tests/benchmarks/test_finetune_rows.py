@@ -83,7 +83,9 @@ def read_text(prompt, answer):
 
 
 def test_prompt_and_padding_are_masked(tokenizer):
-    short, long = Encoder(tokenizer)([read_text("What is 1?", "A."), read_text("What is 1?", "A number it is.")])
+    short, long = Encoder(tokenizer)(
+        [read_text("What is 1?", "A."), read_text("What is 1?", "A number it is.")]
+    )
     batch = Collator(pad=1, narrow=False)([short, long])
     seen = batch["labels"][0]
     kept = seen[seen != -100].tolist()

@@ -40,7 +40,15 @@ def started(tiny_model, tmp_path):
 
     def run(name="dolly", **settings):
         local_copies(tmp_path, name)
-        few = {"rank": 4, "alpha": 4, "steps": 4, "warmup": 1, "batch_size": 2, "accumulation": 2, "max_length": 192}
+        few = {
+            "rank": 4,
+            "alpha": 4,
+            "steps": 4,
+            "warmup": 1,
+            "batch_size": 2,
+            "accumulation": 2,
+            "max_length": 192,
+        }
         config = FinetuneConfig("tiny", name, **{**few, **settings})
         source = Source(str(tiny_model))
         tokenizer = load_tokenizer(source)
@@ -60,7 +68,9 @@ VARIANTS = {
 
 @pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS.keys())
 def test_both_trainers_give_the_same_weights_bit_for_bit(tiny_model, dolly, tmp_path, arguments):
-    found = [train(tiny_model, dolly, tmp_path / name, "--trainer", name, *arguments) for name in ("hf", "loop")]
+    found = [
+        train(tiny_model, dolly, tmp_path / name, "--trainer", name, *arguments) for name in ("hf", "loop")
+    ]
     assert_same(tmp_path / "hf", tmp_path / "loop")
     assert found[0]["train_losses"] == found[1]["train_losses"]
     ends = [[point["loss"] for point in metrics["curve"]] for metrics in found]
@@ -178,7 +188,9 @@ def test_the_rate_rises_from_zero_and_falls(started):
 
 
 @pytest.mark.parametrize("trainer", ["hf", "loop"])
-def test_an_adaptive_budget_hears_the_mean_loss_of_every_step(tiny_model, dolly, tmp_path, monkeypatch, trainer):
+def test_an_adaptive_budget_hears_the_mean_loss_of_every_step(
+    tiny_model, dolly, tmp_path, monkeypatch, trainer
+):
     from grit_optim import GritOptimizer
 
     heard, observe = [], GritOptimizer.observe
@@ -192,7 +204,9 @@ def test_an_adaptive_budget_hears_the_mean_loss_of_every_step(tiny_model, dolly,
     options |= {"rank_budget_schedule": "adaptive", "rank_budget_steps": 2, "min_lora_rank": 1}
     arguments = [word for key, value in options.items() for word in ("--option", f"{key}={value}")]
     metrics = train(tiny_model, dolly, tmp_path / "out", "--trainer", trainer, "--lr", "1e-2", *arguments)
-    assert [sum(heard[i : i + 2]) / 2 for i in range(0, 8, 2)] == pytest.approx(metrics["train_losses"], rel=1e-6)
+    assert [sum(heard[i : i + 2]) / 2 for i in range(0, 8, 2)] == pytest.approx(
+        metrics["train_losses"], rel=1e-6
+    )
     assert len(heard) == 8
 
 
@@ -217,7 +231,9 @@ def test_ranks_that_were_given_up_are_not_saved(tiny_model, dolly, tmp_path):
     assert max(rank) <= 4
     assert sum(v.shape[0] for k, v in weights(tmp_path / "out").items() if "lora_A" in k) == kept
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "out")
-    assert sum(p.numel() for n, p in loaded.named_parameters() if "lora_" in n) < metrics["trainable_parameters"]
+    assert (
+        sum(p.numel() for n, p in loaded.named_parameters() if "lora_" in n) < metrics["trainable_parameters"]
+    )
 
 
 QLORA = {

@@ -1,6 +1,7 @@
 """Short runs whose weights are frozen in ``golden.json``, and checkpoints of an earlier version that have to load.
 
-``python tests/golden/cases.py`` writes both anew. Do so only where a change of the numbers is meant, and say why in the
+``python tests/golden/cases.py`` writes both anew. Do so only where a change of the numbers is meant, and say
+why in the
 commit: a change of the structure alone leaves every bit as it was.
 """
 
@@ -131,8 +132,18 @@ def _cases():
         yield f"spectral, budget, around {base}", {**BUDGET, **LATER}, base, {}
     for fisher in ("diagonal", "block_diagonal", "ekfac"):
         for mode in ("spectral", "steer", "inverse"):
-            yield f"{mode} by {fisher}", {"precondition": mode, "fisher": fisher, "kfac_update_freq": 2}, "adamw", {}
-    yield "eigenbasis by block_diagonal", {"precondition": "eigenbasis", "fisher": "block_diagonal"}, "adamw", {}
+            yield (
+                f"{mode} by {fisher}",
+                {"precondition": mode, "fisher": fisher, "kfac_update_freq": 2},
+                "adamw",
+                {},
+            )
+    yield (
+        "eigenbasis by block_diagonal",
+        {"precondition": "eigenbasis", "fisher": "block_diagonal"},
+        "adamw",
+        {},
+    )
     yield "paper", SHORT_PAPER, "adamw", {}
     yield "paper as shipped", dict(presets.PAPER), "adamw", {}
     yield "paper around sgd", SHORT_PAPER, "sgd-momentum", {}
@@ -197,7 +208,13 @@ SAVED = {
     "spectral-every-step": {},
     "adapting": {"kfac_update_freq": 2, **ADAPTING},
     "budget": {**BUDGET, **LATER, "rank_budget_schedule": "adaptive"},
-    "rising": {**BUDGET, "rank_budget_start": 0.3, "rank_budget": 0.9, "rank_regrowth": True, "rank_budget_steps": 6},
+    "rising": {
+        **BUDGET,
+        "rank_budget_start": 0.3,
+        "rank_budget": 0.9,
+        "rank_regrowth": True,
+        "rank_budget_steps": 6,
+    },
     "adaptive": {"adaptive_schedule": True, "kfac_update_freq": 2},
     "penalties": {"lambda_kfac": 0.1, "kfac_update_freq": 2},
     "paper": SHORT_PAPER,
@@ -246,7 +263,9 @@ def save(name):
     """Write the checkpoint of a run; returns where the run goes on to from there."""
     model, optimizer = build(SAVED[name])
     advance(model, optimizer, 0, SAVED_AT)
-    torch.save({"weights": tiny.weights(model), "optimizer": optimizer.state_dict()}, CHECKPOINTS / f"{name}.pt")
+    torch.save(
+        {"weights": tiny.weights(model), "optimizer": optimizer.state_dict()}, CHECKPOINTS / f"{name}.pt"
+    )
     advance(model, optimizer, SAVED_AT, STEPS)
     return tiny.weights(model)
 
@@ -279,7 +298,9 @@ def bits(weights):
 def probe(weights):
     """Five numbers that a relevant change of any weight moves: the norm, and products with four random signs."""
     flat = torch.cat([weights[name].detach().double().flatten() for name in sorted(weights)])
-    signs = torch.randint(0, 2, (4, flat.numel()), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    signs = (
+        torch.randint(0, 2, (4, flat.numel()), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    )
     return [float(f"{value:.8g}") for value in (flat.norm(), *(signs @ flat))]
 
 

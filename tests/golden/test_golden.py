@@ -1,7 +1,7 @@
 """The frozen runs come out as they did, and checkpoints of the version before load and go on as their run did.
 
-Where torch and the processor's kernels are those that the file was written with, to the bit; elsewhere within what rounding
-becomes in so few steps.
+Where torch and the processor's kernels are those that the file was written with, to the bit; elsewhere within
+what rounding becomes in so few steps.
 """
 
 import json
