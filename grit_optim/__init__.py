@@ -1,10 +1,10 @@
 """A drop-in torch.optim wrapper that gives any base optimizer the curvature of the LoRA adapters it trains."""
 
 from grit_optim import presets
-from grit_optim.export import export_adapter
+from grit_optim.export.adapter import export_adapter
+from grit_optim.integrations.factory import for_trainer
+from grit_optim.lora.discovery import Site
 from grit_optim.optimizer import GritOptimizer
-from grit_optim.sites import Site
-from grit_optim.trainer import for_trainer
 
 __version__ = "0.1.0"
 __all__ = ["GritOptimizer", "Site", "export_adapter", "for_trainer", "presets"]

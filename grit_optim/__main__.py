@@ -6,8 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from grit_optim import plot, ranks_command, watch
-from grit_optim.runs import RunError
+from grit_optim.cli import plot, watch
+from grit_optim.cli import ranks as ranks_command
+from grit_optim.cli.runs import RunError
 
 COMMANDS = (plot, ranks_command, watch)
 

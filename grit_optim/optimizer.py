@@ -10,15 +10,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from grit_optim import checkpoint, processes, schedule
-from grit_optim import precondition as modes
-from grit_optim._checks import OPTION_NAMES, Options, check_base, check_direction_momentum
-from grit_optim.budget import Origin
-from grit_optim.curvature import Curvature
+from grit_optim import schedules as schedule
+from grit_optim.capture import processes
+from grit_optim.curvature import checkpoint
+from grit_optim.curvature.bucket import Curvature
+from grit_optim.lora.discovery import Site
+from grit_optim.options import OPTION_NAMES, Options, check_base, check_direction_momentum
 from grit_optim.pace import Pace
+from grit_optim.preconditioners import modes
 from grit_optim.presets import with_mode_defaults
-from grit_optim.reporting import ReportingOptimizer
-from grit_optim.sites import Site
+from grit_optim.rank.budget import Origin
+from grit_optim.telemetry.reporting import ReportingOptimizer
 
 
 class GritOptimizer(ReportingOptimizer):

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grit_optim import schedule
-from grit_optim._checks import Options
-from grit_optim._warn import warn
-from grit_optim.hostcopy import HostCopy
+from grit_optim import schedules as schedule
+from grit_optim.messages import warn
+from grit_optim.options import Options
+from grit_optim.profiling import HostCopy
 
 WINDOW = 20
 HALF = WINDOW // 2

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from grit_optim._checks import is_adam
+from grit_optim.options import is_adam
 
 BALANCING_DAMPING = 1e-4
 """Relative damping of factors that are balanced; small, so that their spectrum stays true."""

@@ -8,24 +8,28 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from grit_optim import budget, checkpoint, diagnosis, pairs, processes, regularizers, schedule
-from grit_optim import precondition as modes
-from grit_optim._checks import Options, check_parameters, listed
-from grit_optim._warn import warn
-from grit_optim.buckets import build_buckets, check_distinct
-from grit_optim.budget import BudgetSchedule, Origin
-from grit_optim.capture import Capture
-from grit_optim.curvature import Curvature
-from grit_optim.fisher import Sums, gradient_unit, loss_tokens
-from grit_optim.held import Held, clip, give_back, hand_over, hold_gradients, norm
-from grit_optim.moments import mean_square
+from grit_optim import schedules as schedule
+from grit_optim.base.wrapper import OptimizerWrapper
+from grit_optim.capture import diagnosis, processes
+from grit_optim.capture.taps import Capture
+from grit_optim.curvature import checkpoint
+from grit_optim.curvature.bucket import Curvature
+from grit_optim.curvature.factors import Sums, gradient_unit, loss_tokens
+from grit_optim.curvature.moments import mean_square
+from grit_optim.lora.buckets import build_buckets, check_distinct
+from grit_optim.lora.discovery import Site
+from grit_optim.messages import warn
+from grit_optim.options import Options, check_parameters, listed
 from grit_optim.pace import Pace
+from grit_optim.preconditioners import modes
+from grit_optim.preconditioners import penalties as regularizers
+from grit_optim.preconditioners.held import Held, clip, give_back, hand_over, hold_gradients, norm
 from grit_optim.presets import BALANCING_DAMPING
-from grit_optim.rank import Bids, RankPolicy, ranks_within
-from grit_optim.reprojection import Coordinates
-from grit_optim.sites import Site
-from grit_optim.telemetry import Counters, Outcome, StageTimes
-from grit_optim.wrapper import OptimizerWrapper
+from grit_optim.rank import budget, pairs
+from grit_optim.rank.budget import BudgetSchedule, Origin
+from grit_optim.rank.coordinates import Coordinates
+from grit_optim.rank.selection import Bids, RankPolicy, ranks_within
+from grit_optim.telemetry.counters import Counters, Outcome, StageTimes
 
 
 class StagedOptimizer(OptimizerWrapper):

@@ -6,8 +6,8 @@ import torch
 from twin import assert_near
 
 from grit_optim import GritOptimizer, Site
-from grit_optim.buckets import build_buckets
-from grit_optim.moments import GradientMoments
+from grit_optim.curvature.moments import GradientMoments
+from grit_optim.lora.buckets import build_buckets
 
 KINDS = ("diagonal", "block_diagonal", "ekfac")
 TOKENS, R, D_IN, D_OUT = 40, 3, 6, 5

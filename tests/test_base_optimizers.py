@@ -8,7 +8,8 @@ import tiny
 import torch
 from torch import optim
 
-from grit_optim import GritOptimizer, transport
+from grit_optim import GritOptimizer
+from grit_optim.base import transport
 
 
 def of_torch(name, **settings):

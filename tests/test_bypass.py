@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from grit_optim.bypass import PATIENCE
+from grit_optim.capture.bypass import PATIENCE
 
 
 def go_around(model, stepped, steps, clear):

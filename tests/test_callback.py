@@ -7,9 +7,9 @@ import tiny
 import torch
 
 from grit_optim import GritOptimizer
-from grit_optim.callback import GritCallback
-from grit_optim.ranks_command import read_ranks
-from grit_optim.runs import read_run
+from grit_optim.cli.ranks import read_ranks
+from grit_optim.cli.runs import read_run
+from grit_optim.integrations.callback import GritCallback
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from grit_optim import processes
+from grit_optim.capture import processes
 
 PROCESSES = 2
 

@@ -14,7 +14,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from grit_optim import GritOptimizer, Site, export, export_adapter, folder
+from grit_optim import GritOptimizer, Site, export_adapter
+from grit_optim.export import adapter as export
+from grit_optim.export import folder
 
 LLAMA = {"r": 6, "lora_alpha": 6, "target_modules": "all-linear"}
 NESTED = {"r": 4, "lora_alpha": 6, "target_modules": ["proj", "conv"]}

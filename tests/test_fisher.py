@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grit_optim.fisher import Factors, Sums, gradient_unit
+from grit_optim.curvature.factors import Factors, Sums, gradient_unit
 
 CPU = torch.device("cpu")
 YES = torch.tensor(True)

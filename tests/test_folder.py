@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from grit_optim import folder
+from grit_optim.export import folder
 
 
 def fill(path, text):

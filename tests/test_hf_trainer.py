@@ -29,7 +29,7 @@ from hf import (  # noqa: E402
     scrambled,
 )
 
-from grit_optim.callback import GritCallback  # noqa: E402
+from grit_optim.integrations.callback import GritCallback  # noqa: E402
 
 MODES = {
     "spectral": {},

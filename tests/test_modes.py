@@ -8,7 +8,7 @@ import torch
 from stepping import one_step, sites_of
 
 from grit_optim import GritOptimizer, presets
-from grit_optim.precondition import make_preconditioner
+from grit_optim.preconditioners.modes import make_preconditioner
 
 MODES = ("spectral", "steer", "eigenbasis", "balanced", "inverse")
 

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from grit_optim import GritOptimizer
-from grit_optim._checks import Options
+from grit_optim.options import Options
 
 INVALID = [
     # option, value, error, what the message says

@@ -5,8 +5,9 @@ import tiny
 import torch
 import twin
 
-from grit_optim import GritOptimizer, linalg, pairs
-from grit_optim.fisher import Sums, loss_tokens
+from grit_optim import GritOptimizer, linalg
+from grit_optim.curvature.factors import Sums, loss_tokens
+from grit_optim.rank import pairs
 
 CPU = torch.device("cpu")
 

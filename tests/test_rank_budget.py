@@ -8,8 +8,8 @@ import tiny
 import torch
 
 from grit_optim import GritOptimizer
-from grit_optim.budget import BudgetSchedule
-from grit_optim.rank import Bids, RankPolicy, continued, ranks_within
+from grit_optim.rank.budget import BudgetSchedule
+from grit_optim.rank.selection import Bids, RankPolicy, continued, ranks_within
 
 BUDGET = {"reprojection": "balanced", "reprojection_freq": 2, "rank_budget": 0.5, "min_lora_rank": 0}
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grit_optim.__main__ import main
-from grit_optim.rank import entropy_rank
-from grit_optim.ranks import RankReport, SiteRank, effective_ranks, product_singular_values
+from grit_optim.rank.report import RankReport, SiteRank, effective_ranks, product_singular_values
+from grit_optim.rank.selection import entropy_rank
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])

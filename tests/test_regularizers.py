@@ -5,8 +5,9 @@ import tiny
 import torch
 from stepping import one_step, sites_of
 
-from grit_optim import GritOptimizer, presets, regularizers
-from grit_optim.rank import rank_for_energy
+from grit_optim import GritOptimizer, presets
+from grit_optim.preconditioners import penalties as regularizers
+from grit_optim.rank.selection import rank_for_energy
 
 BOTH = {"lambda_kfac": 0.03, "lambda_reproj": 0.2, "reprojection_k": 2, "damping": "absolute"}
 

@@ -4,9 +4,10 @@ import pytest
 import tiny
 import torch
 
-from grit_optim import GritOptimizer, presets, rank
-from grit_optim.fisher import Factors
-from grit_optim.reprojection import paper_projection
+from grit_optim import GritOptimizer, presets
+from grit_optim.curvature.factors import Factors
+from grit_optim.rank import selection as rank
+from grit_optim.rank.coordinates import paper_projection
 
 BALANCED = {"reprojection": "balanced", "reprojection_freq": 4}
 

@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from twin import warm
 
 from grit_optim import GritOptimizer, Site
-from grit_optim.buckets import build_buckets
-from grit_optim.sites import find_sites
+from grit_optim.lora.buckets import build_buckets
+from grit_optim.lora.discovery import find_sites
 
 
 def found_in(model):

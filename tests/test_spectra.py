@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from grit_optim import spectra
+from grit_optim.telemetry import spectra
 
 
 def factor_with(values, seed=0):

@@ -7,7 +7,8 @@ import tiny
 import torch
 from stepping import one_step, sites_of
 
-from grit_optim import GritOptimizer, transport
+from grit_optim import GritOptimizer
+from grit_optim.base import transport
 
 
 def polar(matrix, damping=0.01):

@@ -10,7 +10,7 @@ from stepping import one_step, sites_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grit_optim import sinks
-from grit_optim.snapshot import Snapshot
+from grit_optim.telemetry.snapshot import Snapshot
 
 SCALARS = {
     "rank", "samples", "engaged", "damping_A", "damping_B",

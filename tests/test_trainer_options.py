@@ -14,7 +14,7 @@ pytest.importorskip("accelerate")
 from hf import BEST, HALF, Agreement, Stop, assert_close, built, engaged, loss_on_data, restarted, run  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 
-from grit_optim.callback import GritCallback  # noqa: E402
+from grit_optim.integrations.callback import GritCallback  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("error:.*(GRIT|Grit).*")
 

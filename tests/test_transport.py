@@ -5,8 +5,9 @@ import tiny
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from grit_optim import GritOptimizer, transport
-from grit_optim.reprojection import change_of_coordinates
+from grit_optim import GritOptimizer
+from grit_optim.base import transport
+from grit_optim.rank.coordinates import change_of_coordinates
 
 
 def random_move(sites, rank, keep, seed=0):

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from grit_optim.bypass import PATIENCE
+from grit_optim.capture.bypass import PATIENCE
 
 OTHER = "none of its 7 LoRA site"
 

@@ -1,0 +1,179 @@
+"""Proof, per site, that the taps see what the gradients saw.
+
+For every LoRA pair ``⟨A, ∇A⟩ = ⟨B, ∇B⟩ = Σ over tokens of h·δ``, since A enters the loss only through h = A x
+and B only through B h. A common factor between gradients and taps is the loss scale and the trainer's
+clipping; a factor of one site's own means that its taps missed, or doubled, some of what its gradients come
+from.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grit_optim.lora.discovery import Site
+from grit_optim.messages import warn
+from grit_optim.options import listed
+
+CHECKED_STEPS = 5
+"""In how many of the first steps the taps are compared with the gradients."""
+
+RELATIVE_TOLERANCE = 0.02
+"""bf16 autocast alone makes about one per cent."""
+_FP32_EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What the taps of one site saw, against its gradients.
+
+    Attributes:
+        name: the site.
+        fired: backward passes that its tap saw.
+        tap_inner: Σ over tokens of h·δ, or None where nothing was recorded.
+        a_inner: ⟨A, ∇A⟩, or None without a gradient.
+        b_inner: ⟨B, ∇B⟩, or None without a gradient. A gradient of zeros is none.
+        status: ``"ok"``; ``"unused"``: no gradient; ``"silent"``: gradients, but the tap never fired;
+            ``"mismatch"``: the tap saw something else than the gradients; ``"unknown"``: nothing to compare
+            (B is still zero, this step's rows were not recorded, or a value is not finite).
+    """
+
+    name: str
+    fired: int
+    tap_inner: float | None
+    a_inner: float | None
+    b_inner: float | None
+    status: str
+
+
+def inspect(
+    sites: Sequence[Site],
+    seen: Sequence[tuple[int, Tensor | float | None]],
+    rounding: float,
+    compare: bool = True,
+) -> list[SiteReport]:
+    """Compare taps and gradients now, after a backward pass and before the optimizer's step.
+
+    Args:
+        sites: the pairs.
+        seen: per site, how often its tap fired, and Σ over tokens of h·δ or None, up to a common factor.
+        rounding: the machine epsilon of the coarsest dtype that h or δ came in.
+        compare: whether the amounts can be compared; under data-parallel training one process's taps see its
+            own tokens and the gradients are averaged over all.
+    """
+    measured = [
+        _measure(site, fired, inner, rounding) for site, (fired, inner) in zip(sites, seen, strict=True)
+    ]
+    ratios = [m.a_inner / m.tap_inner for m, _ in measured if m.a_inner and m.tap_inner]
+    ratios = [ratio for ratio in ratios if math.isfinite(ratio)]
+    common = statistics.median(ratios) if ratios else 1.0
+    return [_judge(report, slack, common, compare) for report, slack in measured]
+
+
+def _measure(
+    site: Site, fired: int, inner: Tensor | float | None, rounding: float
+) -> tuple[SiteReport, float]:
+    """The three amounts, and the rounding error to expect in them.
+
+    Each entry of a gradient is off by ``rounding`` times itself, and independently so: in the sum over all
+    entries that is rounding·‖w ∘ ∇w‖, which matters where the sum itself nearly cancels.
+    """
+    products: list[float | None] = []
+    slack = 0.0
+    for weight in (site.a, site.b):
+        if weight.grad is None or not weight.grad.any():  # cleared without set_to_none, it is full of zeros
+            products.append(None)
+            continue
+        w, g = weight.detach().float(), weight.grad.detach().float()
+        products.append(float((w * g).sum()))
+        coarsest = max(rounding, torch.finfo(weight.dtype).eps)
+        slack = max(slack, 4 * coarsest * float((w * g).norm()), 8 * _FP32_EPS * float(w.norm() * g.norm()))
+    tap_inner = None if inner is None else float(inner)
+    return SiteReport(site.name, fired, tap_inner, products[0], products[1], "ok"), slack
+
+
+def _judge(report: SiteReport, slack: float, common: float, compare: bool) -> SiteReport:
+    values = (report.name, report.fired, report.tap_inner, report.a_inner, report.b_inner)
+    if report.a_inner is None and report.b_inner is None:
+        return SiteReport(*values, "unused")
+    if report.fired == 0:
+        return SiteReport(*values, "silent")
+    tap, a_inner = report.tap_inner, report.a_inner
+    if not compare or not tap or a_inner is None or not (math.isfinite(tap) and math.isfinite(a_inner)):
+        return SiteReport(*values, "unknown")
+    tolerance = RELATIVE_TOLERANCE * max(abs(common * tap), abs(a_inner)) + slack
+    return SiteReport(*values, "ok" if abs(a_inner - common * tap) <= tolerance else "mismatch")
+
+
+class TapWatch:
+    """Compares taps and gradients in the first steps, until every site has been seen to agree, and warns.
+
+    Attributes:
+        steps_left: how many steps with gradients are still looked at; 0 to look at none.
+    """
+
+    def __init__(self) -> None:
+        self.steps_left = CHECKED_STEPS
+        self._idle = 0
+        self._suspects: set[str] = set()
+
+    def look(self, report: Callable[[], list[SiteReport]]) -> None:
+        """Judge one step by its reports, which are asked for only while steps are left."""
+        if self.steps_left == 0:
+            return
+        reports = report()
+        if all(r.status == "unused" for r in reports):
+            self._idle += 1
+            if self._idle == CHECKED_STEPS:
+                _warn_of_idleness(CHECKED_STEPS, len(reports))
+            return
+        self._idle = 0
+        self.steps_left -= 1
+        if all(r.status == "ok" for r in reports):
+            self.steps_left = 0
+        # A single mismatch is what a step skipped by a GradScaler leaves, if the trainer cleared the
+        # gradients by model.zero_grad(): the taps still hold that batch. A second one in a row is no
+        # accident.
+        suspects, self._suspects = self._suspects, {r.name for r in reports if r.status == "mismatch"}
+        if any(r.status == "silent" for r in reports) or suspects & self._suspects:
+            self.steps_left = 0
+            _warn_of(reports)
+
+
+def _warn_of(reports: Iterable[SiteReport]) -> None:
+    """One warning that names the sites whose taps do not see what their gradients saw, and the remedy."""
+    by_status: dict[str, list[str]] = {}
+    for report in reports:
+        by_status.setdefault(report.status, []).append(report.name)
+    if "silent" in by_status:
+        warn(
+            f"GRIT does nothing for {_sites(by_status['silent'])}: their weights receive gradients, but the forward pass of "
+            "`lora_A` is never called. A fused kernel (Unsloth, Axolotl), a merged adapter or a model compiled before the "
+            "optimizer was built goes around it: turn the fused LoRA kernels off, unmerge, or build the optimizer before "
+            "the first compiled call",
+        )
+    if "mismatch" in by_status:
+        warn(
+            f"the taps of {_sites(by_status['mismatch'])} do not see what their gradients come from (⟨A, ∇A⟩ differs from "
+            "Σ h·δ): part of the forward passes goes around `lora_A`, the loss has a term in the weights themselves, or "
+            "gradients were left from before. GRIT's factors for them describe something else; see check_capture()",
+        )
+
+
+def _warn_of_idleness(steps: int, sites: int) -> None:
+    """Say that the steps so far had nothing to work with."""
+    warn(
+        f"GritOptimizer.step() was called {steps} times, and none of its {sites} LoRA site(s) had a gradient, so nothing is "
+        "trained: the model that is trained is another one than the optimizer was built on (a copy, or one that the trainer "
+        "built or wrapped anew), or its adapter is disabled or frozen. Build the optimizer on the model that is trained; "
+        "where transformers' Trainer builds it, pass optimizer_cls_and_kwargs=(grit_optim.for_trainer, {...})",
+    )
+
+
+def _sites(names: list[str]) -> str:
+    return f"{len(names)} site(s) ({listed(names)})"

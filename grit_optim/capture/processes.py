@@ -1,0 +1,89 @@
+"""Several processes that train one model together (data parallelism): what each has seen, added up over all of them.
+
+Under DDP every process sees its own tokens, while ``.grad`` is the average over all. One all-reduce in each
+step adds the sums behind the factors up; whatever is derived from them, in the same order from the same bits,
+is then the same everywhere, and so is the step. The whole default process group takes part, whether a process
+has seen anything in a step or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grit_optim.curvature.factors import Sums
+
+
+def size() -> int:
+    """How many processes train together; 1 without ``torch.distributed``."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+class Together(NamedTuple):
+    """What all processes have seen in a step.
+
+    Attributes:
+        sums: as one process would have them that had seen all tokens, one entry per bucket.
+        fired: backward passes that each site's tap saw, ``[sites]``.
+        inner: Σ over tokens of h·δ per site ``[sites]``, of the processes' own losses.
+        known: in how many processes ``inner`` is known ``[sites]``.
+    """
+
+    sums: list[Sums]
+    fired: Tensor
+    inner: Tensor
+    known: Tensor
+
+
+def add_up(sums: Sequence[Sums], fired: Sequence[int], inner: Sequence[Tensor | None]) -> Together:
+    """Add up what the processes have seen; every one of them has to call it.
+
+    The loss that is trained is the mean of the processes' losses, so its δ are theirs divided by their
+    number.
+
+    Args:
+        sums: of this process's tokens.
+        fired: how often each site's tap has seen a gradient.
+        inner: Σ over tokens of h·δ of each site, or None where it is not known.
+    """
+    device = sums[0].rows.device
+    values = [
+        torch.zeros((), device=device) if value is None else value.to(device).float() for value in inner
+    ]
+    numbers = torch.tensor([*fired, *(value is not None for value in inner)], dtype=torch.float32)
+    numbers = numbers.to(device, non_blocking=True)
+    tensors = [t for s in sums for t in (s.activation, s.gradient, s.rows, s.tokens)]
+    parts = [*tensors, torch.stack(values), *numbers.split(len(fired))]
+    buffer = torch.cat([part.flatten().to(device) for part in parts])
+    torch.distributed.all_reduce(buffer)
+    back = [
+        total.view(part.shape).to(part.device)
+        for part, total in zip(parts, buffer.split([part.numel() for part in parts]), strict=True)
+    ]
+    together = [
+        Sums(activation, gradient / size() ** 2, rows, tokens)
+        for activation, gradient, rows, tokens in zip(
+            *(back[i : len(tensors) : 4] for i in range(4)), strict=True
+        )
+    ]
+    in_all, fired_in_all, known = back[len(tensors) :]
+    return Together(together, fired_in_all, in_all, known)
+
+
+def mean_loss(loss: Tensor | float | None, device: torch.device) -> Tensor | None:
+    """The mean of the processes' losses, over those that know one; None if none does. Every process has to call it."""
+    # Filled where it lies: copying a number to a GPU would wait for it.
+    own = (
+        loss.to(device, torch.float32)
+        if isinstance(loss, Tensor)
+        else torch.full((), loss or 0.0, device=device)
+    )
+    total = torch.stack((own, torch.full((), float(loss is not None), device=device)))
+    torch.distributed.all_reduce(total)
+    if loss is None and not total[1]:  # only a process without a loss has to look
+        return None
+    return total[0] / total[1]

@@ -1,0 +1,77 @@
+"""``python -m grit_optim plot RUN.jsonl``: the figures of a run's curvature as files. Needs matplotlib."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grit_optim.cli.figures import FIGURES, make
+from grit_optim.cli.runs import RunError, read_run
+
+FORMATS = ("png", "pdf", "svg")
+
+
+def add(commands: Any) -> None:
+    """Add the command to a parser's subcommands."""
+    parser: argparse.ArgumentParser = commands.add_parser("plot", help="draw the figures of a run")
+    parser.add_argument("run", type=Path, help="the file that optimizer.log_to(path) writes")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the figures (default: beside the run, RUN-figures)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(FIGURES), metavar="FIGURE", help=f"some of: {', '.join(FIGURES)}"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="png", help="png (default), pdf or svg")
+    parser.set_defaults(call=_call)
+
+
+def _call(given: argparse.Namespace) -> None:
+    written, left_out = plot(given.run, given.out, given.only, given.format)
+    for path in written:
+        print(path)
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)
+
+
+def plot(
+    run: str | Path, out: str | Path | None = None, only: Sequence[str] | None = None, form: str = "png"
+) -> tuple[list[Path], list[str]]:
+    """Draw the figures of a run.
+
+    Args:
+        run: the file that ``optimizer.log_to(path)`` wrote.
+        out: folder of the figures; None for ``RUN-figures`` beside the run.
+        only: names of figures (``grit_optim.figures.FIGURES``); None for all that the run holds.
+        form: "png", "pdf" or "svg".
+
+    Returns:
+        The files written, and for each figure that the run holds nothing for, why.
+
+    Raises:
+        RunError: the run cannot be read, or does not hold a figure that was named.
+        ImportError: matplotlib is missing.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("`plot` needs matplotlib: pip install 'grit-optim[plot]'") from error
+    log = read_run(run)
+    folder = Path(out) if out is not None else log.path.with_name(f"{log.path.stem}-figures")
+    written, left_out = [], []
+    for kind in only or FIGURES:
+        try:
+            figure = make(log, kind)
+        except RunError as error:
+            if only:
+                raise
+            left_out.append(f"{kind}: {error}")
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        written.append(folder / f"{kind}.{form}")
+        figure.savefig(written[-1], format=form)
+    if not written:
+        raise RunError(left_out[0])
+    return written, left_out

@@ -1,0 +1,123 @@
+"""``python -m grit_optim ranks PATH``: the ranks in a saved adapter."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from grit_optim.rank.report import (
+    FILE_NAME,
+    FORMAT,
+    RankReport,
+    SiteRank,
+    effective_ranks,
+    product_singular_values,
+)
+
+_WEIGHTS, _A, _B = "adapter_model.safetensors", ".lora_A.weight", ".lora_B.weight"
+_PREFIX = "base_model.model."
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command ``ranks`` to a command line."""
+    text = "ranks, effective ranks and parameters of a saved LoRA adapter, and what was predicted of the ranks given up"
+    parser = commands.add_parser("ranks", help=text, description=text)
+    parser.add_argument(
+        "path", type=Path, metavar="PATH", help="folder of an adapter that PEFT or save_adapter wrote"
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON instead of a table")
+    parser.add_argument(
+        "--threshold", type=float, default=0.99, help="τ of the effective rank by threshold (by default 0.99)"
+    )
+    parser.set_defaults(call=show)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the report."""
+    report = read_ranks(arguments.path, arguments.threshold)
+    print(json.dumps(report.as_dict(), indent=1) if arguments.json else report.table())
+
+
+def read_ranks(path: Path, threshold: float = 0.99) -> RankReport:
+    """The ranks in the adapter at ``path``, whoever wrote it.
+
+    Ranks and sizes are those of the tensors in the file. What they were before, sites that are left out, and
+    predicted losses come from ``grit_ranks.json``, where there is one.
+
+    Raises:
+        ValueError: no LoRA adapter there, or a threshold outside (0, 1].
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"--threshold must be in (0, 1], got {threshold}")
+    tensors = _read_tensors(path)
+    past = _read_past(path)
+    sites = [_site(key.removesuffix(_A), tensors, past, threshold) for key in tensors if key.endswith(_A)]
+    if not sites:
+        raise ValueError(
+            f"{path / _WEIGHTS} holds no LoRA matrices (tensors named …{_A}); is it the adapter of another method?"
+        )
+    present = {site.name for site in sites}
+    left_out = [
+        SiteRank(name, 0, p["rank_before"], None, None, 0, p["parameters_before"], p["predicted_loss"])
+        for name, p in past.items()
+        if name not in present
+    ]
+    return RankReport(sites + left_out, threshold)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not (path / _WEIGHTS).is_file():
+        raise ValueError(
+            f"{path} is no saved adapter: it has no {_WEIGHTS}. Pass the folder that model.save_pretrained() or "
+            "optimizer.save_adapter() wrote"
+        )
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ValueError("reading adapters needs safetensors: pip install safetensors") from error
+    try:
+        return load_file(path / _WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{path / _WEIGHTS} is damaged: {error}") from error
+
+
+def _read_past(path: Path) -> dict[str, dict[str, Any]]:
+    """What ``grit_ranks.json`` says, by the layer's name; empty where there is none."""
+    file = path / FILE_NAME
+    if not file.is_file():
+        return {}
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        if saved["format"] != FORMAT:
+            raise ValueError(f"format {saved['format']}, this grit_optim reads {FORMAT}")
+        for site in saved["sites"]:
+            if lacking := {"name", "rank_before", "parameters_before", "predicted_loss"} - site.keys():
+                raise ValueError(f"a site without {', '.join(sorted(lacking))}")
+        return {site["name"]: site for site in saved["sites"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is not what save_adapter() wrote ({error}); delete it to see the tensors alone"
+        ) from error
+
+
+def _site(
+    place: str, tensors: dict[str, Tensor], past: dict[str, dict[str, Any]], threshold: float
+) -> SiteRank:
+    """One site, from its two tensors."""
+    if place + _B not in tensors:
+        raise ValueError(f"the adapter is damaged: it holds {place}{_A} and no {place}{_B}")
+    a, b = tensors[place + _A].float(), tensors[place + _B].float()
+    name = place.removeprefix(_PREFIX)
+    known = past.get(name, {})
+    finite = bool(a.isfinite().all() and b.isfinite().all())  # a diverged run's have no spectrum
+    entropy, count = (
+        effective_ranks(product_singular_values(a, b)[None], threshold)[0] if finite else (None, None)
+    )
+    size = a.numel() + b.numel()
+    before = known.get("rank_before", a.shape[0]), known.get("parameters_before", size)
+    return SiteRank(name, a.shape[0], before[0], entropy, count, size, before[1], known.get("predicted_loss"))

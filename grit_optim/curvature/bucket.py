@@ -1,0 +1,242 @@
+"""What is known of a bucket's curvature: its factors, the ranks kept, and the operators derived from them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grit_optim import linalg
+from grit_optim.curvature.factors import Factors, Sums
+from grit_optim.curvature.moments import GradientMoments
+from grit_optim.lora.buckets import Bucket, Group
+from grit_optim.options import PAPER_PROJECTIONS, Options
+
+
+class Curvature:
+    """The factors of one bucket and what is derived from them.
+
+    Attributes:
+        bucket: the sites, in the order of every ``[S, …]`` tensor.
+        factors: Σ_a and Σ_g.
+        moments: second moments of the gradients, for the kinds of ``fisher`` that need them, else None.
+        rank: rank kept per site ``[S]``, int64.
+        first_rank: rank that the sites had at first ``[S]``, int64.
+        dropped: predicted rise of the loss by all that was given up so far ``[S]``, in the loss's unit.
+        a_operator: what multiplies the rank side of A's gradient ``[S, r, r]``: an inverse or an eigenbasis.
+        b_operator: the same for B.
+        a_ready: sites whose ``a_operator`` comes from enough samples ``[S]``; it is the identity elsewhere.
+        b_ready: the same for B.
+        damping_used: λ of the latest inverses, ``[2, S]`` for A and B; NaN where none could be had.
+        damping_scale: what the adaptive schedule multiplies ``kfac_damping`` by.
+        a_penalty: what multiplies A to give the penalties' gradient ``[S, r, r]``; None without penalties.
+        b_penalty: the same for B.
+    """
+
+    def __init__(self, bucket: Bucket, options: Options) -> None:
+        size, device = len(bucket.sites), bucket.device
+        self.bucket = bucket
+        self.options = options
+        self.factors = Factors.zeros(size, bucket.rank, device)
+        self.moments = None if options.fisher == "kfac" else GradientMoments(options.fisher, bucket)
+        self.rank = torch.full((size,), bucket.rank, device=device)
+        self.first_rank = self.rank
+        self.dropped = torch.zeros(size, device=device)
+        self.reset_operators()
+        self.damping_used = torch.full((2, size), torch.nan, device=device)
+        self.damping_scale = 1.0
+        penalised = options.lambda_kfac or options.lambda_reproj
+        self.a_penalty = torch.zeros_like(self.factors.activation) if penalised else None
+        self.b_penalty = torch.zeros_like(self.factors.activation) if penalised else None
+
+    def apply(self, group: Group, stacked: Tensor) -> Tensor:
+        """What the latest refresh made of the Fisher information, applied to matrices of ``group`` ``[m, rows, columns]``."""
+        if self.moments is None or not self.moments.elementwise:
+            return group.apply(self.operator(group.side), stacked)
+        scales = self.moments.stacked(self.moments.scales, group).to(stacked.dtype)
+        return self.from_eigenbasis(group, scales * self.to_eigenbasis(group, stacked))
+
+    def to_eigenbasis(self, group: Group, stacked: Tensor) -> Tensor:
+        """``Qᵀ X`` for A, ``X Q`` for B; for fisher="diagonal" Q is the identity."""
+        basis = self.operator(group.side)
+        return group.apply(basis.mT if group.side == "A" else basis, stacked)
+
+    def from_eigenbasis(self, group: Group, stacked: Tensor) -> Tensor:
+        """``Q X`` for A, ``X Qᵀ`` for B."""
+        basis = self.operator(group.side)
+        return group.apply(basis if group.side == "A" else basis.mT, stacked)
+
+    def fold(
+        self,
+        sums: Sums,
+        accept: Tensor,
+        gradient_unit: Tensor,
+        loss_tokens: Tensor,
+        moment_unit: Tensor | None,
+    ) -> None:
+        """Take one step into the factors and, where ``fisher`` asks for them, the moments of the gradients.
+
+        Args:
+            sums: the step's sums over tokens.
+            accept: boolean scalar; where false nothing changes.
+            gradient_unit: what one unit of Σ_g is to be in this step.
+            loss_tokens: tokens that the step's loss is a mean over, a scalar.
+            moment_unit: what one unit of a squared gradient is to be; None without moments.
+        """
+        self.factors.fold(sums, accept, self.options.fisher_decay, gradient_unit, loss_tokens)
+        if self.moments is None or moment_unit is None:
+            return
+        for group in self.bucket.groups:
+            if (part := group.with_gradient()) is not None:
+                gradients = part.stack(part.gradients()) / moment_unit.sqrt()
+                if self.moments.kind == "ekfac":
+                    gradients = self.to_eigenbasis(part, gradients)
+                self.moments.fold(part, gradients, (sums.rows > 0) & accept, self.options.fisher_decay)
+
+    def operator(self, side: str) -> Tensor:
+        """The operator for one side, ``[S, r, r]``."""
+        return self.a_operator if side == "A" else self.b_operator
+
+    def ready(self, side: str) -> Tensor:
+        """Which sites' operator for one side is in force, ``[S]``."""
+        return self.a_ready if side == "A" else self.b_ready
+
+    @property
+    def damping(self) -> float:
+        """``kfac_damping`` as the adaptive schedule has it now."""
+        return self.options.kfac_damping * self.damping_scale
+
+    @property
+    def mask(self) -> Tensor:
+        """Coordinates in use ``[S, r]``. The paper's projections give up none; what else does, the trailing ones."""
+        in_paper = self.options.reprojection in PAPER_PROJECTIONS
+        rank = torch.full_like(self.rank, self.bucket.rank) if in_paper else self.rank
+        return linalg.leading_mask(rank, self.bucket.rank)
+
+    @property
+    def step_rank(self) -> Tensor:
+        """What the square of a step's length grows with, in directions ``[S]``: the rank, or under a budget ``first²/rank``.
+
+        A direction moves by the same amount in each step whatever the rank is, so an adapter that gives
+        directions up learns less per step. Under a budget those that stay move by ``first / rank`` more: the
+        step's singular values, which are all alike in "spectral", add up to what they did before.
+        """
+        if self.options.rank_budget is None:
+            return self.rank
+        return self.first_rank.square() / self.rank.clamp_min(1)
+
+    def paired_factors(self) -> tuple[Tensor, Tensor]:
+        """The factor that belongs to A and the one that belongs to B, each ``[S, r, r]``, on the inversion device.
+
+        K-FAC pairs A with Σ_g and B with Σ_a, since ``F_A ≈ Σ_g ⊗ E[x xᵀ]`` and ``F_B ≈ E[g gᵀ] ⊗ Σ_a``; the
+        GRIT paper does the opposite.
+        """
+        pair = (self.factors.gradient, self.factors.activation)
+        if self.options.pairing == "paper":
+            pair = pair[::-1]
+        if self.moments is not None and not self.moments.elementwise:
+            pair = (self.moments.matrices("A"), self.moments.matrices("B"))
+        device = self.options.kfac_inversion_device or self.bucket.device
+        return pair[0].to(device), pair[1].to(device)
+
+    def paired_readiness(self) -> tuple[Tensor, Tensor]:
+        """Which sites have enough samples in the factor of A and in that of B, ``[S]`` each."""
+        activation, gradient = self.factors.ready(self.options.kfac_min_samples)
+        if self.moments is not None:  # a step whose δ is zero says nothing of ∇A
+            return gradient, gradient
+        return (gradient, activation) if self.options.pairing == "kfac" else (activation, gradient)
+
+    def refresh_inverses(self) -> None:
+        """Set the operators to the damped inverses of the paired factors."""
+        if self.moments is not None and self.moments.elementwise:
+            self._refresh_scales(self.moments, 1.0)
+            return
+        stacked = torch.cat(self.paired_factors())
+        inverse, used = linalg.damped_inverse(stacked, self._strength(stacked))
+        self._set_operators(inverse.to(self.bucket.device), used.to(self.bucket.device).reshape(2, -1))
+
+    def refresh_powers(self, power: float) -> None:
+        """Set the operators to the damped inverses of the paired factors, each to ``power``; block-exact."""
+        if self.moments is not None and self.moments.elementwise:
+            self._refresh_scales(self.moments, power)
+            return
+        if power == 1:
+            self.refresh_inverses()
+            return
+        stacked, options = torch.cat(self.paired_factors()), self.options
+        if options.damping == "relative" and power > 0 and (1 / power).is_integer():
+            roots, used = linalg.damped_root(stacked, self._strength(stacked), int(1 / power), self.damping)
+        else:
+            roots, used = linalg.damped_power(stacked, self._strength(stacked), power)
+        mask = self.mask.to(stacked.device)
+        roots = linalg.block(roots, torch.cat((mask, mask)))
+        self._set_operators(roots.to(self.bucket.device), used.to(self.bucket.device).reshape(2, -1))
+
+    def _strength(self, stacked: Tensor) -> Tensor:
+        """λ of the paired factors ``[2S]``, by the coordinates in use."""
+        in_use = self.mask.sum(-1).to(stacked.device)
+        relative = self.options.damping == "relative"
+        return linalg.damping_strength(stacked, self.damping, relative, torch.cat((in_use, in_use)))
+
+    def _refresh_scales(self, moments: GradientMoments, power: float) -> None:
+        """Set the operators to the eigenbases (ekfac) and the scales to the damped moments in them, to ``−power``."""
+        used = torch.full_like(self.damping_used, torch.nan)
+        turns = self.refresh_eigenbases() if moments.kind == "ekfac" else None
+        for group in self.bucket.groups:
+            side = 0 if group.side == "A" else 1
+            values = moments.stacked(moments.means, group)
+            if turns is not None:  # by the squared entries, as second moments are wherever coordinates change
+                turn = turns[side].square()
+                values = group.apply(turn if side == 0 else turn.mT, values)
+                moments.set(moments.means, group, values)
+            mean = values.mean((1, 2))
+            strength = self.damping * (mean if self.options.damping == "relative" else torch.ones_like(mean))
+            scales, used_here = linalg.damped_elementwise_power(values, strength, power)
+            moments.set(moments.scales, group, scales)
+            used[side] = used[side].index_copy(0, group.index, used_here.to(used.dtype))
+        self._set_operators(torch.cat((self.a_operator, self.b_operator)), used)
+
+    def _set_operators(self, operators: Tensor, damping_used: Tensor) -> None:
+        self.damping_used = damping_used
+        ready_a, ready_b = self.paired_readiness()
+        size = len(self.bucket.sites)
+        self.a_ready, self.b_ready = (
+            ready_a & damping_used[0].isfinite(),
+            ready_b & damping_used[1].isfinite(),
+        )
+        self.a_operator = _where_ready(self.a_ready, operators[:size])
+        self.b_operator = _where_ready(self.b_ready, operators[size:])
+
+    def refresh_eigenbases(self) -> tuple[Tensor, Tensor]:
+        """Set the operators to the eigenvectors of the paired factors.
+
+        Returns:
+            ``Q_newᵀ Q_old`` for A and for B, ``[S, r, r]``: what turns old coordinates into new ones.
+        """
+        a_factor, b_factor = self.paired_factors()
+        mask = self.mask.to(a_factor.device)
+        _, bases = linalg.leading_eigenbasis(torch.cat((a_factor, b_factor)), torch.cat((mask, mask)))
+        old_a, old_b = self.a_operator, self.b_operator
+        self._set_operators(bases.to(self.bucket.device), torch.zeros_like(self.damping_used))
+        return self.a_operator.mT @ old_a, self.b_operator.mT @ old_b
+
+    def drop_operators(self, same_fisher: bool) -> None:
+        """Have no operator in force until the next refresh, after a checkpoint of another kind.
+
+        Args:
+            same_fisher: the checkpoint's ``fisher`` is ours, so that ekfac's moments are expressed in its
+                eigenbases.
+        """
+        if same_fisher and self.moments is not None and self.moments.kind == "ekfac":
+            self.a_ready, self.b_ready = torch.zeros_like(self.a_ready), torch.zeros_like(self.b_ready)
+        else:
+            self.reset_operators()
+
+    def reset_operators(self) -> None:
+        """Set the operators to the identity."""
+        identity = linalg.eye_like(self.factors.activation)
+        self.a_operator, self.b_operator = identity.clone(), identity.clone()
+        self.a_ready, self.b_ready = torch.zeros(2, len(self.rank), dtype=torch.bool, device=self.rank.device)
+
+
+def _where_ready(ready: Tensor, operators: Tensor) -> Tensor:
+    return torch.where(ready[:, None, None], operators, linalg.eye_like(operators))

@@ -1,0 +1,1 @@
+"""Adapters on disk, and adapters cut to the ranks that they keep."""

@@ -1,0 +1,115 @@
+"""Cutting LoRA pairs, and all that belongs to them, to the ranks that are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from grit_optim.export import peft_config as adapter_config
+from grit_optim.lora.discovery import Site, adapter_layers, layers_of_pairs, peft_model_in
+from grit_optim.messages import warn
+
+
+def check(model: nn.Module | None, sites: Sequence[Site]) -> Any | None:
+    """The PEFT model that holds the sites, or None for hand-written LoRA.
+
+    Raises:
+        ValueError: PEFT's layers without the model that holds their configuration, or DoRA.
+    """
+    adapters = sorted({site.adapter for site in sites if site.in_peft})
+    if not adapters:
+        return None
+    if model is None:
+        raise ValueError(
+            "this optimizer no longer knows its model (it was copied or unpickled, or the model is gone); pass model="
+        )
+    peft_model = peft_model_in(model)
+    for adapter in adapters:
+        adapter_config.check_exportable(peft_model.peft_config[adapter], adapter)
+    return peft_model
+
+
+def check_starts(sites: Iterable[Site], sizes: Mapping[str, int], peft_model: Any | None) -> None:
+    """Refuse to cut adapters whose start depends on their rank.
+
+    Raises:
+        ValueError: such an adapter would get another rank somewhere.
+    """
+    for adapter in sorted({site.adapter for site in sites if site.in_peft and sizes[site.name] != site.rank}):
+        assert peft_model is not None
+        adapter_config.check_start(peft_model.peft_config[adapter], adapter)
+
+
+def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], peft_model: Any | None) -> None:
+    """Cut each site to its leading directions, with the base's state; at 0 its parameters leave the base's groups."""
+    layers = layers_of_pairs(peft_model) if peft_model is not None else {}
+    strange: set[str] = set()
+    removed: set[int] = set()
+    for site in sites:
+        rank, a, b = sizes[site.name], site.a, site.b
+        if rank == site.rank:
+            continue
+        if rank == 0:
+            removed |= {id(a), id(b)}
+            for parameter in (a, b):
+                base.state.pop(parameter, None)
+        else:
+            strange |= _narrow_state(base, a, 0, rank) | _narrow_state(base, b, 1, rank)
+        site.narrow_(rank, layers[id(site.a_modules)][1] if site.in_peft else None)
+    for group in base.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in removed]
+    if strange:
+        warn(
+            f"shrink_() does not know how to cut the state that {type(base).__name__} keeps ({', '.join(sorted(strange))}); it "
+            "was reset for the LoRA parameters that became smaller",
+        )
+
+
+def _narrow_state(base: Optimizer, parameter: Tensor, dim: int, rank: int) -> set[str]:
+    """Cut what has the parameter's shape along with it; state of another form is reset, and its names are returned."""
+    state: dict[str, Any] = base.state.get(parameter, {})
+    tensors = {
+        name: value for name, value in state.items() if isinstance(value, Tensor) and value.numel() > 1
+    }
+    strange = {
+        n
+        for n, value in tensors.items()
+        if value.shape != parameter.shape or not value.dtype.is_floating_point
+    }
+    if strange:
+        base.state.pop(parameter, None)
+        return strange
+    for name, value in tensors.items():
+        state[name] = value.narrow(dim, 0, rank).clone()
+    return set()
+
+
+def update_configs(peft_model: Any, gone: Sequence[Site]) -> None:
+    """Let PEFT's configuration say what the layers are now; ``gone`` are the sites that were taken out."""
+    names = layers_of_pairs(peft_model.get_base_model())
+    for adapter, config in peft_model.peft_config.items():
+        layers = adapter_layers(peft_model, adapter)
+        if not layers.pairs:
+            continue
+        ranks = {name: site.rank for name, site in layers.pairs.items()}
+        new = adapter_config.with_ranks(config, layers, ranks, fold_scale=False)
+        left_out = [names[id(site.a_modules)][0] for site in gone if site.adapter == adapter and site.in_peft]
+        if left_out:
+            new.exclude_modules = adapter_config.excluding(new.exclude_modules, left_out)
+        for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "exclude_modules"):
+            setattr(config, field, getattr(new, field))
+
+
+def common_prefix(known: Mapping[str, str]) -> str:
+    """What a site's name has in front of the layer's name in the base model (``base_model.model.``, or nothing)."""
+    for layer, name in known.items():
+        return name[: name.index(layer)]
+    return ""
+
+
+def layer_name(site_name: str, prefix: str, adapter: str) -> str:
+    """The layer's name in the base model, from the site's."""
+    return site_name.removeprefix(prefix).removesuffix(f".{adapter}")

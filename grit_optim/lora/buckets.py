@@ -1,0 +1,166 @@
+"""Sites stacked for batched algebra.
+
+A :class:`Bucket` holds the sites of one rank on one device, so that their factors form tensors ``[S, r, r]``.
+Within it, a :class:`Group` holds the matrices of one side (A or B) that share a shape, a dtype and a
+parameter group of the base
+optimizer: what is applied to all of them is one batched product, never a loop that launches a kernel per
+    site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from grit_optim.lora.discovery import Site
+
+Side = Literal["A", "B"]
+SIDES: tuple[Side, Side] = ("A", "B")
+
+
+@dataclass(eq=False)
+class Group:
+    """Matrices of one side and shape: ``m`` of them, stacked as ``[m, r, d]`` (A) or ``[m, d, r]`` (B).
+
+    Attributes:
+        side: which matrix of the pair these are.
+        parameters: the m parameters, in the order of ``index``.
+        index: position of each in its bucket, ``[m]``, on the bucket's device.
+        positions: ``index`` as plain numbers.
+        param_group: position in the base optimizer's ``param_groups`` of the group that holds them (the dict
+            itself is replaced by ``load_state_dict``).
+    """
+
+    side: Side
+    parameters: list[Tensor]
+    index: Tensor
+    param_group: int
+    positions: tuple[int, ...] = ()
+
+    def stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The m tensors as one tensor of matrices ``[m, rows, columns]``, in fp32 or better."""
+        stacked = torch.stack([t if t.dim() == 2 else t.flatten(1) for t in tensors]).detach()
+        return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+
+    def unstack(self, stacked: Tensor) -> list[Tensor]:
+        """Views of ``[m, rows, columns]`` with each parameter's own shape, in its dtype."""
+        stacked = stacked.to(self.parameters[0].dtype)
+        return [matrix.view_as(parameter) for matrix, parameter in zip(stacked, self.parameters, strict=True)]
+
+    def apply(self, operators: Tensor, stacked: Tensor) -> Tensor:
+        """Multiply on the rank side by each site's operator ``[S, r, r]``: ``M X`` for A, ``X M`` for B."""
+        chosen = operators[self.index].to(stacked.dtype)
+        return chosen @ stacked if self.side == "A" else stacked @ chosen
+
+    def masked(self, stacked: Tensor, mask: Tensor) -> Tensor:
+        """``[m, rows, columns]`` with the rank coordinates outside each site's mask ``[S, r]`` exactly zero."""
+        chosen = mask[self.index]
+        return torch.where(chosen[:, :, None] if self.side == "A" else chosen[:, None, :], stacked, 0.0)
+
+    def subset(self, positions: Sequence[int]) -> Group:
+        """The group of only some of its members, given by their positions in ``parameters``."""
+        chosen = torch.tensor(positions, device=self.index.device)
+        members, places = [self.parameters[i] for i in positions], tuple(self.positions[i] for i in positions)
+        return Group(self.side, members, self.index[chosen], self.param_group, places)
+
+    def with_gradient(self) -> Group | None:
+        """The group of those that have a gradient now, or None if none has."""
+        present = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
+        if len(present) == len(self.parameters):
+            return self
+        return self.subset(present) if present else None
+
+    def gradients(self) -> list[Tensor]:
+        """The parameters' gradients; all of them have one."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    def write(self, stacked: Tensor) -> None:
+        """Set the m parameters to the matrices of ``[m, rows, columns]``."""
+        torch._foreach_copy_([p.detach() for p in self.parameters], self.unstack(stacked))
+
+    @property
+    def width(self) -> int:
+        """Columns of A, rows of B: the size of the dimension that is not the rank."""
+        return self.parameters[0].flatten(1).shape[2 - self.rank_dim]
+
+    @property
+    def rank_dim(self) -> int:
+        """The dimension of a stacked matrix that runs over the rank."""
+        return 1 if self.side == "A" else 2
+
+
+@dataclass(eq=False)
+class Bucket:
+    """The ``S`` sites of one rank ``r`` on one device, with the groups of their matrices."""
+
+    sites: list[Site]
+    rank: int
+    device: torch.device
+    groups: list[Group] = field(default_factory=list)
+
+    @cached_property
+    def direction_size(self) -> Tensor:
+        """Parameters of one direction of each site, a row of A and a column of B: ``[S]``, int64."""
+        sizes = [(site.a.numel() + site.b.numel()) // site.rank for site in self.sites]
+        return torch.tensor(sizes, device=self.device)
+
+    def names(self) -> list[str]:
+        """The sites' names, in the order of every ``[S, …]`` tensor."""
+        return [site.name for site in self.sites]
+
+
+def build_buckets(sites: Iterable[Site], param_group_of: Mapping[int, int]) -> list[Bucket]:
+    """Stack the sites by rank and device, in the order in which each combination is first met.
+
+    Args:
+        sites: the sites, in the model's order.
+        param_group_of: ``id(parameter)`` to the position of its group in the base optimizer's
+            ``param_groups``.
+    """
+    buckets: dict[tuple[int, torch.device], Bucket] = {}
+    for site in sites:
+        key = (site.rank, site.a.device)
+        buckets.setdefault(key, Bucket([], *key)).sites.append(site)
+    for bucket in buckets.values():
+        bucket.groups = [*_groups(bucket, "A", param_group_of), *_groups(bucket, "B", param_group_of)]
+    return list(buckets.values())
+
+
+def _groups(bucket: Bucket, side: Side, param_group_of: Mapping[int, int]) -> list[Group]:
+    members: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
+    for position, site in enumerate(bucket.sites):
+        parameter = site.a if side == "A" else site.b
+        key = (parameter.flatten(1).shape, parameter.shape, parameter.dtype, param_group_of[id(parameter)])
+        members.setdefault(key, []).append((position, parameter))
+    groups = []
+    for found in members.values():
+        positions = tuple(position for position, _ in found)
+        index = torch.tensor(positions, device=bucket.device)
+        parameters = [parameter for _, parameter in found]
+        groups.append(Group(side, parameters, index, param_group_of[id(parameters[0])], positions))
+    return groups
+
+
+def check_distinct(sites: Sequence[Site]) -> None:
+    """Refuse sites that share a name or a pair.
+
+    Raises:
+        ValueError: two sites have the same name, or the same A or B.
+    """
+    for what, keys in (
+        ("the same name", [site.name for site in sites]),
+        ("the same A", [id(site.a) for site in sites]),
+        ("the same B", [id(site.b) for site in sites]),
+    ):
+        first: dict[object, int] = {}
+        for i, key in enumerate(keys):
+            if (other := first.setdefault(key, i)) != i:
+                raise ValueError(
+                    f"sites {other} ({sites[other].name!r}) and {i} ({sites[i].name!r}) have {what}; a site's name keys its "
+                    "state in checkpoints, and its pair is stepped once, so give each pair once, under a name of its own"
+                )

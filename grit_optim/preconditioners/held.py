@@ -1,0 +1,125 @@
+"""The pairs' gradients, held while the base optimizer may be given others in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grit_optim.curvature.bucket import Curvature
+from grit_optim.lora.buckets import Group
+
+
+@dataclass(eq=False)
+class Held:
+    """One group's gradients while the base optimizer is given others in their place.
+
+    Attributes:
+        curvature: of the bucket that the group belongs to.
+        group: the parameters that have a gradient in this step, m of them.
+        originals: their own gradients, given back after the step.
+        loss_gradient: these stacked, ``[m, rows, columns]``; None once they are replaced.
+        gradient: what the base will see, ``[m, rows, columns]``; the same tensor while nothing has changed
+            it.
+        weights: the matrices before the step ``[m, rows, columns]``, for the modes that need them.
+        rotated: the matrices as the base saw them, for the mode that turns them.
+        gradient_norm: Frobenius norm of each gradient of the loss, ``[m, 1, 1]``.
+        without: norm of each update without curvature, ``[m, 1, 1]``: of the gradient in "inverse", of the
+            base's step in "spectral" and "steer"; None in the modes that only know the one with.
+        turned: the same with curvature.
+        cosine: of the angle between the update with and without curvature, ``[m, 1, 1]``; NaN where one is
+            zero, None in the modes that only know the one with.
+    """
+
+    curvature: Curvature
+    group: Group
+    originals: list[Tensor]
+    loss_gradient: Tensor | None
+    gradient: Tensor
+    weights: Tensor | None = None
+    rotated: Tensor | None = None
+    gradient_norm: Tensor | None = None
+    without: Tensor | None = None
+    turned: Tensor | None = None
+    cosine: Tensor | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the base is to see others than the parameters' own gradients."""
+        return self.gradient is not self.loss_gradient
+
+    @property
+    def ready(self) -> Tensor:
+        """Which of the m matrices have an operator in force, as ``[m, 1, 1]``."""
+        return self.curvature.ready(self.group.side)[self.group.index][:, None, None]
+
+
+def hold_gradients(curvatures: Iterable[Curvature]) -> list[Held]:
+    """Stack the gradients of all groups; all of them become zero if any one of them is not finite.
+
+    A zero gradient is the one answer that costs no read-back and poisons neither weights nor moments.
+    """
+    held = []
+    for curvature in curvatures:
+        for group in curvature.bucket.groups:
+            part = group.with_gradient()
+            if part is not None:
+                stacked = part.stack(part.gradients())
+                held.append(Held(curvature, part, part.gradients(), stacked, stacked))
+    finite = all_finite([h.gradient for h in held])
+    if finite.device.type == "cpu" and finite:  # the usual case; looking costs nothing on the host
+        return held
+    for h in held:
+        h.gradient = torch.where(finite.to(h.gradient.device), h.gradient, torch.zeros_like(h.gradient))
+        h.loss_gradient = None
+    return held
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether no entry of any tensor is infinite or NaN: a boolean scalar on the first tensor's device."""
+    if not tensors:
+        return torch.tensor(True)
+    # The largest entry shows it in one pass: it is NaN if any entry is.
+    largest = [torch.linalg.vector_norm(t, torch.inf).to(tensors[0].device) for t in tensors]
+    return torch.stack(largest).isfinite().all()
+
+
+def clip(held: Sequence[Held], max_norm: float) -> None:
+    """Scale the held gradients so that their joint norm is at most ``max_norm``."""
+    if not held:
+        return
+    device = held[0].gradient.device
+    total = torch.stack([h.gradient.square().sum().to(device) for h in held]).sum().sqrt()
+    factor = (max_norm / total.clamp_min(torch.finfo(total.dtype).tiny)).clamp_max(1.0)
+    for h in held:
+        h.gradient = h.gradient * factor.to(h.gradient.device)
+
+
+def hand_over(held: Iterable[Held]) -> None:
+    """Let the base see the held gradients, where they are others than the parameters' own."""
+    for h in held:
+        if not h.changed:
+            continue
+        for parameter, gradient in zip(h.group.parameters, h.group.unstack(h.gradient), strict=True):
+            parameter.grad = gradient
+
+
+def give_back(held: Iterable[Held]) -> None:
+    """Restore the parameters' own gradients."""
+    for h in held:
+        if not h.changed:
+            continue
+        for parameter, original in zip(h.group.parameters, h.originals, strict=True):
+            parameter.grad = original
+
+
+def norm(stacked: Tensor) -> Tensor:
+    """Frobenius norm of each matrix: ``[m, rows, columns] -> [m, 1, 1]``."""
+    return torch.linalg.matrix_norm(stacked, keepdim=True)
+
+
+def inner_product(left: Tensor, right: Tensor) -> Tensor:
+    """Inner product of the matrices of two stacks: ``[m, rows, columns]`` twice to ``[m, 1, 1]``."""
+    return torch.linalg.vecdot(left.flatten(1), right.flatten(1))[:, None, None]

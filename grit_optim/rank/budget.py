@@ -1,0 +1,183 @@
+"""The budget of all ranks together, and its way from a start to an end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grit_optim.messages import warn
+from grit_optim.options import Options
+
+
+class Origin(NamedTuple):
+    """What a site was when the optimizer was first built: its rank, and the parameters of A and B."""
+
+    rank: int
+    parameters: int
+
+
+def parameters(budget: float, total: int) -> float:
+    """A budget in parameters: a float is a share of ``total``, a whole number is a number of parameters."""
+    return budget * total if isinstance(budget, float) else float(budget)
+
+
+def full_parameters(origins: Collection[Origin]) -> int:
+    """Parameters of all sites as they were when the optimizer was first built: what a share is a share of."""
+    return sum(origin.parameters for origin in origins)
+
+
+def check(name: str, budget: float, origins: Collection[Origin], floor: int) -> None:
+    """Refuse a budget that cannot be met.
+
+    Args:
+        name: the option's name, for the message.
+        budget: as given.
+        origins: all sites as they were at first.
+        floor: ``min_lora_rank``.
+
+    Raises:
+        ValueError: it is less than ``floor`` keeps, holds not one direction, or is more than there is.
+    """
+    directions = [(min(floor, origin.rank), origin.parameters // origin.rank) for origin in origins]
+    least = sum(count * size for count, size in directions) or min(size for _, size in directions)
+    total = full_parameters(origins)
+    wanted = parameters(budget, total)
+    if wanted > total:
+        raise ValueError(
+            f"{name}={budget!r} is more than the {total:,} parameters that the adapter has, so it would change nothing; pass a "
+            "smaller number, or a float in (0, 1] for a share of them"
+        )
+    if wanted < least:
+        what = (
+            f"min_lora_rank={floor} keeps {least:,}"
+            if floor
+            else f"the smallest direction of any site has {least:,}"
+        )
+        raise ValueError(
+            f"{name}={budget!r} is {math.floor(wanted):,} of the adapter's {total:,} parameters, but {what}; raise the budget"
+            f"{', or lower min_lora_rank' if floor else ''} (a float is a share of the parameters, a whole number a number of "
+            "them)"
+        )
+
+
+class BudgetSchedule:
+    """How far the budget has come from ``start`` to ``end``.
+
+    Attributes:
+        start: parameters at the beginning.
+        end: parameters at the end.
+        kind: ``"linear"``; ``"cosine"``: half a period of a cosine, slow at both ends; ``"adaptive"``:
+            linear, but standing still while the loss suffers.
+        first: step at which the way begins.
+        steps: its length; 0 for the end at once.
+        tolerance: "adaptive" stands still while the mean loss since the last cut is above the lowest mean so
+            far by more than this share.
+        progress: how much of the way is done, a scalar in [0, 1].
+    """
+
+    def __init__(self, start: float, end: float, kind: str, first: int, steps: int, tolerance: float) -> None:
+        self.start, self.end, self.kind = start, end, kind
+        self.first, self.steps, self.tolerance = first, steps, tolerance
+        self._warned = self._observed = False
+        zero = torch.zeros((), dtype=torch.float64)
+        self.progress, self._sum, self._count, self._lowest, self._last = (
+            zero,
+            zero,
+            zero,
+            zero + torch.inf,
+            first,
+        )
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Take note of a loss, of training or of held-out data; one that is not finite is left out."""
+        value = torch.as_tensor(loss).detach().double()
+        self._observed = True
+        finite = value.isfinite()
+        self._sum = self._sum.to(value.device) + torch.where(finite, value, 0.0)
+        self._count = self._count.to(value.device) + finite
+
+    def advance(self, step: int) -> Tensor:
+        """The budget at ``step``, in parameters, a scalar; called once for each reprojection from ``first`` on."""
+        if self.kind == "adaptive":
+            self._advance_unless_loss_suffers(step)
+        else:
+            done = 1.0 if self.steps == 0 else min(1.0, (step - self.first) / self.steps)
+            self.progress = torch.tensor(done, dtype=torch.float64)
+        way = (1 - torch.cos(math.pi * self.progress)) / 2 if self.kind == "cosine" else self.progress
+        return self.start + (self.end - self.start) * way
+
+    def _advance_unless_loss_suffers(self, step: int) -> None:
+        """Progress for the steps since the last call, or none: decided where the losses lie, and not read back."""
+        self._warn_if_blind(step)
+        mean, known = self._sum / self._count, self._count > 0
+        lowest = self._lowest.to(mean.device)
+        suffers = mean > lowest + self.tolerance * lowest.abs()
+        self._lowest = torch.where(known, torch.minimum(lowest, mean), lowest)
+        gone = (known & ~suffers).double() * ((step - self._last) / self.steps)
+        self.progress = (self.progress.to(mean.device) + gone).clamp_max(1.0)
+        self._sum, self._count = torch.zeros_like(self._sum), torch.zeros_like(self._count)
+        self._last = step
+
+    def _warn_if_blind(self, step: int) -> None:
+        """Once, on the way: the loss has never been told, so the budget stays where it starts."""
+        if self._observed or self._warned or step <= self.first:
+            return
+        self._warned = True
+        warn(
+            "rank_budget_schedule='adaptive' stands still at its start, since no loss has been told: the "
+            "model's output carries none, so call optimizer.observe(loss) after each backward pass, or pass a closure to "
+            "step(); or choose 'linear' or 'cosine'",
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`load` needs: tensors and numbers."""
+        return {
+            "progress": self.progress.clone(),
+            "loss_sum": self._sum.clone(),
+            "loss_count": self._count.clone(),
+            "lowest": self._lowest.clone(),
+            "last": self._last,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state; an empty one changes nothing."""
+        if state:
+            self.progress, self._lowest = state["progress"].clone(), state["lowest"].clone()
+            self._sum, self._count, self._last = (
+                state["loss_sum"].clone(),
+                state["loss_count"].clone(),
+                state["last"],
+            )
+            self._observed = True
+
+
+def make_schedule(options: Options, origins: Collection[Origin]) -> BudgetSchedule | None:
+    """The way of the rank budget, or None where there is none.
+
+    Raises:
+        ValueError: a budget that cannot be met, or one that rises without ``rank_regrowth``.
+    """
+    if options.rank_budget is None:
+        return None
+    total, end = full_parameters(origins), options.rank_budget
+    check("rank_budget", end, origins, options.min_lora_rank)
+    start = 1.0 if options.rank_budget_start is None else options.rank_budget_start
+    check("rank_budget_start", start, origins, options.min_lora_rank)
+    first, last = parameters(start, total), parameters(end, total)
+    if options.rank_budget_steps and first < last and not options.rank_regrowth:
+        raise ValueError(
+            f"the rank budget rises from {start!r} to {end!r}, and a rank that was given up comes back only with "
+            "rank_regrowth=True; pass that too, or a start above the end"
+        )
+    return BudgetSchedule(
+        first,
+        last,
+        options.rank_budget_schedule,
+        options.rank_adaptation_start_step,
+        options.rank_budget_steps,
+        options.rank_budget_tolerance,
+    )

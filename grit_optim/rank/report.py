@@ -1,0 +1,161 @@
+"""What is known of each site's rank, as a table and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grit_optim.rank.selection import entropy_rank, rank_for_energy
+
+FILE_NAME = "grit_ranks.json"
+"""What an exported adapter's folder holds beside PEFT's two files."""
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SiteRank:
+    """One site's rank.
+
+    Attributes:
+        name: the site.
+        rank: directions kept; 0 where the exported adapter leaves the site out.
+        rank_before: directions at first.
+        entropy_rank: effective rank by entropy, ``exp(−Σ p log p)`` with ``p = σ/Σσ``; None where no spectrum
+            is known.
+        threshold_rank: smallest number of directions that hold the share ``threshold`` of Σσ²; None likewise.
+        parameters: entries of A and B that are kept.
+        parameters_before: entries of A and B at first.
+        predicted_loss: rise of the loss that dropping the others was predicted to cost, in the loss's unit;
+            None if unknown.
+    """
+
+    name: str
+    rank: int
+    rank_before: int
+    entropy_rank: float | None
+    threshold_rank: int | None
+    parameters: int
+    parameters_before: int
+    predicted_loss: float | None
+
+
+class RankReport(dict[str, int]):
+    """Directions kept per site, by name, with all else that is known in :attr:`sites`.
+
+    Attributes:
+        sites: one entry per site, in the model's order.
+        threshold: τ of every ``threshold_rank``.
+    """
+
+    def __init__(self, sites: Iterable[SiteRank], threshold: float) -> None:
+        self.sites = list(sites)
+        self.threshold = threshold
+        super().__init__({site.name: site.rank for site in self.sites})
+
+    @property
+    def parameters(self) -> int:
+        """Entries of A and B that all sites keep."""
+        return sum(site.parameters for site in self.sites)
+
+    @property
+    def parameters_before(self) -> int:
+        """Entries of A and B that all sites had at first."""
+        return sum(site.parameters_before for site in self.sites)
+
+    @property
+    def predicted_loss(self) -> float | None:
+        """Rise of the loss that all that was dropped was predicted to cost; None if that is not known of every site."""
+        costs = [site.predicted_loss for site in self.sites]
+        return None if None in costs else sum(cost for cost in costs if cost is not None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values, as ``json.dumps`` takes them."""
+        return {
+            "format": FORMAT,
+            "threshold": self.threshold,
+            "parameters": self.parameters,
+            "parameters_before": self.parameters_before,
+            "predicted_loss": self.predicted_loss,
+            "sites": [asdict(site) for site in self.sites],
+        }
+
+    def table(self) -> str:
+        """The same as a text table, a line per site and one for all together."""
+        header = (
+            "site",
+            "rank",
+            "of",
+            "entropy",
+            f"τ={self.threshold:g}",
+            "parameters",
+            "of",
+            "predicted loss",
+        )
+        rows = [_cells(site) for site in self.sites]
+        total = (
+            f"{len(self.sites)} sites",
+            str(sum(self.values())),
+            str(sum(site.rank_before for site in self.sites)),
+            "",
+            "",
+            f"{self.parameters:,}",
+            f"{self.parameters_before:,}",
+            _loss(self.predicted_loss),
+        )
+        return _aligned([header, *rows, total])
+
+
+def _cells(site: SiteRank) -> tuple[str, ...]:
+    return (
+        site.name,
+        str(site.rank),
+        str(site.rank_before),
+        "–" if site.entropy_rank is None else f"{site.entropy_rank:.1f}",
+        "–" if site.threshold_rank is None else str(site.threshold_rank),
+        f"{site.parameters:,}",
+        f"{site.parameters_before:,}",
+        _loss(site.predicted_loss),
+    )
+
+
+def _loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def effective_ranks(spectrum: Tensor, threshold: float) -> list[tuple[float | None, int | None]]:
+    """By entropy and by threshold, of each row of singular values ``[S, r]``; None where a row is zero."""
+    entropies = entropy_rank(spectrum).tolist()
+    counts = rank_for_energy(spectrum.square(), threshold).tolist()
+    known = (spectrum.sum(-1) > 0).tolist()
+    return [(e, k) if there else (None, None) for e, k, there in zip(entropies, counts, known, strict=True)]
+
+
+def product_singular_values(a: Tensor, b: Tensor) -> Tensor:
+    """Singular values of B·A, ``[r]``, descending, at the cost of r×r matrices and two QR decompositions.
+
+    Args:
+        a: A, ``[r, d_in]``.
+        b: B, ``[d_out, r]``.
+    """
+    right = torch.linalg.qr(a.double().flatten(1).mT, mode="r").R
+    left = torch.linalg.qr(b.double().flatten(1), mode="r").R
+    values = torch.linalg.svdvals(left @ right.mT)
+    return torch.nn.functional.pad(values, (0, a.shape[0] - values.shape[0]))

@@ -1,0 +1,117 @@
+"""From snapshots to records: each is written once its copies have arrived, so that no step waits for the device."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from grit_optim.messages import warn
+from grit_optim.sinks import Record, Sink
+from grit_optim.telemetry.snapshot import Snapshot
+
+MOST_PENDING = 4
+"""Snapshots kept while their copies are on the way; one more, and the oldest is waited for."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a record holds beside each site's scalars.
+
+    Attributes:
+        log_fisher_spectrum: the leading eigenvalues of both factors.
+        log_top_eigs: how many of them.
+        log_eig_heatmaps: the eigenvectors of both factors.
+        log_eig_heatmaps_modules: for how many of the first sites.
+    """
+
+    log_fisher_spectrum: bool = False
+    log_top_eigs: int = 8
+    log_eig_heatmaps: bool = False
+    log_eig_heatmaps_modules: int = 6
+
+    def __post_init__(self) -> None:
+        for name in ("log_fisher_spectrum", "log_eig_heatmaps"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("log_top_eigs", "log_eig_heatmaps_modules"):
+            check_count(name, getattr(self, name))
+
+    def columns(self, snapshot: Snapshot) -> dict[str, list[Any]]:
+        """The snapshot's columns, as far as they were asked for."""
+        return snapshot.columns(
+            self.log_top_eigs if self.log_fisher_spectrum else 0,
+            self.log_eig_heatmaps_modules if self.log_eig_heatmaps else 0,
+        )
+
+
+class Recorder:
+    """Feeds one sink.
+
+    Args:
+        sink: takes the records.
+        every: steps between two of them; the first step has one too.
+        contents: what they hold.
+    """
+
+    def __init__(self, sink: Sink, every: int, contents: Contents) -> None:
+        self.sink: Sink | None = sink
+        self.every = every
+        self.contents = contents
+        self.last_step: int | None = None
+        self._pending: deque[tuple[Record, Snapshot]] = deque()
+
+    def due(self, step: int) -> bool:
+        """Whether the step, counted from 1, is to be recorded."""
+        return self.sink is not None and (step == 1 or step % self.every == 0)
+
+    def submit(self, record: Record, snapshot: Snapshot) -> None:
+        """Take a step's record; it is written when the snapshot has arrived."""
+        self.last_step = record["step"]
+        self._pending.append((record, snapshot))
+        self.drain(wait=False)
+
+    def drain(self, wait: bool) -> None:
+        """Write what has arrived, in order; everything if ``wait``."""
+        while self._pending:
+            record, snapshot = self._pending[0]
+            if not (wait or snapshot.arrived() or len(self._pending) > MOST_PENDING):
+                return
+            self._pending.popleft()
+            self.write({**record, **snapshot.scalars(), "sites": self.contents.columns(snapshot)})
+
+    def write(self, record: Record) -> None:
+        """Hand a record to the sink; a sink that fails is given up with a warning, and training goes on."""
+        if self.sink is None:
+            return
+        try:
+            self.sink(record)
+        except Exception as error:
+            sink, self.sink = self.sink, None
+            self._pending.clear()
+            warn(
+                f"{type(sink).__name__} failed on the {record['kind']!r} record of step {record['step']} and is given no more: "
+                f"{type(error).__name__}: {error}",
+            )
+
+    def close(self, end: Record) -> None:
+        """Write what is pending and the last record, and close the sink."""
+        self.drain(wait=True)
+        self.write(end)
+        close = getattr(self.sink, "close", None)
+        if close is not None:
+            close()
+        self.sink = None
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is no whole number from 1 up.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is below 1.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
