@@ -3,7 +3,7 @@
 from grit_optim import presets
 from grit_optim.export.adapter import export_adapter
 from grit_optim.integrations.factory import for_trainer
-from grit_optim.lora.discovery import Site
+from grit_optim.lora.site import Site
 from grit_optim.optimizer import GritOptimizer
 
 __version__ = "0.1.0"

@@ -6,11 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from grit_optim.cli import plot, watch
-from grit_optim.cli import ranks as ranks_command
+from grit_optim.cli import options, plot, ranks, watch
 from grit_optim.cli.runs import RunError
 
-COMMANDS = (plot, ranks_command, watch)
+COMMANDS = (plot, watch, ranks, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -263,3 +263,16 @@ def balance(activation: Tensor, gradient: Tensor, mask: Tensor) -> tuple[Tensor,
     transform = scale[:, :, None] * torch.linalg.solve_triangular(lower.mT, rotation, upper=True).mT
     inverse = (lower @ rotation) / scale[:, None, :]
     return block(transform, mask), block(inverse, mask), spectrum * mask
+
+
+def effective_rank(spectrum: Tensor) -> Tensor:
+    """``exp(−Σ p log p)`` with ``p = x/Σx`` (Roy and Vetterli 2007): ``[S, r] -> [S]``, from 1 to r; 0 for zeros.
+
+    It is k for k equal entries and falls towards 1 as one of them comes to dominate.
+
+    Args:
+        spectrum: eigenvalues or singular values, non-negative.
+    """
+    total = spectrum.sum(-1)
+    share = spectrum / total.clamp_min(torch.finfo(spectrum.dtype).tiny)[:, None]
+    return torch.where(total > 0, torch.special.entr(share).sum(-1).exp(), 0.0)

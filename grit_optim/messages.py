@@ -1,9 +1,10 @@
-"""Warnings that name the caller's line, however many wrappers and library frames lie between."""
+"""What users are told: warnings that name the caller's line, and names in messages."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from types import FrameType
 
 _LIBRARIES = {
@@ -31,3 +32,8 @@ def warn(message: str) -> None:
 
 def _library(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first ``most`` names for a message, with an ellipsis where there are more."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

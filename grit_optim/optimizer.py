@@ -2,151 +2,61 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import cleandoc
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from grit_optim import schedules as schedule
-from grit_optim.capture import processes
-from grit_optim.curvature import checkpoint
-from grit_optim.curvature.bucket import Curvature
-from grit_optim.lora.discovery import Site
-from grit_optim.options import OPTION_NAMES, Options, check_base, check_direction_momentum
-from grit_optim.pace import Pace
-from grit_optim.preconditioners import modes
-from grit_optim.presets import with_mode_defaults
+from grit_optim.base.checks import check_base, check_direction_momentum
+from grit_optim.base.wrapper import OptimizerWrapper
+from grit_optim.capture.diagnosis import SiteReport
+from grit_optim.curvature.bucket import BucketCurvature
+from grit_optim.export.shrink import shrink
+from grit_optim.export.trained import save_trained, warn_of_ranks_that_stay
+from grit_optim.lora.site import Site
+from grit_optim.lora.sites import Sites
+from grit_optim.options import DECLARED, Options
+from grit_optim.options.documentation import arguments
+from grit_optim.options.former import translated
+from grit_optim.parts import KEY, Parts
+from grit_optim.preconditioners.preconditioning import mode_named
 from grit_optim.rank.budget import Origin
-from grit_optim.telemetry.reporting import ReportingOptimizer
+from grit_optim.rank.plan import make_plan
+from grit_optim.rank.report import RankReport
+from grit_optim.sinks import Record
+from grit_optim.telemetry.recorder import Contents
+from grit_optim.telemetry.telemetry import Telemetry
 
 
-class GritOptimizer(ReportingOptimizer):
+class GritOptimizer(OptimizerWrapper):
     """A base optimizer that sees the rank-space Fisher information of the LoRA pairs it trains.
 
-    Each :meth:`step`
-
-    1. reads what the taps gathered since the last step and folds it into the factors Σ_a and Σ_g;
-    2. every ``kfac_update_freq`` steps derives from them what it applies;
-    3. prepares the gradients (or coordinates) of every pair, then adds those of the penalties;
-    4. lets the base optimizer step, and turns that step back ("eigenbasis") or aside ("spectral", "steer");
-    5. every ``reprojection_freq`` steps reprojects the pairs, moves the base's moments along and adapts the
-       rank;
-    6. counts, and records for whoever listens (:meth:`log_to`), without waiting for the device.
-
-    Where several processes train together (DDP), the first stage adds the sums of all of them up, so every
-    process has to call :meth:`step`, and whatever else changes the model (``reduce_ranks_``, ``shrink_``).
-
-    Parameters that belong to no LoRA pair go to the base untouched. Learning rate, weight decay and all else
-    are the base's: ``param_groups``, ``state`` and ``defaults`` are its own.
+        Parameters that belong to no LoRA pair go to the base untouched. Learning rate, weight decay and all else are the
+        base's: ``param_groups``, ``state`` and ``defaults`` are its own. Where several processes train together (DDP), each
+        of them has to call :meth:`step` and whatever else changes the model (``reduce_ranks_``, ``shrink_``).
 
     Args:
-        base: any ``torch.optim.Optimizer`` except LBFGS, already built on the model's trainable parameters.
-        model: the PEFT model (or one that contains such layers), used to find the pairs; a weak reference is
-            kept. A pair that the base holds but that is frozen (another adapter, a layer to be unfrozen
-            later) is tapped once it is trained.
-        sites: the pairs, instead of looking for PEFT's: hand-written LoRA is passed as
-            ``[Site.from_modules(name, a, b, scaling), …]``.
-        precondition: how the curvature is used.
-            ``"spectral"``: the base steps, and its step is turned to the direction of steepest descent in the
-            spectral norm of Fisher coordinates: momentum whitened on the rank side, as Muon does to whole
-            matrices. ``"eigenbasis"``: the base works in the eigenbasis of each pair's factors; its moments
-            are kept in that basis. ``"steer"``: the base's step is turned to the direction of the natural
-            gradient of its moment. ``"balanced"``: the pairs are kept in coordinates in which both factors
-            are diagonal and proportional. ``"inverse"``: the gradient is multiplied by the damped inverse
-            before the base sees it (the GRIT paper). ``"none"``: exactly the base.
-        fisher: what approximates the Fisher information. ``"kfac"``: the token factors Σ_a and Σ_g.
-            ``"block_diagonal"``: E[∇A ∇Aᵀ] and E[∇Bᵀ ∇B], the r×r covariances of each matrix's own gradient.
-            ``"diagonal"``: E[∇A²] and E[∇B²], entry by entry. ``"ekfac"``: the eigenbases of Σ_g and Σ_a,
-            with E[(Qᵀ∇A)²] and E[(∇B Q)²] as eigenvalues. The last two keep as much state as one of Adam's
-            moments.
-        pairing: ``"kfac"`` multiplies ∇A by Σ_g⁻¹ and ∇B by Σ_a⁻¹; ``"paper"`` the other way round.
-        fisher_decay: weight in [0, 1) that the factors' past keeps per recorded step; None for the mean over
-            all tokens.
-        kfac_update_freq: steps between two refreshes of what is derived from the factors. None: 1 for
-            "spectral", "steer" and "inverse", 2 for "eigenbasis", 10 for "balanced"; the last two move the
-            base's moments at each refresh.
-        kfac_min_samples: tokens that a factor must have seen before it is used.
-        kfac_damping: λ added to the factors before they are inverted or balanced. None: 0.3 for "spectral"
-            and "steer", 0.03 for "inverse", 1e-4 for "balanced"; "eigenbasis" needs none.
-        damping: ``"relative"``: λ is in units of the factor's mean eigenvalue; ``"absolute"``: in the loss's
-            own units, as in the GRIT library, whose λ so depends on batch size and loss scale.
-        kfac_power: power p of Σ⁻¹ in "spectral" and "steer": 1 is the natural gradient, 0 leaves the tokens'
-            curvature out.
-            None: 0.5 for "spectral", 1 for "steer".
-        direction_momentum: what the average of the gradient keeps per step in "spectral" and "steer", whose
-            direction wants to be fresher than Adam's: the base's first moment of the pairs is made to forget
-            so fast, and its own β₁ (SGD's momentum) counts for other parameters only. ``"base"`` leaves it
-            alone. None: 0.6 for "spectral" around any kind of Adam whose β₁ is not 0 and that does not find
-            its own rate, else "base".
-        gradient_share: share of the newest gradient in the direction of "spectral" and "steer", beside that
-            average; 0.4 at a momentum of 0.6 is Nesterov's. None: 0.4 for "spectral", 0 for "steer".
-        caution: share in [0, 1] that entries of the direction lose where they go up the newest gradient, in
-            "spectral" and "steer"; 0 leaves them as they are, 1 drops them. None: 0.7 for "spectral", 0 for
-            "steer".
-        step_length: how long a step of "spectral" or "steer" is: root mean square of its entries, in units of
-            the learning rate, or ``"base"`` for the length of the step that the base took. None: 0.6 in
-            "spectral" around any kind of Adam, else "base". With a ``rank_budget`` it grows by r₀/r where a
-            pair has r of r₀ directions left, so that the step's singular values add up to what they did.
-        a_step_ratio: how much longer A's steps are than B's, in "spectral" and "steer". None: 1.5 for
-            "spectral", 1 for "steer".
-        kfac_inversion_device: where factors are inverted or decomposed; None for where they are.
-        cov_update_freq: the taps record in one step of so many.
-        max_tokens: tokens per pair and step that enter the factors, evenly spaced; None for all.
-        ng_warmup_steps: steps at the start during which the curvature is gathered but not applied.
-        preserve_norm: "inverse" keeps the Frobenius norm of each matrix's gradient, so that the learning rate
-            and a trainer's clipping keep their meaning.
-        max_grad_norm: upper bound on the joint norm of the pairs' gradients as the base gets them; None for
-            no bound.
-        reprojection: ``"balanced"``: drops the coordinates that matter least in the K-FAC metric, for good;
-            ``"two_sided"``, ``"one_sided"``: project A and B onto leading eigenvectors of their factors (the
-            GRIT paper); ``"none"``.
-        reprojection_freq: steps between two reprojections.
-        reprojection_k: directions kept while there is no rank adaptation; None keeps all.
-        reprojection_warmup_steps: steps before the first reprojection.
-        enable_rank_adaptation: keep as many directions as hold the share ``rank_adaptation_threshold`` of the
-            energy: eigenvalues of Σ_a in the paper's projections, Λ² in balanced coordinates.
-        rank_adaptation_threshold: τ in (0, 1].
-        min_lora_rank: directions that rank adaptation always leaves. With a ``rank_budget`` it may be 0:
-            sites that are not worth a direction are then left out of the exported adapter.
-        rank_adaptation_start_step: steps before the first adaptation.
-        rank_budget: parameters that all pairs together may keep: a float is a share of what the adapter has,
-            an int a number of them. All directions of all sites compete by the rise of the loss that dropping
-            them is predicted to cost, per parameter. Needs ``reprojection="balanced"``; takes the place of
-            ``enable_rank_adaptation``.
-        rank_budget_start: budget from which ``rank_budget`` is approached; None for the whole adapter. A
-            start below the end, as in GRIT-VLM's ``projection_budget_start=32, projection_budget_end=96``,
-            needs ``rank_regrowth``.
-        rank_budget_schedule: ``"linear"``, ``"cosine"``, or ``"adaptive"``: linear, but standing still while
-            the loss suffers, which is known as for ``adaptive_schedule``.
-        rank_budget_steps: steps from the start to the end of the budget, counted from
-            ``rank_adaptation_start_step``; 0 goes to the end at once. The budget takes effect at
-            reprojections.
-        rank_budget_tolerance: how much the mean loss since the last cut may exceed the lowest mean so far, as
-            a share, before "adaptive" stands still.
-        rank_regrowth: give directions that were given up back to sites whose spectrum is still flat at its
-            end. They start as LoRA does, A random and B zero.
-        lambda_kfac: λ_K of the penalty λ_K (tr(Aᵀ Σ_a A) + tr(B Σ_g Bᵀ)) on directions of high curvature, in
-            the units of ``damping``. Its gradient, and the next one's, is added after the preconditioner and
-            before ``max_grad_norm``; "spectral" and "steer" turn the base's step as a whole, and it with the
-            rest. 0: none.
-        lambda_reproj: λ_R of the penalty λ_R (‖(I − P_a) A‖² + ‖B (I − P_g)‖²) on what lies outside the
-            leading directions of Σ_a and Σ_g, as many as a reprojection would keep. 0: none.
-        regularizer_warmup_steps: steps over which both penalties grow from nothing on a straight line.
-        adaptive_schedule: lengthen the periods of refresh and reprojection while the loss falls, shorten them
-            when it stalls, and let the damping follow the loss's noise (``pace.py`` has the rule and its
-            bounds). The loss is what :meth:`observe` was given, else the closure's, else that of the model's
-            output.
+            base: any ``torch.optim.Optimizer`` except LBFGS, already built on the model's trainable parameters.
+            model: the PEFT model, or one that contains such layers, in which the pairs are found. A weak reference is kept.
+                A pair that the base holds but that is frozen is tapped once it is trained.
+            sites: the pairs, instead of looking for PEFT's: hand-written LoRA is passed as
+                ``[Site.from_modules(name, a, b, scaling), …]``.
+    {options}
 
     Raises:
-        TypeError: ``base`` is no optimizer, or cannot be wrapped, or an option has the wrong type.
-        ValueError: an option is out of range, or no LoRA pair is found.
+            TypeError: ``base`` is no optimizer, or cannot be wrapped, or an option has the wrong type or name.
+            ValueError: an option is out of range, or no LoRA pair is found.
 
     Example:
-        >>> optimizer = GritOptimizer(torch.optim.AdamW(model.parameters(), lr=2e-4), model)  # doctest: +SKIP
+            >>> optimizer = GritOptimizer(torch.optim.AdamW(model.parameters(), lr=2e-4), model)  # doctest: +SKIP
     """
+
+    state_key = KEY
 
     def __init__(
         self,
@@ -155,57 +65,68 @@ class GritOptimizer(ReportingOptimizer):
         *,
         sites: Sequence[Site] | None = None,
         precondition: str = "spectral",
-        pairing: str = "kfac",
+        kfac_power: float | None = None,
+        direction_momentum: float | str | None = None,
+        step_length: float | str | None = None,
+        max_grad_norm: float | None = None,
         fisher: str = "kfac",
+        pairing: str = "kfac",
         fisher_decay: float | None = 0.9,
-        kfac_update_freq: int | None = None,
         kfac_min_samples: int = 64,
         kfac_damping: float | None = None,
         damping: str = "relative",
-        kfac_power: float | None = None,
-        direction_momentum: float | str | None = None,
-        gradient_share: float | None = None,
-        caution: float | None = None,
-        step_length: float | str | None = None,
-        a_step_ratio: float | None = None,
         kfac_inversion_device: str | None = None,
         cov_update_freq: int = 1,
         max_tokens: int | None = 1024,
+        kfac_update_freq: int | None = None,
         ng_warmup_steps: int = 0,
-        preserve_norm: bool = True,
-        max_grad_norm: float | None = None,
-        reprojection: str = "none",
         reprojection_freq: int = 50,
-        reprojection_k: int | None = None,
         reprojection_warmup_steps: int = 0,
-        enable_rank_adaptation: bool = False,
-        rank_adaptation_threshold: float = 0.99,
+        adaptive_schedule: bool = False,
+        reprojection: str = "none",
+        reprojection_k: int | None = None,
+        rank_adaptation_threshold: float | None = None,
         min_lora_rank: int = 4,
         rank_adaptation_start_step: int = 0,
-        rank_budget: float | None = None,
-        rank_budget_start: float | None = None,
+        rank_budget: float | tuple[float, float] | None = None,
         rank_budget_schedule: str = "linear",
         rank_budget_steps: int = 0,
-        rank_budget_tolerance: float = 0.01,
-        rank_regrowth: bool = False,
         lambda_kfac: float = 0.0,
         lambda_reproj: float = 0.0,
         regularizer_warmup_steps: int = 0,
-        adaptive_schedule: bool = False,
+        **former: Any,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name in OPTION_NAMES}
+        given = {name: value for name, value in locals().items() if name in DECLARED}
         check_base(base)
-        self.options = Options(**with_mode_defaults(given, base))
+        given = translated(given, former)
+        mode = mode_named(given["precondition"])
+        missing = {name: value for name, value in mode.defaults_around(base).items() if given[name] is None}
+        options = Options.of({**given, **missing})
+        mode.check(options)
         check_direction_momentum(direction_momentum, base)
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"the second argument must be the model (a torch.nn.Module), got {type(model).__name__}"
             )
-        self._model = weakref.ref(model)
-        self._given_sites = sites is not None
-        self._frozen = []
-        self._start(base, list(sites) if sites is not None else self._find_sites(base, model))
-        self._warn_of_ranks_that_stay()
+        found = Sites(base, model, sites)
+        self._assemble(base, options, found, list(sites) if sites is not None else found.find(model))
+        warn_of_ranks_that_stay(self._parts)
+
+    def _assemble(
+        self,
+        base: Optimizer,
+        options: Options,
+        found: Sites,
+        sites: list[Site],
+        origin: Mapping[str, Origin] | None = None,
+    ) -> None:
+        """Put the parts together, at construction and in a copy."""
+        self.options = options
+        self._parts = Parts(base, options, found)
+        self._telemetry = Telemetry(self._parts)
+        self._closed = False
+        self._wrap(base, self._parts)
+        self._parts.start(sites, origin)
 
     # ---------------------------------------------------------------- the step
 
@@ -214,8 +135,7 @@ class GritOptimizer(ReportingOptimizer):
         """One step of the base optimizer, with curvature.
 
         Args:
-            closure: runs zero_grad, forward and backward and returns the loss; run once, with gradients
-                enabled.
+            closure: runs zero_grad, forward and backward and returns the loss; run once, with gradients enabled.
 
         Returns:
             What the closure returned, or None.
@@ -228,120 +148,253 @@ class GritOptimizer(ReportingOptimizer):
             raise RuntimeError(
                 "this GritOptimizer was closed; go on with its base optimizer, or build a new one"
             )
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        observed = self._losses.take(loss)
-        if processes.size() > 1 and self._needs_losses() and self._curvatures:
-            observed = processes.mean_loss(observed, self._curvatures[0].bucket.device)
-        self._tell_budget(observed)
-        self._follow_model()
-        advancing = self._fold_statistics()
-        self._tap_unfrozen()
-        if advancing:
-            self._refresh()
-        self._step_base()
-        if advancing:
-            self._reproject()
-            self._count(observed)
-            self._record(observed)
-        return loss
+        parts = self._parts
+        returned = _evaluate(closure)
+        loss = parts.losses.take(returned, parts.curvature.device if parts.follows_loss else None)
+        parts.ranks.observe(loss)
+        parts.follow_model()
+        statistics = parts.capture.collect()  # None: no tap has fired, and nothing of GRIT's advances
+        if statistics is not None:
+            parts.curvature.fold(statistics)
+        parts.tap_unfrozen()
+        if statistics is not None:
+            parts.refresh_if_due()
+        with parts.preconditioning.around_step(parts.curvature, parts.schedule), parts.times("base"):
+            parts.base.step()
+        parts.ranks.clear_given_up(parts.curvature.buckets)
+        if statistics is not None:
+            parts.reproject_if_due()
+            parts.end_step(loss)
+            self._telemetry.record(loss)
+        return returned
 
-    # ---------------------------------------------------------------- the end
+    # ---------------------------------------------------------------- what belongs to any optimizer
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and what the taps gathered with them."""
+        super().zero_grad(set_to_none)
+        self._parts.capture.discard()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Give the base another parameter group; LoRA pairs that it completes are tapped from now on."""
+        super().add_param_group(param_group)
+        self._parts.take(self._parts.sites.with_trained())
 
     def close(self) -> None:
         """End the logging, remove every hook, bring the base's state back to the coordinates of A and B: it can go on alone."""
         if self._closed:
             return
         self.finish_logging()
-        for curvature in self._curvatures:
-            self._mode.to_plain_coordinates(curvature)
-        self._losses.detach()
-        self._capture.close()
+        self._parts.preconditioning.to_plain_coordinates(self._parts.curvature)
+        self._parts.losses.detach()
+        self._parts.capture.close()
         self._closed = True
 
     def __repr__(self) -> str:
-        return f"GritOptimizer(precondition={self.options.precondition!r}, sites={len(self._sites)}, base={self.base!r})"
-
-    # ---------------------------------------------------------------- copying, saving, loading
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and what the taps gathered with them."""
-        super().zero_grad(set_to_none)
-        self._capture.discard()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Give the base another parameter group; LoRA pairs that it completes are tapped from now on."""
-        super().add_param_group(param_group)
-        self._tap_what_is_trained()
-
-    def _own_state(self) -> dict[str, Any]:
-        with_operators = (
-            self.options.kfac_update_freq > 1
-            or self.options.adaptive_schedule
-            or self.options.precondition == "eigenbasis"
-            or self.options.fisher == "ekfac"  # its moments are expressed in the eigenbases
-        )
-        return {
-            "version": checkpoint.VERSION,
-            "steps": self._steps,
-            "calls_per_step": self._capture.calls_per_step,
-            "offset": self._capture.offset,
-            "precondition": self.options.precondition,
-            "fisher": self.options.fisher,
-            "reprojection": self.options.reprojection,
-            "refreshes": self._counters.refreshes,
-            "reprojections": self._counters.reprojections,
-            "pace": self._pace.pack(),
-            "sites": checkpoint.pack_sites(self._curvatures, with_operators),
-            "origin": {name: list(origin) for name, origin in self._origin.items()},
-            "removed": dict(self._removed),
-            "budget": {} if self._budget is None else self._budget.state(),
-        }
-
-    def _check_own_state(self, own: dict[str, Any]) -> None:
-        self._tap_named(own["sites"].keys())
-        checkpoint.check(own, self._curvatures)
-
-    def _load_own_state(self, own: dict[str, Any] | None) -> None:
-        self._capture.discard()
-        self._curvatures = [Curvature(c.bucket, self.options) for c in self._curvatures]
-        own = own or {"sites": {}}
-        self._steps = own.get("steps", 0)
-        self._capture.calls_per_step, self._capture.offset = (
-            own.get("calls_per_step", 1),
-            own.get("offset", 0),
-        )
-        self._capture.active = schedule.capture_due(self._steps, self.options.cov_update_freq)
-        self._counters.refreshes = own.get("refreshes", 0)
-        self._counters.reprojections = own.get("reprojections", 0)
-        self._pace = Pace(self.options)
-        self._pace.unpack(own.get("pace", {}))
-        checkpoint.unpack_sites(self._curvatures, own["sites"])
-        self._load_ranks(own)
-        if own.get("precondition") == "eigenbasis" and self.options.precondition != "eigenbasis":
-            for curvature in self._curvatures:  # the moments were saved as seen from the eigenbasis
-                modes.Eigenbasis(self.base).to_plain_coordinates(curvature)
-        kept = own.get("precondition"), own.get("fisher", "kfac")
-        if own["sites"] and kept != (self.options.precondition, self.options.fisher):
-            for curvature in self._curvatures:  # operators of another kind; the next refresh derives our own
-                curvature.drop_operators(same_fisher=kept[1] == self.options.fisher)
+        mode, sites = self.options.step.precondition, len(self._parts.sites.all)
+        return f"GritOptimizer(precondition={mode!r}, sites={sites}, base={self.base!r})"
 
     def __getstate__(self) -> dict[str, Any]:
+        sites = self._parts.sites
         return {
             "options": self.options,
             "base": self.base,
-            "sites": self._sites,
-            "given_sites": self._given_sites,
-            "grit": self._own_state(),
+            "sites": sites.all,
+            "given_sites": sites.given,
+            "grit": self._parts.state_dict(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.options = state["options"]
-        self._given_sites = state["given_sites"]
-        self._frozen = []
-        self._model = None  # the copy knows its sites; the model they came from is not copied along
-        origin = {name: Origin(*values) for name, values in state["grit"].get("origin", {}).items()}
-        self._start(state["base"], state["sites"], origin)
-        self._load_own_state(state["grit"])
+        # The copy knows its pairs; the model they came from is not copied along.
+        base, sites = state["base"], state["sites"]
+        origin = {name: Origin(*values) for name, values in state["grit"]["origin"].items()}
+        found = Sites(base, None, sites if state["given_sites"] else None)
+        self._assemble(base, state["options"], found, sites, origin)
+        self._parts.load_state_dict(state["grit"])
+
+    # ---------------------------------------------------------------- what the taps see
+
+    def check_capture(self) -> list[SiteReport]:
+        """Whether the taps see what the gradients saw, per site; call it after ``backward()`` and before :meth:`step`.
+
+        Compares ⟨A, ∇A⟩, ⟨B, ∇B⟩ and Σ h·δ, which are equal up to the loss scale and the trainer's clipping. Reads values
+        from the device. Runs by itself in the first steps, and warns. Where several processes train together, a process
+        knows its own tokens alone, and the amounts are compared in the first steps only.
+        """
+        return self._parts.capture.check()
+
+    @property
+    def curvature(self) -> list[BucketCurvature]:
+        """The factors and operators of all pairs, one entry per rank and device; to be read, not written."""
+        return self._parts.curvature.buckets
+
+    # ---------------------------------------------------------------- ranks
+
+    def ranks(self) -> RankReport:
+        """Directions kept per site, a dict by name, with effective ranks, parameters and predicted losses in ``.sites``.
+
+        ``print(optimizer.ranks().table())`` shows it, ``.as_dict()`` is for JSON. Reads values from the device. The
+        paper's projections let a rank grow back until they are next due; with them, ranks and parameters are what the
+        latest one left.
+        """
+        ranks, buckets = self._parts.ranks, self._parts.curvature.buckets
+        return ranks.report(buckets, ranks.by_name(buckets), ranks.coordinates(buckets), {})
+
+    def plan_ranks(self, ranks: float | Mapping[str, int]) -> RankReport:
+        """What :meth:`reduce_ranks_` would do, and the rise of the loss that it is predicted to cost; changes nothing.
+
+        Args:
+            ranks: a budget as ``rank_budget`` takes it, or site name to rank (sites that are not named keep theirs).
+        """
+        parts, buckets = self._parts, self._parts.curvature.buckets
+        plan = make_plan(parts.ranks, buckets, self.options, ranks)
+        kept = {**parts.ranks.by_name(buckets), **plan.ranks(buckets)}
+        return parts.ranks.report(buckets, kept, plan.found, plan.costs(buckets))
+
+    @torch.no_grad()
+    def reduce_ranks_(self, ranks: float | Mapping[str, int]) -> RankReport:
+        """Give up ranks now, for good, as the reprojection ``"balanced"`` does.
+
+        Args:
+            ranks: a budget as ``rank_budget`` takes it, or site name to rank (sites that are not named keep theirs).
+
+        Returns:
+            The ranks, with the rise of the loss that all that was dropped was predicted to cost.
+
+        Raises:
+            TypeError: neither a budget nor a mapping.
+            ValueError: an unknown site, a rank above the site's, a budget that cannot be met, or factors that have not
+                seen ``kfac_min_samples`` tokens yet.
+        """
+        parts = self._parts
+        parts.reduce(make_plan(parts.ranks, parts.curvature.buckets, self.options, ranks))
+        return self.ranks()
+
+    @torch.no_grad()
+    def shrink_(self, *, model: nn.Module | None = None) -> RankReport:
+        """Cut A, B, their gradients and the base's state to the ranks that are kept, in place, between training phases.
+
+        What the model computes stays the same. The Parameter objects stay the same too, but for sites of rank 0, which
+        leave the model and the base's parameter groups. PEFT's configuration is updated, so that
+        ``model.save_pretrained`` and :meth:`save_adapter` write what is there. A checkpoint of the optimizer from now on
+        belongs to the smaller adapter.
+
+        Args:
+            model: the model, where the optimizer does not know it any more (after copying or unpickling).
+
+        Raises:
+            ValueError: the paper's projections are in use, which give no rank up, no rank is left, or DoRA.
+        """
+        shrink(self._parts, model)
+        return self.ranks()
+
+    def save_adapter(
+        self,
+        path: str | PathLike[str],
+        *,
+        adapter: str | None = None,
+        fold_scale: bool = False,
+        dtype: torch.dtype | None = None,
+        model: nn.Module | None = None,
+    ) -> RankReport:
+        """Save the trained adapter with the ranks that are kept and no others, for ``PeftModel.from_pretrained``.
+
+        Args:
+            path: the folder; it holds the old adapter or the new one at every moment (file by file only, where the
+                folder is a mount point, the working directory, or in a folder that must not be written to).
+            adapter: name of the adapter, where this optimizer trains several.
+            fold_scale: multiply the scale into B, for programs that ignore ``alpha_pattern`` and rsLoRA.
+            dtype: ``torch.bfloat16`` or ``torch.float16`` for half the bytes of an adapter trained in fp32; None: as it is.
+            model: the model, where the optimizer does not know it any more (after unpickling).
+
+        Returns:
+            The ranks as saved, with effective ranks of ΔW and what the dropped ones were predicted to cost.
+
+        Raises:
+            ValueError: no such adapter, one that this optimizer does not train, one that cannot be exported (DoRA), or a
+                value that ``dtype`` cannot hold.
+        """
+        return save_trained(self._parts, path, adapter, fold_scale, dtype, model)
+
+    # ---------------------------------------------------------------- what it tells
+
+    def telemetry(self, per_site: bool = True) -> dict[str, Any]:
+        """What has been done so far, as plain values (reading them waits for the device).
+
+        ``predicted_cost`` is the rise of the loss that all given-up ranks were predicted to cost, in the loss's unit.
+        ``mean_cosine`` is that of the angle between the latest update with and without curvature, over all matrices: 1
+        means that the curvature changed nothing. None where only the one with curvature is known ("eigenbasis",
+        "balanced").
+
+        Args:
+            per_site: also each site's own numbers under ``"per_site"``, by name: see docs/telemetry.md.
+        """
+        return self._telemetry.report(per_site)
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Host seconds spent in each stage since construction."""
+        return dict(self._parts.times.seconds)
+
+    def final_ranks(self, path: str | Path | None = None) -> dict[str, dict[str, Any]]:
+        """Ranks and parameter counts per site, by name, as the tables of a paper need them.
+
+        Each has ``base_r`` (the adapter's rank), ``final_k_a`` and ``final_k_b`` (directions that A and B keep),
+        ``effective_rank_a`` and ``effective_rank_g`` of both factors, ``parameters`` and ``parameters_kept``.
+
+        Args:
+            path: also write them there as JSON, with the totals.
+        """
+        return self._telemetry.final_ranks(path)
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Tell the loss of the coming step; several calls before a step are averaged. A tensor is not read back here.
+
+        Not needed where the model's output carries a ``loss`` or ``step`` gets a closure. A copied or unpickled optimizer
+        knows its pairs but not the model, and so needs one or the other.
+
+        Args:
+            loss: a number, or a tensor of one value.
+        """
+        self._parts.losses.observe(loss)
+
+    def log_to(
+        self,
+        sink: str | Path | Callable[[Record], object],
+        *,
+        every: int = 10,
+        log_fisher_spectrum: bool = False,
+        log_top_eigs: int = 8,
+        log_eig_heatmaps: bool = False,
+        log_eig_heatmaps_modules: int = 6,
+    ) -> None:
+        """Record from now on, until :meth:`finish_logging` or :meth:`close`. Sinks are not saved or copied.
+
+        Args:
+            sink: a path for a file of JSON lines (``python -m grit_optim plot`` and ``watch`` read it), a
+                ``grit_optim.sinks.TensorBoard`` or ``WandB``, or any callable that takes a dict.
+            every: steps between two records; the first step has one too.
+            log_fisher_spectrum: also the leading eigenvalues of both factors.
+            log_top_eigs: how many of them.
+            log_eig_heatmaps: also the eigenvectors of both factors.
+            log_eig_heatmaps_modules: for how many of the first sites.
+
+        Raises:
+            TypeError: ``sink`` is no path and cannot be called, or an option has the wrong type.
+        """
+        contents = Contents(log_fisher_spectrum, log_top_eigs, log_eig_heatmaps, log_eig_heatmaps_modules)
+        self._telemetry.log_to(sink, every, contents)
+
+    def finish_logging(self) -> None:
+        """Write what is pending, the latest step and the final ranks, and close the sinks."""
+        self._telemetry.finish()
+
+
+GritOptimizer.__doc__ = cleandoc(GritOptimizer.__doc__ or "").replace("    {options}", arguments())
+
+
+def _evaluate(closure: Callable[[], Any] | None) -> Any:
+    """What the closure returns, run with gradients enabled; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

@@ -1,196 +1,39 @@
-"""The base optimizer's state: reading its moments, and moving them along when the coordinates of A and B change.
+"""Moving what a base optimizer keeps to other coordinates of A and B, and cutting it to fewer.
 
-State tensors are known by name, so that any optimizer that uses the field's names is served. What transforms
-like a gradient is multiplied as a gradient is, copies of the weights as the weights are. Squared gradients
-are multiplied by the squared entries (exact for permutations and sign changes), and where the tokens' factors
-tell how a gradient's entries are correlated over the rank, by what that leaves out. Any other tensor that has
-the parameter's shape is not understood: the parameter's state is then dropped, so that the base starts it
-anew, and named.
+State tensors are known by name. What transforms like a gradient is multiplied as a gradient is, copies of the weights as
+the weights are. Squared gradients are multiplied by the squared entries, which is exact for permutations and changes of
+sign; where the K-FAC factors tell how a gradient's entries are correlated over the rank, by the correlations too. Any
+other tensor of the parameter's shape is not understood: the parameter's state is then dropped and named, and the base
+starts it anew.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from grit_optim.base.moments import SQUARE_LIKE
 from grit_optim.lora.buckets import Group
 from grit_optim.messages import warn
-from grit_optim.rank.coordinates import Move
 
 GRADIENT_LIKE = ("exp_avg", "momentum_buffer", "grad_avg")
-SQUARE_LIKE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
-WEIGHT_LIKE = ("z",)  # schedule-free's second copy of the weights
-
-# Classes of these names decay the weights by lr·weight_decay outside the gradient, as Loshchilov and Hutter
-# (2019) do; and these of bitsandbytes' kernels, whatever the class that calls them.
-_DECOUPLED_NAMES = ("AdamW", "Lion", "Muon", "Adafactor")
-_DECOUPLED_KERNELS = ("adam", "ademamix", "lamb", "lion")
-_SQUARES_FIRST = ("adagrad", "rmsprop")  # kernels of bitsandbytes whose ``state1`` holds squared gradients
-_DECOUPLED_FLAGS = ("decoupled_weight_decay", "weight_decouple", "decouple_weight_decay")
+WEIGHT_LIKE = ("z",)
+"""A second copy of the weights, which schedule-free optimizers keep."""
 
 
-def rate(settings: dict[str, Any]) -> float | Tensor:
-    """The learning rate of a parameter group in the step just taken; schedule-free's warm-up is its own, beside ``lr``."""
-    return settings["scheduled_lr"] if "scheduled_lr" in settings else settings["lr"]
+@dataclass(frozen=True)
+class Move:
+    """``A ← a_weight A``, ``B ← B b_weight``; gradients ``∇A ← a_gradient ∇A``, ``∇B ← ∇B b_gradient``; all ``[S, r, r]``."""
 
-
-def decoupled_decay(
-    base: Optimizer, settings: dict[str, Any], parameters: Sequence[Tensor]
-) -> float | Tensor:
-    """The share of the weights that ``base`` takes off in one step beside its update: rate·weight_decay, or 0.
-
-    Args:
-        base: the base optimizer, after its step.
-        settings: one of its parameter groups.
-        parameters: m parameters of that group.
-
-    Returns:
-        A number, or ``[m, 1, 1]`` where each parameter has its own rate (transformers' Adafactor).
-    """
-    decay = settings.get("weight_decay", 0.0)
-    if not decay or not _decouples(base, settings):
-        return 0.0
-    if settings.get("scale_parameter") or settings.get("relative_step"):
-        rates = [base._get_lr(settings, base.state[p]) for p in parameters]  # type: ignore[attr-defined]
-        return (
-            decay
-            * torch.stack([torch.as_tensor(r, device=parameters[0].device) for r in rates])[:, None, None]
-        )
-    return rate(settings) * decay
-
-
-def coupled_decay(base: Optimizer, settings: dict[str, Any]) -> float:
-    """What ``base`` multiplies the weights by to add them to the gradient (an L2 penalty), 0 if it does not."""
-    return 0.0 if _decouples(base, settings) else settings.get("weight_decay", 0.0)
-
-
-def _decouples(base: Optimizer, settings: dict[str, Any]) -> bool:
-    """Whether weight decay, if any, stays outside the gradient."""
-    flags = [settings[name] for name in _DECOUPLED_FLAGS if name in settings]
-    if flags:
-        return bool(flags[0])
-    if (kernel := _kernel(base)) is not None:
-        return kernel in _DECOUPLED_KERNELS
-    return any(name in type(base).__name__ for name in _DECOUPLED_NAMES)
-
-
-def first_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
-    """The base's average (or decayed sum) of the gradient for ``parameter``, in the parameter's shape, or None."""
-    state = base.state.get(parameter, {})
-    for name in ("exp_avg", "grad_avg", "momentum_buffer"):
-        averages_gradients = (
-            name != "momentum_buffer" or "square_avg" not in state
-        )  # RMSprop's is of scaled gradients
-        if isinstance(state.get(name), Tensor) and averages_gradients:
-            return state[name]
-    return None if _kernel(base) in _SQUARES_FIRST else _bitsandbytes_moment(state, "1")
-
-
-def moment_weight(
-    base: Optimizer, parameter: Tensor, settings: dict[str, Any], decay: float
-) -> Tensor | float:
-    """What :func:`first_moment` is to be divided by to be a mean of gradients: the sum of the weights in it.
-
-    Args:
-        base: the base optimizer.
-        parameter: one of its parameters, after at least one step.
-        settings: the parameter's group.
-        decay: what the average keeps per step, β₁ or SGD's momentum.
-
-    Returns:
-        ``1 − β₁ᵗ`` for Adam's average after t steps, ``(1 − dampening) / (1 − β)`` for SGD's momentum buffer,
-        which sums, 1 for any other.
-    """
-    if "dampening" in settings:
-        return (1 - settings["dampening"]) / (1 - decay)
-    steps = base.state.get(parameter, {}).get("step")
-    return 1.0 if steps is None or "betas" not in settings else 1 - decay**steps
-
-
-def freshened_correction(
-    base: Optimizer, parameter: Tensor, settings: dict[str, Any], decay: float, wanted: float
-) -> Tensor | float:
-    """What Adam's step is too long by where its average keeps less than Adam believes, as a factor that mends it.
-
-    In step t an average that kept ``w`` per step until then has the weight β₁ (1 − wᵗ⁻¹) + 1 − β₁, and Adam
-    divides by 1 − β₁ᵗ.
-
-    Args:
-        base: the base optimizer.
-        parameter: one of its parameters, after at least one step.
-        settings: the parameter's group.
-        decay: β₁.
-        wanted: w.
-    """
-    steps = base.state.get(parameter, {}).get("step")
-    if steps is None or "betas" not in settings:
-        return 1.0
-    return (1 - decay**steps) / (decay * (1 - wanted ** (steps - 1)) + 1 - decay)
-
-
-def set_first_moment(base: Optimizer, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Put other values into what :func:`first_moment` reads; bitsandbytes' 8-bit states are quantized anew."""
-    plain: list[tuple[Tensor, Tensor]] = []
-    for parameter, value in zip(parameters, values, strict=True):
-        state = base.state[parameter]
-        codes = state.get("state1")
-        if codes is not None and codes.dtype == torch.uint8:
-            _quantize(state, value)
-        elif (target := first_moment(base, parameter)) is not None:
-            plain.append((target, value.view_as(target)))
-    if plain:
-        torch._foreach_copy_([target for target, _ in plain], [value for _, value in plain])
-
-
-def second_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
-    """The base's average of the squared gradient for ``parameter``, elementwise, or None."""
-    state = base.state.get(parameter, {})
-    for name in SQUARE_LIKE:
-        value = state.get(name)
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            return value
-    return _bitsandbytes_moment(state, "1" if _kernel(base) in _SQUARES_FIRST else "2")
-
-
-def _kernel(base: Optimizer) -> str | None:
-    """The name of the update that a bitsandbytes optimizer runs, None for any other."""
-    theirs = any(kind.__module__.startswith("bitsandbytes") for kind in type(base).__mro__)
-    return getattr(base, "optimizer_name", None) if theirs else None
-
-
-def _bitsandbytes_moment(state: dict[str, Any], which: str) -> Tensor | None:
-    """Bitsandbytes' ``state1`` or ``state2`` in fp32, dequantized where it is stored in 8 bits by blocks."""
-    value = state.get(f"state{which}")
-    if not isinstance(value, Tensor) or value.dtype != torch.uint8:
-        return value
-    from bitsandbytes import functional
-
-    scales = state[f"absmax{which}"]
-    return functional.dequantize_blockwise(
-        value, absmax=scales, code=state[f"qmap{which}"], blocksize=_block_size(value, scales)
-    )
-
-
-def _quantize(state: dict[str, Any], value: Tensor) -> None:
-    """Set bitsandbytes' ``state1``, stored in 8 bits by blocks."""
-    from bitsandbytes import functional
-
-    codes, scales = state["state1"], state["absmax1"]
-    contiguous = value.to(torch.float32).reshape(codes.shape).contiguous()
-    stored, found = functional.quantize_blockwise(
-        contiguous, code=state["qmap1"], blocksize=_block_size(codes, scales)
-    )
-    codes.copy_(stored)
-    scales.copy_(found.absmax)
-
-
-def _block_size(codes: Tensor, scales: Tensor) -> int:
-    return 2 ** math.ceil(math.log2(codes.numel() / scales.numel()))
+    a_weight: Tensor
+    b_weight: Tensor
+    a_gradient: Tensor
+    b_gradient: Tensor
 
 
 def move_weights(groups: Iterable[Group], move: Move) -> None:
@@ -311,3 +154,22 @@ def _warn_dropped_state(base: Optimizer, names: set[str]) -> None:
         f"{', '.join(GRADIENT_LIKE + SQUARE_LIKE)}, or a mode that leaves the coordinates alone (precondition='steer' or "
         "'inverse', reprojection='none')",
     )
+
+
+def narrow_state(base: Optimizer, parameter: Tensor, dim: int, rank: int) -> set[str]:
+    """Cut what has the parameter's shape along with it; state of another form is reset, and its names are returned."""
+    state: dict[str, Any] = base.state.get(parameter, {})
+    tensors = {
+        name: value for name, value in state.items() if isinstance(value, Tensor) and value.numel() > 1
+    }
+    strange = {
+        n
+        for n, value in tensors.items()
+        if value.shape != parameter.shape or not value.dtype.is_floating_point
+    }
+    if strange:
+        base.state.pop(parameter, None)
+        return strange
+    for name, value in tensors.items():
+        state[name] = value.narrow(dim, 0, rank).clone()
+    return set()

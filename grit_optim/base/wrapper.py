@@ -8,14 +8,27 @@ scaled.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
 
 
-class OptimizerWrapper(Optimizer, ABC):
+class OwnState(Protocol):
+    """What a wrapper keeps beside the base's state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain containers."""
+
+    def check_state_dict(self, own: Mapping[str, Any]) -> None:
+        """Raise if ``own`` cannot be loaded; called before anything is changed."""
+
+    def load_state_dict(self, own: Mapping[str, Any] | None) -> None:
+        """Go on from a state, or start anew from None."""
+
+
+class OptimizerWrapper(Optimizer):
     """What every wrapper of an optimizer needs, without a step of its own.
 
     Attributes:
@@ -26,10 +39,11 @@ class OptimizerWrapper(Optimizer, ABC):
 
     base: Optimizer
     state_key: str
+    _own: OwnState
 
-    def _wrap(self, base: Optimizer) -> None:
-        """Stand for ``base`` from now on; takes the place of ``Optimizer.__init__``."""
-        self.base = base
+    def _wrap(self, base: Optimizer, own: OwnState) -> None:
+        """Stand for ``base`` from now on, with ``own`` state beside it; takes the place of ``Optimizer.__init__``."""
+        self.base, self._own = base, own
         Optimizer.__setstate__(
             self, {}
         )  # the hook dicts and the patched step, without touching the base's groups
@@ -39,18 +53,6 @@ class OptimizerWrapper(Optimizer, ABC):
         ):  # schedule-free optimizers; a trainer asks whether there are such methods
             if callable(getattr(base, name, None)):
                 setattr(self, name, getattr(base, name))
-
-    @abstractmethod
-    def _own_state(self) -> dict[str, Any]:
-        """The wrapper's own state: tensors and plain containers."""
-
-    @abstractmethod
-    def _check_own_state(self, own: dict[str, Any]) -> None:
-        """Raise if ``own`` cannot be loaded; called before anything is changed."""
-
-    @abstractmethod
-    def _load_own_state(self, own: dict[str, Any] | None) -> None:
-        """Restore the wrapper's own state, or start anew if there is None."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -95,7 +97,7 @@ class OptimizerWrapper(Optimizer, ABC):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state = self.base.state_dict()
-        state[self.state_key] = self._own_state()
+        state[self.state_key] = self._own.state_dict()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state)
             state = changed if changed is not None else state
@@ -114,8 +116,8 @@ class OptimizerWrapper(Optimizer, ABC):
             state = dict(changed) if changed is not None else state
         own = state.pop(self.state_key, None)
         if own is not None:
-            self._check_own_state(own)
+            self._own.check_state_dict(own)
         self.base.load_state_dict(state)
-        self._load_own_state(own)
+        self._own.load_state_dict(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

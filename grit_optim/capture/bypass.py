@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from grit_optim.lora.discovery import Site
+from grit_optim.lora.site import Site
 from grit_optim.messages import warn
 
 PATIENCE = 3

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grit_optim.lora.discovery import Site
-from grit_optim.messages import warn
-from grit_optim.options import listed
+from grit_optim.lora.site import Site
+from grit_optim.messages import listed, warn
 
 CHECKED_STEPS = 5
 """In how many of the first steps the taps are compared with the gradients."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grit_optim.capture import processes
+
 
 class OutputTap:
     """Forward hook on the whole model that takes note of ``output.loss``. Holds its collector weakly, as the other taps do."""
@@ -59,18 +61,21 @@ class Losses:
         self._shares = is_share
         self._outputs.append(loss.detach().float().mean())
 
-    def take(self, returned: Any = None) -> Tensor | float | None:
+    def take(self, returned: Any = None, shared_on: torch.device | None = None) -> Tensor | float | None:
         """The loss of this step, over all its micro-batches, or None if nobody told. Forgets it.
 
         Args:
             returned: what the closure returned.
+            shared_on: the device on which the processes that train together take the mean of their losses; None where
+                each keeps its own.
         """
         if not self._observed and _is_single(returned):
             self._observed.append(_single(returned))
         seen = self._observed or self._outputs
         count = 1 if self._shares and not self._observed else len(seen)
         self._observed, self._outputs = [], []
-        return sum(seen[1:], seen[0]) / count if seen else None
+        own = sum(seen[1:], seen[0]) / count if seen else None
+        return own if shared_on is None or processes.size() == 1 else processes.mean_loss(own, shared_on)
 
 
 def _is_single(value: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grit_optim.curvature.factors import Sums
+from grit_optim.capture.sums import Sums
 
 
 def size() -> int:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from grit_optim.capture.bypass import BypassWatch
-from grit_optim.curvature.factors import Sums
+from grit_optim.capture.sums import Sums
 from grit_optim.lora.buckets import Bucket
-from grit_optim.lora.discovery import Site
-from grit_optim.telemetry.counters import StageTimes
+from grit_optim.lora.site import Site
+from grit_optim.profiling import StageTimes
 
 PENDING_LIMIT = 2**22
 """Numbers in h and δ of a bucket's sites that may wait to be added up: what bounds memory under long accumulation, and still
@@ -43,27 +43,31 @@ class _Seen(NamedTuple):
 
 
 class Tap:
-    """Forward hook on ``lora_A``. Holds its capture weakly, so that no model keeps an optimizer alive.
+    """Forward hook on ``lora_A``. Holds its owner weakly, so that no model keeps an optimizer alive.
 
     A copied or unpickled model carries taps that do nothing: its optimizer, if it has one, puts its own
     there.
     """
 
-    def __init__(self, capture: Capture | None, position: int) -> None:
-        self._capture = weakref.ref(capture) if capture is not None else None
+    def __init__(self, taps: Taps | None, position: int) -> None:
+        self._taps = weakref.ref(taps) if taps is not None else None
         self.position = position
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """Watch for the gradient of ``output`` where there will be one."""
-        capture = self._capture() if self._capture is not None else None
-        if capture is not None and isinstance(output, Tensor) and output.requires_grad:
-            capture.watch(self.position, output)
+        taps = self.owner()
+        if taps is not None and isinstance(output, Tensor) and output.requires_grad:
+            taps.watch(self.position, output)
+
+    def owner(self) -> Taps | None:
+        """Whose tap this is; None in a copy, and after its owner is gone."""
+        return self._taps() if self._taps is not None else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tap, (None, self.position)
 
 
-class Capture:
+class Taps:
     """Gathers the rows of h and δ that the taps see, and adds them up per bucket.
 
     Attributes:
@@ -192,9 +196,8 @@ class Capture:
         taken = slice(self.offset % members[0].stride, None, members[0].stride)
         h = [self._by_token(bucket, seen.slot, seen.h) for seen in members]
         delta = [self._by_token(bucket, seen.slot, seen.delta) for seen in members]
-        if (
-            not keep_inner and self.buckets[bucket].device.type == "cpu"
-        ):  # less to copy; a device wants one copy of all
+        # Less to copy on the host; a device wants one copy of all.
+        if not keep_inner and self.buckets[bucket].device.type == "cpu":
             return torch.stack([t[taken] for t in h]).float(), torch.stack([t[taken] for t in delta]).float()
         all_h, all_delta = torch.stack(h), torch.stack(delta)
         if keep_inner:
@@ -241,5 +244,5 @@ class Capture:
 def _remove_inert_taps(module: nn.Module) -> None:
     """Take off taps that a copy of the model carried along."""
     for key, hook in list(module._forward_hooks.items()):
-        if isinstance(hook, Tap) and (hook._capture is None or hook._capture() is None):
+        if isinstance(hook, Tap) and hook.owner() is None:
             del module._forward_hooks[key]

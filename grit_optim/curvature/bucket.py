@@ -1,52 +1,48 @@
-"""What is known of a bucket's curvature: its factors, the ranks kept, and the operators derived from them."""
+"""What is known of the curvature of a bucket's pairs: their factors, and the operators derived from them."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from grit_optim import linalg
-from grit_optim.curvature.factors import Factors, Sums
+from grit_optim.capture.sums import Sums
+from grit_optim.curvature.factors import Factors
 from grit_optim.curvature.moments import GradientMoments
 from grit_optim.lora.buckets import Bucket, Group
-from grit_optim.options import PAPER_PROJECTIONS, Options
+from grit_optim.lora.kept import KeptRanks
+from grit_optim.options import FisherOptions
+
+_OPERATORS = ("a_operator", "b_operator", "a_ready", "b_ready")
 
 
-class Curvature:
+class BucketCurvature:
     """The factors of one bucket and what is derived from them.
 
     Attributes:
-        bucket: the sites, in the order of every ``[S, …]`` tensor.
+        bucket: the pairs, in the order of every ``[S, …]`` tensor.
+        ranks: the ranks in force, which this class only reads.
         factors: Σ_a and Σ_g.
         moments: second moments of the gradients, for the kinds of ``fisher`` that need them, else None.
-        rank: rank kept per site ``[S]``, int64.
-        first_rank: rank that the sites had at first ``[S]``, int64.
-        dropped: predicted rise of the loss by all that was given up so far ``[S]``, in the loss's unit.
         a_operator: what multiplies the rank side of A's gradient ``[S, r, r]``: an inverse or an eigenbasis.
-        b_operator: the same for B.
-        a_ready: sites whose ``a_operator`` comes from enough samples ``[S]``; it is the identity elsewhere.
-        b_ready: the same for B.
+        b_operator: what multiplies the rank side of B's gradient ``[S, r, r]``.
+        a_ready: pairs whose ``a_operator`` comes from enough samples ``[S]``; it is the identity elsewhere.
+        b_ready: pairs whose ``b_operator`` comes from enough samples ``[S]``.
         damping_used: λ of the latest inverses, ``[2, S]`` for A and B; NaN where none could be had.
         damping_scale: what the adaptive schedule multiplies ``kfac_damping`` by.
-        a_penalty: what multiplies A to give the penalties' gradient ``[S, r, r]``; None without penalties.
-        b_penalty: the same for B.
     """
 
-    def __init__(self, bucket: Bucket, options: Options) -> None:
-        size, device = len(bucket.sites), bucket.device
+    def __init__(self, bucket: Bucket, ranks: KeptRanks, options: FisherOptions) -> None:
         self.bucket = bucket
-        self.options = options
-        self.factors = Factors.zeros(size, bucket.rank, device)
+        self.ranks = ranks
+        self.factors = Factors.zeros(len(bucket.sites), bucket.rank, bucket.device)
         self.moments = None if options.fisher == "kfac" else GradientMoments(options.fisher, bucket)
-        self.rank = torch.full((size,), bucket.rank, device=device)
-        self.first_rank = self.rank
-        self.dropped = torch.zeros(size, device=device)
-        self.reset_operators()
-        self.damping_used = torch.full((2, size), torch.nan, device=device)
+        self.damping_used = torch.full((2, len(bucket.sites)), torch.nan, device=bucket.device)
         self.damping_scale = 1.0
-        penalised = options.lambda_kfac or options.lambda_reproj
-        self.a_penalty = torch.zeros_like(self.factors.activation) if penalised else None
-        self.b_penalty = torch.zeros_like(self.factors.activation) if penalised else None
+        self._options = options
+        self.reset_operators()
 
     def apply(self, group: Group, stacked: Tensor) -> Tensor:
         """What the latest refresh made of the Fisher information, applied to matrices of ``group`` ``[m, rows, columns]``."""
@@ -82,7 +78,7 @@ class Curvature:
             loss_tokens: tokens that the step's loss is a mean over, a scalar.
             moment_unit: what one unit of a squared gradient is to be; None without moments.
         """
-        self.factors.fold(sums, accept, self.options.fisher_decay, gradient_unit, loss_tokens)
+        self.factors.fold(sums, accept, self._options.fisher_decay, gradient_unit, loss_tokens)
         if self.moments is None or moment_unit is None:
             return
         for group in self.bucket.groups:
@@ -90,7 +86,7 @@ class Curvature:
                 gradients = part.stack(part.gradients()) / moment_unit.sqrt()
                 if self.moments.kind == "ekfac":
                     gradients = self.to_eigenbasis(part, gradients)
-                self.moments.fold(part, gradients, (sums.rows > 0) & accept, self.options.fisher_decay)
+                self.moments.fold(part, gradients, (sums.rows > 0) & accept, self._options.fisher_decay)
 
     def operator(self, side: str) -> Tensor:
         """The operator for one side, ``[S, r, r]``."""
@@ -103,26 +99,17 @@ class Curvature:
     @property
     def damping(self) -> float:
         """``kfac_damping`` as the adaptive schedule has it now."""
-        return self.options.kfac_damping * self.damping_scale
+        assert self._options.kfac_damping is not None  # the mode has said
+        return self._options.kfac_damping * self.damping_scale
 
     @property
-    def mask(self) -> Tensor:
-        """Coordinates in use ``[S, r]``. The paper's projections give up none; what else does, the trailing ones."""
-        in_paper = self.options.reprojection in PAPER_PROJECTIONS
-        rank = torch.full_like(self.rank, self.bucket.rank) if in_paper else self.rank
-        return linalg.leading_mask(rank, self.bucket.rank)
+    def relative(self) -> bool:
+        """Whether λ is in units of the factors' mean eigenvalue."""
+        return self._options.damping == "relative"
 
-    @property
-    def step_rank(self) -> Tensor:
-        """What the square of a step's length grows with, in directions ``[S]``: the rank, or under a budget ``first²/rank``.
-
-        A direction moves by the same amount in each step whatever the rank is, so an adapter that gives
-        directions up learns less per step. Under a budget those that stay move by ``first / rank`` more: the
-        step's singular values, which are all alike in "spectral", add up to what they did before.
-        """
-        if self.options.rank_budget is None:
-            return self.rank
-        return self.first_rank.square() / self.rank.clamp_min(1)
+    def factors_ready(self) -> tuple[Tensor, Tensor]:
+        """Which pairs' Σ_a and Σ_g have seen ``kfac_min_samples`` tokens, ``[S]`` each."""
+        return self.factors.ready(self._options.kfac_min_samples)
 
     def paired_factors(self) -> tuple[Tensor, Tensor]:
         """The factor that belongs to A and the one that belongs to B, each ``[S, r, r]``, on the inversion device.
@@ -131,19 +118,19 @@ class Curvature:
         GRIT paper does the opposite.
         """
         pair = (self.factors.gradient, self.factors.activation)
-        if self.options.pairing == "paper":
+        if self._options.pairing == "paper":
             pair = pair[::-1]
         if self.moments is not None and not self.moments.elementwise:
             pair = (self.moments.matrices("A"), self.moments.matrices("B"))
-        device = self.options.kfac_inversion_device or self.bucket.device
+        device = self._options.kfac_inversion_device or self.bucket.device
         return pair[0].to(device), pair[1].to(device)
 
     def paired_readiness(self) -> tuple[Tensor, Tensor]:
         """Which sites have enough samples in the factor of A and in that of B, ``[S]`` each."""
-        activation, gradient = self.factors.ready(self.options.kfac_min_samples)
+        activation, gradient = self.factors_ready()
         if self.moments is not None:  # a step whose δ is zero says nothing of ∇A
             return gradient, gradient
-        return (gradient, activation) if self.options.pairing == "kfac" else (activation, gradient)
+        return (gradient, activation) if self._options.pairing == "kfac" else (activation, gradient)
 
     def refresh_inverses(self) -> None:
         """Set the operators to the damped inverses of the paired factors."""
@@ -162,19 +149,19 @@ class Curvature:
         if power == 1:
             self.refresh_inverses()
             return
-        stacked, options = torch.cat(self.paired_factors()), self.options
-        if options.damping == "relative" and power > 0 and (1 / power).is_integer():
+        stacked = torch.cat(self.paired_factors())
+        if self.relative and power > 0 and (1 / power).is_integer():
             roots, used = linalg.damped_root(stacked, self._strength(stacked), int(1 / power), self.damping)
         else:
             roots, used = linalg.damped_power(stacked, self._strength(stacked), power)
-        mask = self.mask.to(stacked.device)
+        mask = self.ranks.mask.to(stacked.device)
         roots = linalg.block(roots, torch.cat((mask, mask)))
         self._set_operators(roots.to(self.bucket.device), used.to(self.bucket.device).reshape(2, -1))
 
     def _strength(self, stacked: Tensor) -> Tensor:
         """λ of the paired factors ``[2S]``, by the coordinates in use."""
-        in_use = self.mask.sum(-1).to(stacked.device)
-        relative = self.options.damping == "relative"
+        in_use = self.ranks.in_use.to(stacked.device)
+        relative = self.relative
         return linalg.damping_strength(stacked, self.damping, relative, torch.cat((in_use, in_use)))
 
     def _refresh_scales(self, moments: GradientMoments, power: float) -> None:
@@ -189,7 +176,7 @@ class Curvature:
                 values = group.apply(turn if side == 0 else turn.mT, values)
                 moments.set(moments.means, group, values)
             mean = values.mean((1, 2))
-            strength = self.damping * (mean if self.options.damping == "relative" else torch.ones_like(mean))
+            strength = self.damping * (mean if self.relative else torch.ones_like(mean))
             scales, used_here = linalg.damped_elementwise_power(values, strength, power)
             moments.set(moments.scales, group, scales)
             used[side] = used[side].index_copy(0, group.index, used_here.to(used.dtype))
@@ -213,7 +200,7 @@ class Curvature:
             ``Q_newᵀ Q_old`` for A and for B, ``[S, r, r]``: what turns old coordinates into new ones.
         """
         a_factor, b_factor = self.paired_factors()
-        mask = self.mask.to(a_factor.device)
+        mask = self.ranks.mask.to(a_factor.device)
         _, bases = linalg.leading_eigenbasis(torch.cat((a_factor, b_factor)), torch.cat((mask, mask)))
         old_a, old_b = self.a_operator, self.b_operator
         self._set_operators(bases.to(self.bucket.device), torch.zeros_like(self.damping_used))
@@ -235,7 +222,30 @@ class Curvature:
         """Set the operators to the identity."""
         identity = linalg.eye_like(self.factors.activation)
         self.a_operator, self.b_operator = identity.clone(), identity.clone()
-        self.a_ready, self.b_ready = torch.zeros(2, len(self.rank), dtype=torch.bool, device=self.rank.device)
+        self.a_ready, self.b_ready = torch.zeros(
+            2, len(self.bucket.sites), dtype=torch.bool, device=self.bucket.device
+        )
+
+    def pack(self, with_operators: bool) -> dict[str, dict[str, Tensor]]:
+        """The state of each pair as tensors of its own, by name."""
+        packed = {}
+        for position, name in enumerate(self.bucket.names()):
+            state = self.factors.pack(position)
+            if with_operators:
+                state.update({key: getattr(self, key)[position].clone() for key in _OPERATORS})
+            if self.moments is not None:
+                state.update(self.moments.pack(position, with_operators))
+            packed[name] = state
+        return packed
+
+    def unpack(self, position: int, state: Mapping[str, Tensor]) -> None:
+        """Put the state of one pair back."""
+        self.factors.unpack(position, state)
+        if self.moments is not None:
+            self.moments.unpack(position, state)
+        for key in _OPERATORS:
+            if key in state:
+                getattr(self, key)[position].copy_(state[key])
 
 
 def _where_ready(ready: Tensor, operators: Tensor) -> Tensor:

@@ -1,52 +1,19 @@
 """The rank-space Fisher factors of a bucket, as running or decayed means over tokens.
 
-``activation`` is Σ_a = E[h hᵀ] and ``gradient`` is Σ_g = E[δ δᵀ], each ``[S, r, r]`` in fp32 (DESIGN: the
-K-FAC factors of a LoRA pair restricted to its rank, Wu et al. 2016 for the running means).
+``activation`` is Σ_a = E[h hᵀ] and ``gradient`` is Σ_g = E[δ δᵀ], each ``[S, r, r]`` in fp32 (the K-FAC
+factors of a LoRA pair restricted to its rank; Wu et al. 2016 for the running means).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import reduce
 
 import torch
 from torch import Tensor
 
 from grit_optim import linalg
-
-
-@dataclass(eq=False)
-class Sums:
-    """What one step's tokens add up to, per site of a bucket.
-
-    Attributes:
-        activation: Σ over tokens of h hᵀ, ``[S, r, r]``.
-        gradient: Σ over tokens of δ δᵀ, ``[S, r, r]``.
-        rows: number of tokens with δ ≠ 0, ``[S]``; the others are in neither sum.
-        tokens: how many such tokens the step had, of which ``rows`` were taken, ``[S]``; by default all of
-            them were.
-    """
-
-    activation: Tensor
-    gradient: Tensor
-    rows: Tensor
-    tokens: Tensor = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        if self.tokens is None:
-            self.tokens = self.rows.clone()
-
-    @classmethod
-    def zeros(cls, sites: int, rank: int, device: torch.device) -> Sums:
-        """Sums over no tokens."""
-        shape = (sites, rank, rank)
-        matrix, count = torch.zeros(shape, device=device), torch.zeros(sites, device=device)
-        return cls(matrix, matrix.clone(), count, count.clone())
-
-    def is_finite(self) -> Tensor:
-        """A boolean scalar on the bucket's device: no entry is infinite or NaN."""
-        return torch.isfinite(self.activation).all() & torch.isfinite(self.gradient).all()
+from grit_optim.capture.sums import Sums
 
 
 @dataclass(eq=False)
@@ -149,35 +116,12 @@ class Factors:
             linalg.symmetric(gradient).float(),
         )
 
+    def pack(self, position: int) -> dict[str, Tensor]:
+        """One site's state for a checkpoint."""
+        return {known.name: getattr(self, known.name)[position].clone() for known in fields(self)}
 
-def loss_tokens(steps: Sequence[Sums]) -> Tensor:
-    """How many tokens a step's loss is a mean over, as far as the taps can tell: a scalar on the first bucket's device.
-
-    It is the least number of tokens with δ ≠ 0 over all sites that saw any. In a transformer whose last block
-    is adapted that is exact: behind its attention only the tokens that are scored have a gradient. Elsewhere
-    it is too large, and too small where experts share the tokens out. That is a common factor of all
-    predicted losses; their order does not depend on it.
-    """
-    device = steps[0].rows.device
-    fewest = [torch.where(s.tokens > 0, s.tokens, torch.inf).amin().to(device) for s in steps]
-    least = torch.stack(fewest).amin()
-    return torch.where(least.isfinite(), least, torch.zeros_like(least))
-
-
-def gradient_unit(steps: Sequence[Sums], ranks: Sequence[Tensor] | None = None) -> Tensor:
-    """Mean over all sites that saw tokens of ``tr(Σ_g)/r`` in this step, a positive scalar on the first bucket's device.
-
-    The loss's δ carry 1/N, N the number of target tokens of the batch, and the loss scale of fp16; both are
-    common to all sites, so one common unit takes them out and leaves the sites' relative sizes alone.
-
-    Args:
-        steps: the step's sums, one entry per bucket.
-        ranks: coordinates in use of each bucket's sites ``[S]``, in the place of r; by default all.
-    """
-    device = steps[0].rows.device
-    in_use = ranks if ranks is not None else [None] * len(steps)
-    means = [linalg.mean_eigenvalue(s.gradient, rank) for s, rank in zip(steps, in_use, strict=True)]
-    totals = [(mean / s.rows.clamp_min(1)).sum().to(device) for mean, s in zip(means, steps, strict=True)]
-    seen = [(s.rows > 0).sum().to(device) for s in steps]
-    unit = reduce(torch.add, totals) / reduce(torch.add, seen).clamp_min(1)
-    return torch.where(torch.isfinite(unit) & (unit > 0), unit, torch.ones_like(unit))
+    def unpack(self, position: int, state: Mapping[str, Tensor]) -> None:
+        """Put one site's state back; checkpoints of before there was a price have none."""
+        for known in fields(self):
+            if known.name in state:
+                getattr(self, known.name)[position].copy_(state[known.name])

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from grit_optim.export import folder
 from grit_optim.export import peft_config as adapter_config
-from grit_optim.lora.discovery import AdapterLayers, Site, adapter_layers, peft_model_in
-from grit_optim.options import listed
+from grit_optim.lora.discovery import AdapterLayers, adapter_layers, peft_model_in
+from grit_optim.lora.site import Site
+from grit_optim.messages import listed
 from grit_optim.rank.report import FILE_NAME, RankReport, SiteRank, effective_ranks, product_singular_values
 
 WEIGHTS, STALE_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"

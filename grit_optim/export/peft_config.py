@@ -14,8 +14,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from grit_optim.lora.discovery import AdapterLayers, alpha_for
-from grit_optim.options import listed
+from grit_optim.lora.discovery import AdapterLayers
+from grit_optim.lora.site import alpha_for
+from grit_optim.messages import listed
 
 # Starts that leave the base model's weights as they are. All others subtract something from them that depends
 # on the rank.

@@ -1,16 +1,51 @@
-"""Cutting LoRA pairs, and all that belongs to them, to the ranks that are kept."""
+"""Cutting LoRA pairs, and all that belongs to them, to the ranks that they keep."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from grit_optim.export import peft_config as adapter_config
-from grit_optim.lora.discovery import Site, adapter_layers, layers_of_pairs, peft_model_in
+from grit_optim.base.transport import narrow_state
+from grit_optim.export import peft_config
+from grit_optim.lora.discovery import adapter_layers, layers_of_pairs, peft_model_in
+from grit_optim.lora.site import Site
 from grit_optim.messages import warn
+from grit_optim.parts import Parts, narrowed
+
+
+def shrink(parts: Parts, model: nn.Module | None) -> None:
+    """Cut A, B, their gradients, the base's state and the factors to the ranks that are kept.
+
+    Raises:
+        ValueError: the paper's projections are in use, no rank is left, PEFT's layers without their model, DoRA, or a
+            start that depends on the rank.
+    """
+    if not parts.ranks.gives_up:
+        raise ValueError(
+            f"reprojection={parts.options.rank.reprojection!r} gives no rank up for good, so there is nothing to shrink"
+        )
+    sites = parts.sites.all
+    peft_model = check(parts.known_model(model), sites)
+    parts.preconditioning.to_plain_coordinates(parts.curvature)
+    kept, dropped = parts.ranks.by_name(parts.curvature.buckets), parts.ranks.dropped()
+    if not any(kept.values()):
+        raise ValueError(
+            "no site keeps a direction, so nothing would be left to train; reduce the ranks less"
+        )
+    known = parts.pack_sites(with_operators=True)
+    # A bias that is trained works at any rank, and needs a pair to hang on.
+    sizes = {site.name: max(kept[site.name], int(site.trains_bias)) for site in sites}
+    gone = [site for site in sites if sizes[site.name] == 0]
+    check_starts(sites, sizes, peft_model)
+    narrow(parts.base, sites, sizes, peft_model)
+    if peft_model is not None:
+        update_configs(peft_model, gone)
+    parts.ranks.remove({site.name: dropped[site.name] for site in gone})
+    left = [site for site in sites if sizes[site.name] > 0]
+    parts.attach(left, {site.name: narrowed(known[site.name], sizes[site.name]) for site in left})
 
 
 def check(model: nn.Module | None, sites: Sequence[Site]) -> Any | None:
@@ -28,7 +63,7 @@ def check(model: nn.Module | None, sites: Sequence[Site]) -> Any | None:
         )
     peft_model = peft_model_in(model)
     for adapter in adapters:
-        adapter_config.check_exportable(peft_model.peft_config[adapter], adapter)
+        peft_config.check_exportable(peft_model.peft_config[adapter], adapter)
     return peft_model
 
 
@@ -40,7 +75,7 @@ def check_starts(sites: Iterable[Site], sizes: Mapping[str, int], peft_model: An
     """
     for adapter in sorted({site.adapter for site in sites if site.in_peft and sizes[site.name] != site.rank}):
         assert peft_model is not None
-        adapter_config.check_start(peft_model.peft_config[adapter], adapter)
+        peft_config.check_start(peft_model.peft_config[adapter], adapter)
 
 
 def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], peft_model: Any | None) -> None:
@@ -57,7 +92,7 @@ def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], pef
             for parameter in (a, b):
                 base.state.pop(parameter, None)
         else:
-            strange |= _narrow_state(base, a, 0, rank) | _narrow_state(base, b, 1, rank)
+            strange |= narrow_state(base, a, 0, rank) | narrow_state(base, b, 1, rank)
         site.narrow_(rank, layers[id(site.a_modules)][1] if site.in_peft else None)
     for group in base.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in removed]
@@ -68,25 +103,6 @@ def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], pef
         )
 
 
-def _narrow_state(base: Optimizer, parameter: Tensor, dim: int, rank: int) -> set[str]:
-    """Cut what has the parameter's shape along with it; state of another form is reset, and its names are returned."""
-    state: dict[str, Any] = base.state.get(parameter, {})
-    tensors = {
-        name: value for name, value in state.items() if isinstance(value, Tensor) and value.numel() > 1
-    }
-    strange = {
-        n
-        for n, value in tensors.items()
-        if value.shape != parameter.shape or not value.dtype.is_floating_point
-    }
-    if strange:
-        base.state.pop(parameter, None)
-        return strange
-    for name, value in tensors.items():
-        state[name] = value.narrow(dim, 0, rank).clone()
-    return set()
-
-
 def update_configs(peft_model: Any, gone: Sequence[Site]) -> None:
     """Let PEFT's configuration say what the layers are now; ``gone`` are the sites that were taken out."""
     names = layers_of_pairs(peft_model.get_base_model())
@@ -95,10 +111,10 @@ def update_configs(peft_model: Any, gone: Sequence[Site]) -> None:
         if not layers.pairs:
             continue
         ranks = {name: site.rank for name, site in layers.pairs.items()}
-        new = adapter_config.with_ranks(config, layers, ranks, fold_scale=False)
+        new = peft_config.with_ranks(config, layers, ranks, fold_scale=False)
         left_out = [names[id(site.a_modules)][0] for site in gone if site.adapter == adapter and site.in_peft]
         if left_out:
-            new.exclude_modules = adapter_config.excluding(new.exclude_modules, left_out)
+            new.exclude_modules = peft_config.excluding(new.exclude_modules, left_out)
         for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "exclude_modules"):
             setattr(config, field, getattr(new, field))
 

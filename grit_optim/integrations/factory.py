@@ -10,7 +10,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from grit_optim.optimizer import GritOptimizer
-from grit_optim.options import OPTION_NAMES
+from grit_optim.options import DECLARED
+from grit_optim.options.former import FORMER
+
+OPTIONS = {*DECLARED, *FORMER}
+"""Keywords that are GritOptimizer's; all others are the base's."""
 
 
 @overload
@@ -78,8 +82,8 @@ def build(
         ValueError: the model has nothing to train, or no LoRA pair.
         TypeError: a keyword that neither knows.
     """
-    options = {name: value for name, value in keywords.items() if name in OPTION_NAMES}
-    settings = {name: value for name, value in keywords.items() if name not in OPTION_NAMES}
+    options = {name: value for name, value in keywords.items() if name in OPTIONS}
+    settings = {name: value for name, value in keywords.items() if name not in OPTIONS}
     return GritOptimizer(base(_groups(model, settings), lr=lr, **settings), model, **options)
 
 

@@ -1,10 +1,8 @@
 """Sites stacked for batched algebra.
 
-A :class:`Bucket` holds the sites of one rank on one device, so that their factors form tensors ``[S, r, r]``.
-Within it, a :class:`Group` holds the matrices of one side (A or B) that share a shape, a dtype and a
-parameter group of the base
-optimizer: what is applied to all of them is one batched product, never a loop that launches a kernel per
-    site.
+A :class:`Bucket` holds the sites of one rank on one device, so that their factors form tensors ``[S, r, r]``. Within
+it, a :class:`Group` holds the matrices of one side (A or B) that share a shape, a dtype and a parameter group of the
+base optimizer. What is applied to all of them is one batched product, never a loop with a kernel for each site.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from grit_optim.lora.discovery import Site
+from grit_optim.lora.site import Site
 
 Side = Literal["A", "B"]
 SIDES: tuple[Side, Side] = ("A", "B")

@@ -1,20 +1,18 @@
 """Finding the LoRA pairs of a model. The only module that knows how PEFT lays them out.
 
-A *site* is one pair: ``A`` ``[r, d_in]`` (``lora_A.weight``) and ``B`` ``[d_out, r]`` (``lora_B.weight``),
-which add ``s·B·A·x`` to a frozen layer. PEFT is recognised by the attributes of its layers, so that it need
-not be imported.
+PEFT is recognised by the attributes of its layers, so that it need not be imported.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from grit_optim.lora.site import Site, mismatch
 
 # Layers that hold ``lora_A`` but never call it as a module on activations, so that a hook on it would not
 # fire.
@@ -27,170 +25,8 @@ _UNTAPPABLE_LAYERS = {
 # B.
 _TAPPABLE_VARIANTS = {"DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant",
                       "ALoraLinearVariant"}  # fmt: skip
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # DataParallel's and DDP's prefix, and what torch.compile puts in front of each module that it was called on.
 _WRAPPER_NAMES = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One LoRA pair, looked up anew at each access, since PEFT may replace the modules that it holds.
-
-    Attributes:
-        name: the layer's name in the model and the adapter's, as in
-            ``model.layers.0.self_attn.q_proj.default``; it keys the site's state in checkpoints.
-        adapter: the key of the pair in the two mappings.
-        a_modules: adapter name to the module whose weight is A; its output is h = A x.
-        b_modules: adapter name to the module whose weight is B.
-        scalings: adapter name to s.
-        layer_bias: the bias of the layer that the pair is added to, where PEFT trains and saves it
-            (``bias="lora_only"``).
-    """
-
-    name: str
-    adapter: str
-    a_modules: Mapping[str, nn.Module] | nn.ModuleDict
-    b_modules: Mapping[str, nn.Module] | nn.ModuleDict
-    scalings: Mapping[str, float]
-    layer_bias: Tensor | None = None
-
-    @property
-    def tap(self) -> nn.Module:
-        """The module whose output is h = A x, shape ``[..., r]`` (``[N, r, ...]`` if it is a convolution)."""
-        return self.a_modules[self.adapter]
-
-    @property
-    def a(self) -> Tensor:
-        """A, ``[r, d_in]`` (``[r, c_in, k, k]`` for a convolution)."""
-        return self.a_modules[self.adapter].weight  # type: ignore[return-value]
-
-    @property
-    def b(self) -> Tensor:
-        """B, ``[d_out, r]`` (``[d_out, r, 1, 1]`` for a convolution)."""
-        return self.b_modules[self.adapter].weight  # type: ignore[return-value]
-
-    @property
-    def rank(self) -> int:
-        """r, the number of rows of A."""
-        return self.a.shape[0]
-
-    @property
-    def parameters(self) -> int:
-        """Entries of A and B together."""
-        return self.a.numel() + self.b.numel()
-
-    @property
-    def scaling(self) -> float:
-        """S in ΔW = s·B·A."""
-        return float(self.scalings[self.adapter])
-
-    @property
-    def channel_dim(self) -> int:
-        """The dimension of h that has length r, counted from the end: a convolution's input may come without a batch."""
-        return 1 - self.a.dim() if isinstance(self.tap, _CONVOLUTIONS) else -1
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether B adds a bias of its own (PEFT's ``lora_bias``), which is there whatever the rank."""
-        return getattr(self.b_modules[self.adapter], "bias", None) is not None
-
-    @property
-    def trains_bias(self) -> bool:
-        """Whether PEFT saves a bias with the pair, and drops it where the pair is left out."""
-        return self.has_bias or self.layer_bias is not None
-
-    @property
-    def in_peft(self) -> bool:
-        """Whether a PEFT layer holds the pair, rather than hand-written code."""
-        return isinstance(self.a_modules, nn.ModuleDict)
-
-    def narrow_(self, rank: int, layer: Any) -> None:
-        """Keep the leading ``rank`` directions of A and B alone, with their gradients; ΔW's scaling s stays.
-
-        The Parameter objects stay the same, so that whoever holds them need not be told. At rank 0 a PEFT
-        layer loses the adapter, as if it had never been a target.
-
-        Args:
-            rank: how many directions stay.
-            layer: PEFT's layer that holds the pair; None for hand-written LoRA. A site does not hold it
-                itself: a copy of the optimizer would then copy the frozen weights too.
-        """
-        scaling = self.scaling
-        if rank == 0 and layer is not None:
-            for name in (*layer.adapter_layer_names, *layer.other_param_names):
-                entries = getattr(layer, name)
-                if self.adapter in entries:
-                    del entries[self.adapter]
-            return
-        a_module, b_module = self.a_modules[self.adapter], self.b_modules[self.adapter]
-        _narrow(self.a, 0, rank)
-        _narrow(self.b, 1, rank)
-        for module, names in (
-            (a_module, ("out_features", "out_channels")),
-            (b_module, ("in_features", "in_channels")),
-        ):
-            for name in names:
-                if hasattr(module, name):
-                    setattr(module, name, rank)
-        if layer is not None:
-            rs = layer.use_rslora.get(self.adapter, False)
-            layer.r[self.adapter] = rank
-            layer.lora_alpha[self.adapter] = alpha_for(scaling, rank, rs)
-
-    def holds(self, a: Tensor, b: Tensor) -> bool:
-        """Whether these are still the pair's weights; the adapter may have been replaced or deleted."""
-        there = self.adapter in self.a_modules and self.adapter in self.b_modules
-        return there and self.a is a and self.b is b
-
-    @classmethod
-    def from_modules(cls, name: str, a: nn.Module, b: nn.Module, scaling: float = 1.0) -> Site:
-        """A site of hand-written LoRA: ``a`` maps x to h = A x, ``b`` maps h to B h, each with a ``weight``.
-
-        Raises:
-            ValueError: a weight is missing, or the ranks of the two do not agree.
-        """
-        for label, module in (("a", a), ("b", b)):
-            if not isinstance(getattr(module, "weight", None), Tensor):
-                raise ValueError(
-                    f"site {name!r}: `{label}` is a {type(module).__name__} without a `weight` tensor; pass the module "
-                    "(such as nn.Linear) whose weight is the LoRA matrix"
-                )
-        site = cls(name, "", {"": a}, {"": b}, {"": scaling})
-        problem = _mismatch(site)
-        if problem:
-            raise ValueError(f"site {name!r}: {problem}; A must be [r, d_in] and B [d_out, r]")
-        return site
-
-
-def _narrow(parameter: Tensor, dim: int, size: int) -> None:
-    """Cut ``parameter`` and its gradient to the first ``size`` entries of ``dim``, keeping the object."""
-    gradient, kept = parameter.grad, parameter.detach().narrow(dim, 0, size).clone()
-    parameter.grad = None
-    # Autograd keeps the shape that it saw first for as long as an old graph is alive; a change of dtype makes
-    # it look again.
-    other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
-    parameter.data = parameter.data.to(other)
-    parameter.data = kept
-    if gradient is not None:
-        parameter.grad = gradient.narrow(dim, 0, size).clone()
-
-
-def alpha_for(scaling: float, rank: int, rank_stabilized: bool) -> float:
-    """The ``lora_alpha`` that gives ``scaling`` at ``rank``: s·r, or s·√r with rsLoRA; an int where it is a whole number."""
-    alpha = scaling * (math.sqrt(rank) if rank_stabilized else rank)
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
-
-
-def _mismatch(site: Site) -> str | None:
-    """What makes the pair unusable as A ``[r, …]`` and B ``[d_out, r]``, or None."""
-    a, b = site.a, site.b
-    if a.numel() == 0 or b.numel() == 0:
-        return "its weights are empty here (ZeRO-3 partitions them)"
-    if getattr(site.b_modules[site.adapter], "groups", 1) != 1:
-        return "B is a grouped convolution"
-    if a.dim() < 2 or b.dim() < 2 or b.shape[1] != a.shape[0]:
-        return f"A has shape {list(a.shape)} and B {list(b.shape)}"
-    return None
 
 
 def _reason_untapped(layer: nn.Module, site: Site, trained: set[int], tied: set[int]) -> str | None:
@@ -205,7 +41,7 @@ def _reason_untapped(layer: nn.Module, site: Site, trained: set[int], tied: set[
         return "it shares its matrices with the adapter of an embedding"
     if not (id(site.a) in trained and id(site.b) in trained):
         return f"only {'A' if id(site.a) in trained else 'B'} is trained"
-    return _mismatch(site)
+    return mismatch(site)
 
 
 def _site_of(name: str, adapter: str, layer: Any, bias_saved: bool = False) -> Site:

@@ -8,8 +8,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grit_optim.curvature.bucket import Curvature
+from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.lora.buckets import Group
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What the latest step did to m matrices of one side, all ``[m]`` on their device.
+
+    Attributes:
+        bucket: position of their bucket.
+        side: "A" or "B".
+        positions: each one's position in the bucket.
+        gradient_norm: ‖∇‖ of the loss.
+        without: norm of the update without curvature: the gradient in "inverse", the base's own step in
+            "spectral" and "steer"; None in the modes that only know the one with.
+        turned: norm of the update with it: Σ⁻¹∇ or the turned step; None where ``without`` is.
+        cosine: of the angle between the two; NaN where one is zero, None where ``without`` is.
+    """
+
+    bucket: int
+    side: str
+    positions: tuple[int, ...]
+    gradient_norm: Tensor
+    without: Tensor | None = None
+    turned: Tensor | None = None
+    cosine: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -33,7 +57,7 @@ class Held:
             zero, None in the modes that only know the one with.
     """
 
-    curvature: Curvature
+    curvature: BucketCurvature
     group: Group
     originals: list[Tensor]
     loss_gradient: Tensor | None
@@ -55,8 +79,18 @@ class Held:
         """Which of the m matrices have an operator in force, as ``[m, 1, 1]``."""
         return self.curvature.ready(self.group.side)[self.group.index][:, None, None]
 
+    def outcome(self, bucket: int) -> Outcome:
+        """What is kept of the group's step until the next one.
 
-def hold_gradients(curvatures: Iterable[Curvature]) -> list[Held]:
+        Args:
+            bucket: position of the group's bucket.
+        """
+        assert self.gradient_norm is not None
+        others = [t if t is None else t.flatten() for t in (self.without, self.turned, self.cosine)]
+        return Outcome(bucket, self.group.side, self.group.positions, self.gradient_norm.flatten(), *others)
+
+
+def hold_gradients(curvatures: Iterable[BucketCurvature]) -> list[Held]:
     """Stack the gradients of all groups; all of them become zero if any one of them is not finite.
 
     A zero gradient is the one answer that costs no read-back and poisons neither weights nor moments.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grit_optim.messages import warn
-from grit_optim.options import Options
+from grit_optim.options import RankOptions
 
 
 class Origin(NamedTuple):
@@ -64,6 +64,10 @@ def check(name: str, budget: float, origins: Collection[Origin], floor: int) -> 
         )
 
 
+TOLERANCE = 0.01
+"""Share by which the mean loss since the last cut may exceed the lowest mean so far before "adaptive" stands still."""
+
+
 class BudgetSchedule:
     """How far the budget has come from ``start`` to ``end``.
 
@@ -74,14 +78,12 @@ class BudgetSchedule:
             linear, but standing still while the loss suffers.
         first: step at which the way begins.
         steps: its length; 0 for the end at once.
-        tolerance: "adaptive" stands still while the mean loss since the last cut is above the lowest mean so
-            far by more than this share.
         progress: how much of the way is done, a scalar in [0, 1].
     """
 
-    def __init__(self, start: float, end: float, kind: str, first: int, steps: int, tolerance: float) -> None:
+    def __init__(self, start: float, end: float, kind: str, first: int, steps: int) -> None:
         self.start, self.end, self.kind = start, end, kind
-        self.first, self.steps, self.tolerance = first, steps, tolerance
+        self.first, self.steps = first, steps
         self._warned = self._observed = False
         zero = torch.zeros((), dtype=torch.float64)
         self.progress, self._sum, self._count, self._lowest, self._last = (
@@ -91,6 +93,11 @@ class BudgetSchedule:
             zero + torch.inf,
             first,
         )
+
+    @property
+    def rises(self) -> bool:
+        """Whether directions are given back."""
+        return self.steps > 0 and self.start < self.end
 
     def observe(self, loss: Tensor | float) -> None:
         """Take note of a loss, of training or of held-out data; one that is not finite is left out."""
@@ -115,7 +122,7 @@ class BudgetSchedule:
         self._warn_if_blind(step)
         mean, known = self._sum / self._count, self._count > 0
         lowest = self._lowest.to(mean.device)
-        suffers = mean > lowest + self.tolerance * lowest.abs()
+        suffers = mean > lowest + TOLERANCE * lowest.abs()
         self._lowest = torch.where(known, torch.minimum(lowest, mean), lowest)
         gone = (known & ~suffers).double() * ((step - self._last) / self.steps)
         self.progress = (self.progress.to(mean.device) + gone).clamp_max(1.0)
@@ -155,29 +162,22 @@ class BudgetSchedule:
             self._observed = True
 
 
-def make_schedule(options: Options, origins: Collection[Origin]) -> BudgetSchedule | None:
+def make_schedule(options: RankOptions, origins: Collection[Origin]) -> BudgetSchedule | None:
     """The way of the rank budget, or None where there is none.
 
     Raises:
-        ValueError: a budget that cannot be met, or one that rises without ``rank_regrowth``.
+        ValueError: a budget that cannot be met.
     """
-    if options.rank_budget is None:
+    if options.budget is None:
         return None
-    total, end = full_parameters(origins), options.rank_budget
+    start, end = options.budget
+    total = full_parameters(origins)
     check("rank_budget", end, origins, options.min_lora_rank)
-    start = 1.0 if options.rank_budget_start is None else options.rank_budget_start
-    check("rank_budget_start", start, origins, options.min_lora_rank)
-    first, last = parameters(start, total), parameters(end, total)
-    if options.rank_budget_steps and first < last and not options.rank_regrowth:
-        raise ValueError(
-            f"the rank budget rises from {start!r} to {end!r}, and a rank that was given up comes back only with "
-            "rank_regrowth=True; pass that too, or a start above the end"
-        )
+    check("the start of rank_budget", start, origins, options.min_lora_rank)
     return BudgetSchedule(
-        first,
-        last,
+        parameters(start, total),
+        parameters(end, total),
         options.rank_budget_schedule,
         options.rank_adaptation_start_step,
         options.rank_budget_steps,
-        options.rank_budget_tolerance,
     )

@@ -1,8 +1,4 @@
-"""Fisher-guided reprojection of a LoRA pair, as four operators on the rank side.
-
-Every way to reproject is a :class:`Move`: A is multiplied from the left and B from the right by r×r matrices,
-and what transforms like a gradient (the base optimizer's moments) by two others.
-"""
+"""Balanced coordinates: those in which both K-FAC factors of a pair are diagonal and equal."""
 
 from __future__ import annotations
 
@@ -12,18 +8,11 @@ import torch
 from torch import Tensor
 
 from grit_optim import linalg
+from grit_optim.base.transport import Move
 from grit_optim.curvature.factors import Factors
-from grit_optim.rank.selection import RankPolicy
 
-
-@dataclass(frozen=True)
-class Move:
-    """``A ← a_weight A``, ``B ← B b_weight``; gradients ``∇A ← a_gradient ∇A``, ``∇B ← ∇B b_gradient``; all ``[S, r, r]``."""
-
-    a_weight: Tensor
-    b_weight: Tensor
-    a_gradient: Tensor
-    b_gradient: Tensor
+BALANCING_DAMPING = 1e-4
+"""Relative damping of factors that are balanced; small, so that their spectrum stays true."""
 
 
 def change_of_coordinates(transform: Tensor, inverse: Tensor, keep: Tensor) -> Move:
@@ -65,7 +54,9 @@ class Coordinates:
         return change_of_coordinates(self.transform, self.inverse, keep)
 
 
-def balanced_coordinates(factors: Factors, rank: Tensor, min_samples: int, damping: float) -> Coordinates:
+def balanced_coordinates(
+    factors: Factors, rank: Tensor, ready: tuple[Tensor, Tensor], damping: float
+) -> Coordinates:
     """The coordinates in which both factors are Λ, and in which dropping the trailing ones is the optimal reprojection.
 
     The second-order loss change of keeping the leading k coordinates is proportional to the sum of the
@@ -75,7 +66,7 @@ def balanced_coordinates(factors: Factors, rank: Tensor, min_samples: int, dampi
     Args:
         factors: Σ_a and Σ_g.
         rank: rank kept so far ``[S]``; those are the leading coordinates.
-        min_samples: tokens below which a site is left as it is.
+        ready: which pairs' Σ_a and Σ_g have enough samples, ``[S]`` each; the others are left as they are.
         damping: added to both factors, relative to their mean eigenvalue, so that T exists.
     """
     mask = linalg.leading_mask(rank, factors.activation.shape[-1])
@@ -84,10 +75,9 @@ def balanced_coordinates(factors: Factors, rank: Tensor, min_samples: int, dampi
         for m in (factors.activation, factors.gradient)
     )
     transform, inverse, spectrum = linalg.balance(activation, gradient, mask)
-    ready_a, ready_g = factors.ready(min_samples)
     usable = (
-        ready_a
-        & ready_g
+        ready[0]
+        & ready[1]
         & torch.isfinite(transform).all(-1).all(-1)
         & torch.isfinite(inverse).all(-1).all(-1)
     )
@@ -95,30 +85,3 @@ def balanced_coordinates(factors: Factors, rank: Tensor, min_samples: int, dampi
         torch.where(usable[:, None, None], matrix, linalg.eye_like(matrix)) for matrix in (transform, inverse)
     )
     return Coordinates(transform, inverse, spectrum, usable)
-
-
-def paper_projection(
-    factors: Factors, rank: Tensor, policy: RankPolicy, min_samples: int, two_sided: bool
-) -> tuple[Move, Tensor]:
-    """``A ← V_a V_aᵀ A``, ``B ← B V_g V_gᵀ`` with the top-k eigenvectors of Σ_a and Σ_g (GRIT, arXiv 2601.00231).
-
-    The rank k comes from Σ_a. B is projected with V_a if not ``two_sided``, and while Σ_g has too few
-    samples.
-
-    Returns:
-        The move, the identity for sites whose Σ_a has fewer than ``min_samples`` tokens, and the rank kept
-        ``[S]``.
-    """
-    ready_a, ready_g = factors.ready(min_samples)
-    values, vectors = linalg.descending_eigh(factors.activation)
-    new_rank = policy.next_rank(values.clamp_min(0), rank, ready_a)
-    keep = linalg.leading_mask(new_rank, vectors.shape[-1])
-    onto_a = linalg.projector(vectors, keep)
-    onto_b = onto_a
-    if two_sided:
-        onto_g = linalg.projector(linalg.descending_eigh(factors.gradient)[1], keep)
-        onto_b = torch.where(ready_g[:, None, None], onto_g, onto_a)
-    # At full rank V Vᵀ is the identity up to rounding; make it exact, so that nothing changes.
-    moved = (ready_a & (new_rank < vectors.shape[-1]))[:, None, None]
-    onto_a, onto_b = (torch.where(moved, p, linalg.eye_like(p)) for p in (onto_a, onto_b))
-    return Move(onto_a, onto_b, onto_a, onto_b), new_rank

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grit_optim.rank.selection import entropy_rank, rank_for_energy
+from grit_optim import linalg
+from grit_optim.rank.selection import rank_for_energy
 
 FILE_NAME = "grit_ranks.json"
 """What an exported adapter's folder holds beside PEFT's two files."""
@@ -142,7 +143,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def effective_ranks(spectrum: Tensor, threshold: float) -> list[tuple[float | None, int | None]]:
     """By entropy and by threshold, of each row of singular values ``[S, r]``; None where a row is zero."""
-    entropies = entropy_rank(spectrum).tolist()
+    entropies = linalg.effective_rank(spectrum).tolist()
     counts = rank_for_energy(spectrum.square(), threshold).tolist()
     known = (spectrum.sum(-1) > 0).tolist()
     return [(e, k) if there else (None, None) for e, k, there in zip(entropies, counts, known, strict=True)]

@@ -31,17 +31,6 @@ def rank_for_energy(spectrum: Tensor, threshold: float) -> Tensor:
     return torch.where(total[:, 0] > 0, k, torch.full_like(k, size))
 
 
-def entropy_rank(spectrum: Tensor) -> Tensor:
-    """Effective rank ``exp(−Σ p log p)`` with ``p = σ/Σσ`` (Roy and Vetterli 2007): ``[S, r] -> [S]``; 0 for a zero spectrum.
-
-    Args:
-        spectrum: singular values σ, non-negative.
-    """
-    total = spectrum.sum(-1)
-    share = spectrum / total.clamp_min(torch.finfo(spectrum.dtype).tiny)[:, None]
-    return torch.where(total > 0, torch.special.entr(share).sum(-1).exp(), 0.0)
-
-
 def continued(spectrum: Tensor, rank: Tensor) -> Tensor:
     """The spectrum with what lies beyond the kept rank filled in by the geometric series that its end suggests.
 
@@ -63,22 +52,25 @@ def continued(spectrum: Tensor, rank: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RankPolicy:
-    """Which rank each site keeps after a reprojection, decided by the site's own spectrum.
+    """Which rank each site keeps after a reprojection, decided by the site's own spectrum. It never rises.
 
     Attributes:
         fixed: ``reprojection_k``, used while there is no threshold; None keeps the current rank.
         threshold: τ, or None while rank adaptation is off or has not started.
         floor: ``min_lora_rank``; a site that is below it already stays where it is.
-        regrowth: whether τ may raise a rank.
     """
 
     fixed: int | None
     threshold: float | None
     floor: int
-    regrowth: bool = False
+
+    @property
+    def reduces(self) -> bool:
+        """Whether it may reduce a rank."""
+        return self.fixed is not None or self.threshold is not None
 
     def next_rank(self, spectrum: Tensor, current: Tensor, allowed: Tensor) -> Tensor:
-        """The rank each site keeps from now on; it rises only with ``regrowth``.
+        """The rank each site keeps from now on, ``[S]``.
 
         Args:
             spectrum: what τ is measured on, descending ``[S, r]``.
@@ -86,11 +78,7 @@ class RankPolicy:
             allowed: sites whose factors have enough samples ``[S]``; the others keep their rank.
         """
         if self.threshold is not None:
-            seen = continued(spectrum, current) if self.regrowth else spectrum
-            wanted = rank_for_energy(seen, self.threshold).clamp_min(self.floor)
-            if self.regrowth:
-                wanted = wanted.clamp_max(spectrum.shape[-1])
-                return torch.where(allowed, wanted, current)
+            wanted = rank_for_energy(spectrum, self.threshold).clamp_min(self.floor)
         elif self.fixed is not None:
             wanted = torch.full_like(current, self.fixed)
         else:

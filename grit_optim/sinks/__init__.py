@@ -4,6 +4,8 @@ A record's ``kind`` is ``"start"`` (options and sites, once per run), ``"step"``
 docs/telemetry.md lists what each holds.
 """
 
-from grit_optim.sinks.sinks import JsonLines, Record, Sink, TensorBoard, WandB
+from grit_optim.sinks.json_lines import JsonLines, Record, Sink
+from grit_optim.sinks.tensorboard import TensorBoard
+from grit_optim.sinks.wandb import WandB
 
 __all__ = ["JsonLines", "Record", "Sink", "TensorBoard", "WandB"]

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from grit_optim.curvature.bucket import Curvature
+from grit_optim.curvature.bucket import BucketCurvature
+from grit_optim.preconditioners.held import Outcome
 from grit_optim.profiling import HostCopy
 from grit_optim.telemetry import spectra
-from grit_optim.telemetry.counters import Outcome
 
 FACTORS = {"a": "activation", "g": "gradient"}
 
@@ -31,7 +31,7 @@ class Snapshot:
 
     def __init__(
         self,
-        curvatures: Sequence[Curvature],
+        curvatures: Sequence[BucketCurvature],
         outcomes: Sequence[Outcome],
         scalars: Mapping[str, Tensor | float | None],
     ) -> None:
@@ -106,10 +106,10 @@ class Snapshot:
 _NAMES = ("activation", "gradient", "rank", "in_use", "samples", "damping", "engaged")
 
 
-def _tensors_of(curvature: Curvature) -> dict[str, Tensor]:
+def _tensors_of(curvature: BucketCurvature) -> dict[str, Tensor]:
     factors = curvature.factors
     values = (
-        factors.activation, factors.gradient, curvature.rank, curvature.mask.sum(-1), factors.activation_samples,
+        factors.activation, factors.gradient, curvature.ranks.rank, curvature.ranks.in_use, factors.activation_samples,
         curvature.damping_used, curvature.a_ready & curvature.b_ready,
     )  # fmt: skip
     return dict(zip(_NAMES, values, strict=True))

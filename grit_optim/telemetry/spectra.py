@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from grit_optim import linalg
-
-
-def effective_rank(spectrum: Tensor) -> Tensor:
-    """``exp(H(p))`` with ``p = λ / Σλ`` (Roy and Vetterli 2007): ``[S, r] -> [S]``, from 1 to r; 0 where λ is zero throughout.
-
-    It is k for k equal eigenvalues and falls towards 1 as one of them comes to dominate.
-    """
-    total = spectrum.sum(-1, keepdim=True)
-    shares = spectrum / total.clamp_min(torch.finfo(spectrum.dtype).tiny)
-    entropy = -torch.xlogy(shares, shares).sum(-1)
-    return torch.where(total[:, 0] > 0, entropy.exp(), 0.0)
 
 
 def condition_number(spectrum: Tensor, rank: Tensor) -> Tensor:
@@ -46,5 +34,5 @@ def scalars(spectrum: Tensor, rank: Tensor) -> dict[str, Tensor]:
         "trace": spectrum.sum(-1),
         "top": spectrum[:, 0],
         "condition": condition_number(spectrum, rank),
-        "effective_rank": effective_rank(spectrum),
+        "effective_rank": linalg.effective_rank(spectrum),
     }

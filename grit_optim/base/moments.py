@@ -1,0 +1,93 @@
+"""The moments that a base optimizer keeps of each parameter's gradient, read and written by their usual names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from grit_optim.base.bitsandbytes import SQUARES_FIRST, dequantized, kernel, quantize
+
+SQUARE_LIKE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+"""State tensors that average squared gradients."""
+
+
+def first_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
+    """The base's average (or decayed sum) of the gradient for ``parameter``, in the parameter's shape, or None."""
+    state = base.state.get(parameter, {})
+    for name in ("exp_avg", "grad_avg", "momentum_buffer"):
+        averages_gradients = (
+            name != "momentum_buffer" or "square_avg" not in state
+        )  # RMSprop's is of scaled gradients
+        if isinstance(state.get(name), Tensor) and averages_gradients:
+            return state[name]
+    return None if kernel(base) in SQUARES_FIRST else dequantized(state, "1")
+
+
+def moment_weight(
+    base: Optimizer, parameter: Tensor, settings: dict[str, Any], decay: float
+) -> Tensor | float:
+    """What :func:`first_moment` is to be divided by to be a mean of gradients: the sum of the weights in it.
+
+    Args:
+        base: the base optimizer.
+        parameter: one of its parameters, after at least one step.
+        settings: the parameter's group.
+        decay: what the average keeps per step, β₁ or SGD's momentum.
+
+    Returns:
+        ``1 − β₁ᵗ`` for Adam's average after t steps, ``(1 − dampening) / (1 − β)`` for SGD's momentum buffer,
+        which sums, 1 for any other.
+    """
+    if "dampening" in settings:
+        return (1 - settings["dampening"]) / (1 - decay)
+    steps = base.state.get(parameter, {}).get("step")
+    return 1.0 if steps is None or "betas" not in settings else 1 - decay**steps
+
+
+def freshened_correction(
+    base: Optimizer, parameter: Tensor, settings: dict[str, Any], decay: float, wanted: float
+) -> Tensor | float:
+    """What Adam's step is too long by where its average keeps less than Adam believes, as a factor that mends it.
+
+    In step t an average that kept ``w`` per step until then has the weight β₁ (1 − wᵗ⁻¹) + 1 − β₁, and Adam
+    divides by 1 − β₁ᵗ.
+
+    Args:
+        base: the base optimizer.
+        parameter: one of its parameters, after at least one step.
+        settings: the parameter's group.
+        decay: β₁.
+        wanted: w.
+    """
+    steps = base.state.get(parameter, {}).get("step")
+    if steps is None or "betas" not in settings:
+        return 1.0
+    return (1 - decay**steps) / (decay * (1 - wanted ** (steps - 1)) + 1 - decay)
+
+
+def set_first_moment(base: Optimizer, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Put other values into what :func:`first_moment` reads; bitsandbytes' 8-bit states are quantized anew."""
+    plain: list[tuple[Tensor, Tensor]] = []
+    for parameter, value in zip(parameters, values, strict=True):
+        state = base.state[parameter]
+        codes = state.get("state1")
+        if codes is not None and codes.dtype == torch.uint8:
+            quantize(state, value)
+        elif (target := first_moment(base, parameter)) is not None:
+            plain.append((target, value.view_as(target)))
+    if plain:
+        torch._foreach_copy_([target for target, _ in plain], [value for _, value in plain])
+
+
+def second_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
+    """The base's average of the squared gradient for ``parameter``, elementwise, or None."""
+    state = base.state.get(parameter, {})
+    for name in SQUARE_LIKE:
+        value = state.get(name)
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            return value
+    return dequantized(state, "1" if kernel(base) in SQUARES_FIRST else "2")

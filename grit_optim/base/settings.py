@@ -1,0 +1,81 @@
+"""What a base optimizer's settings say: its rate, its weight decay, and how fast its average forgets.
+
+Settings and classes are known by name, so that any optimizer that uses the field's names is served without being imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from grit_optim.base.bitsandbytes import kernel
+
+# Classes of these names decay the weights by lr·weight_decay outside the gradient, as Loshchilov and Hutter
+# (2019) do; and these of bitsandbytes' kernels, whatever the class that calls them.
+_DECOUPLED_NAMES = ("AdamW", "Lion", "Muon", "Adafactor")
+_DECOUPLED_KERNELS = ("adam", "ademamix", "lamb", "lion")
+_DECOUPLED_FLAGS = ("decoupled_weight_decay", "weight_decouple", "decouple_weight_decay")
+
+
+def rate(settings: dict[str, Any]) -> float | Tensor:
+    """The learning rate of a parameter group in the step just taken; schedule-free's warm-up is its own, beside ``lr``."""
+    return settings["scheduled_lr"] if "scheduled_lr" in settings else settings["lr"]
+
+
+def decoupled_decay(
+    base: Optimizer, settings: dict[str, Any], parameters: Sequence[Tensor]
+) -> float | Tensor:
+    """The share of the weights that ``base`` takes off in one step beside its update: rate·weight_decay, or 0.
+
+    Args:
+        base: the base optimizer, after its step.
+        settings: one of its parameter groups.
+        parameters: m parameters of that group.
+
+    Returns:
+        A number, or ``[m, 1, 1]`` where each parameter has its own rate (transformers' Adafactor).
+    """
+    decay = settings.get("weight_decay", 0.0)
+    if not decay or not _decouples(base, settings):
+        return 0.0
+    if settings.get("scale_parameter") or settings.get("relative_step"):
+        rates = [base._get_lr(settings, base.state[p]) for p in parameters]  # type: ignore[attr-defined]
+        return (
+            decay
+            * torch.stack([torch.as_tensor(r, device=parameters[0].device) for r in rates])[:, None, None]
+        )
+    return rate(settings) * decay
+
+
+def coupled_decay(base: Optimizer, settings: dict[str, Any]) -> float:
+    """What ``base`` multiplies the weights by to add them to the gradient (an L2 penalty), 0 if it does not."""
+    return 0.0 if _decouples(base, settings) else settings.get("weight_decay", 0.0)
+
+
+def _decouples(base: Optimizer, settings: dict[str, Any]) -> bool:
+    """Whether weight decay, if any, stays outside the gradient."""
+    flags = [settings[name] for name in _DECOUPLED_FLAGS if name in settings]
+    if flags:
+        return bool(flags[0])
+    if (update := kernel(base)) is not None:
+        return update in _DECOUPLED_KERNELS
+    return any(name in type(base).__name__ for name in _DECOUPLED_NAMES)
+
+
+def is_adam(base: Optimizer) -> bool:
+    """Whether the base is some kind of Adam, by the names of its class and of those that it inherits from."""
+    return any("Adam" in kind.__name__ for kind in type(base).__mro__)
+
+
+def finds_its_rate(base: Optimizer) -> bool:
+    """Whether the base finds its learning rate itself; D-Adaptation and Prodigy keep it as ``d``."""
+    return any("d" in group for group in base.param_groups)
+
+
+def moment_decay(settings: Mapping[str, Any]) -> float:
+    """What the base's average of the gradient keeps per step: β₁ of any Adam, SGD's momentum, 0 without one."""
+    return float(settings["betas"][0] if "betas" in settings else settings.get("momentum", 0.0))

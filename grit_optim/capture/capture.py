@@ -1,0 +1,105 @@
+"""What a step's forward and backward passes showed, from the taps of this process or of all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grit_optim.capture import processes
+from grit_optim.capture.diagnosis import SiteReport, TapWatch, inspect
+from grit_optim.capture.sums import Sums
+from grit_optim.capture.taps import Taps
+from grit_optim.lora.buckets import Bucket
+from grit_optim.lora.site import Site
+from grit_optim.options import CaptureOptions
+from grit_optim.profiling import StageTimes
+from grit_optim.schedules import capture_due
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What was gathered since the last step.
+
+    Attributes:
+        sums: over tokens, one entry per bucket.
+        recorded: whether this step's tokens were recorded; if not, the sums are over none.
+    """
+
+    sums: list[Sums]
+    recorded: bool
+
+
+class Capture:
+    """The taps of all pairs, and the watch over them.
+
+    Attributes:
+        watch: compares taps and gradients in the first steps.
+    """
+
+    def __init__(self, options: CaptureOptions, times: StageTimes) -> None:
+        self.watch = TapWatch()
+        self._options = options
+        self._times = times
+        self._taps = Taps([], [], None, times)
+
+    def attach(self, sites: Sequence[Site], buckets: Sequence[Bucket]) -> None:
+        """Tap these pairs, and no others, from now on."""
+        self._taps.close()
+        self._taps = Taps(sites, buckets, self._options.max_tokens, self._times)
+
+    def collect(self) -> Statistics | None:
+        """What was seen since the last step; None if no tap has fired, in any process."""
+        with self._times("fold"):
+            sums = self._own() if processes.size() == 1 else self._of_all()
+        return None if sums is None else Statistics(sums, self._taps.active)
+
+    def _own(self) -> list[Sums] | None:
+        self.watch.look(self.check)
+        if not any(self._taps.fired):
+            self.discard()
+            return None
+        return self._taps.collect()
+
+    def _of_all(self) -> list[Sums] | None:
+        taps = self._taps
+        if not taps.sites:
+            return None
+        fired, rounding = list(taps.fired), taps.rounding
+        inner = [taps.inner(i) if self.watch.steps_left else None for i in range(len(fired))]
+        together = processes.add_up(taps.collect(), fired, inner)
+
+        def reports() -> list[SiteReport]:
+            columns = (t.tolist() for t in (together.fired, together.inner, together.known))
+            seen = [(int(n), value if known else None) for n, value, known in zip(*columns, strict=True)]
+            return inspect(taps.sites, seen, rounding)
+
+        self.watch.look(reports)
+        # A process that has seen something need not wait for the device to know that one has.
+        return together.sums if any(fired) or together.fired.any() else None
+
+    def check(self) -> list[SiteReport]:
+        """Whether the taps see what the gradients saw, per pair."""
+        taps = self._taps
+        return inspect(taps.sites, taps.seen(), taps.rounding, compare=processes.size() == 1)
+
+    def discard(self) -> None:
+        """Forget what was gathered since the last step."""
+        self._taps.discard()
+
+    def plan(self, step: int) -> None:
+        """Say whether the tokens of ``step`` are to be recorded."""
+        self._taps.active = capture_due(step, self._options.cov_update_freq)
+
+    def close(self) -> None:
+        """Remove the taps."""
+        self._taps.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides which tokens are taken next."""
+        return {"calls_per_step": self._taps.calls_per_step, "offset": self._taps.offset}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, or start anew from an empty one."""
+        self.discard()
+        self._taps.calls_per_step, self._taps.offset = state.get("calls_per_step", 1), state.get("offset", 0)

@@ -1,0 +1,71 @@
+"""The ranks in force: how many of a pair's leading directions are in use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from grit_optim import linalg
+from grit_optim.lora.buckets import Bucket
+
+
+class KeptRanks:
+    """The directions that the pairs of a bucket keep.
+
+    Attributes:
+        bucket: the pairs, in the order of every ``[S, …]`` tensor.
+        rank: directions kept ``[S]``, int64.
+        first: directions at first ``[S]``, int64.
+        dropped: predicted rise of the loss by all that was given up so far ``[S]``, in the loss's unit.
+        given_up: whether directions beyond ``rank`` are out of use; the paper's projections leave all rows in use.
+        compensates: whether the directions that stay move further, as under a budget.
+    """
+
+    def __init__(self, bucket: Bucket, first: Mapping[str, int], given_up: bool, compensates: bool) -> None:
+        self.bucket = bucket
+        self.rank = torch.full((len(bucket.sites),), bucket.rank, device=bucket.device)
+        self.first = torch.tensor([first[name] for name in bucket.names()], device=bucket.device)
+        self.dropped = torch.zeros(len(bucket.sites), device=bucket.device)
+        self.given_up = given_up
+        self.compensates = compensates
+
+    @property
+    def mask(self) -> Tensor:
+        """Coordinates in use ``[S, r]``."""
+        rank = self.rank if self.given_up else torch.full_like(self.rank, self.bucket.rank)
+        return linalg.leading_mask(rank, self.bucket.rank)
+
+    @property
+    def in_use(self) -> Tensor:
+        """Number of coordinates in use ``[S]``."""
+        return self.mask.sum(-1)
+
+    @property
+    def step_rank(self) -> Tensor:
+        """What the square of a step's length grows with ``[S]``: the rank, or under a budget ``first²/rank``.
+
+        A direction moves by the same amount in each step whatever the rank is, so an adapter that gives directions up
+        learns less per step. Under a budget those that stay move by ``first / rank`` more: the step's singular values,
+        which are all alike in "spectral", add up to what they did before.
+        """
+        return self.first.square() / self.rank.clamp_min(1) if self.compensates else self.rank
+
+    def by_name(self) -> dict[str, int]:
+        """Directions kept, by site (waits for the device)."""
+        return dict(zip(self.bucket.names(), self.rank.tolist(), strict=True))
+
+    def dropped_by_name(self) -> dict[str, float]:
+        """Predicted rise of the loss by what was given up, by site (waits for the device)."""
+        return dict(zip(self.bucket.names(), self.dropped.tolist(), strict=True))
+
+    def pack(self, position: int) -> dict[str, Tensor]:
+        """One site's state for a checkpoint."""
+        return {"rank": self.rank[position].clone(), "dropped": self.dropped[position].clone()}
+
+    def unpack(self, position: int, state: Mapping[str, Tensor]) -> None:
+        """Put one site's state back; checkpoints of before costs were predicted have no ``dropped``."""
+        self.rank[position].copy_(state["rank"])
+        if "dropped" in state:
+            self.dropped[position].copy_(state["dropped"])

@@ -1,0 +1,97 @@
+"""Checks of single options: each takes a name and a value, and raises what is wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Check = Callable[[str, Any], None]
+
+
+def one_of(allowed: tuple[str, ...]) -> Check:
+    """A check that a value is among ``allowed``, with the nearest of them in the message."""
+
+    def check(name: str, value: Any) -> None:
+        if value not in allowed:
+            close = difflib.get_close_matches(str(value), allowed, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{hint}")
+
+    return check
+
+
+def whole(least: int, optional: bool = False) -> Check:
+    """A check for a whole number from ``least`` up, or None where that is allowed."""
+
+    def check(name: str, value: Any) -> None:
+        if optional and value is None:
+            return
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a whole number{' or None' if optional else ''}, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    return check
+
+
+def real(allowed: str, test: Callable[[float], bool], besides: tuple[object, ...] = ()) -> Check:
+    """A check for a finite number that passes ``test``, or one of the values ``besides``."""
+
+    def check(name: str, value: Any) -> None:
+        if any(value is other or (isinstance(value, str) and value == other) for other in besides):
+            return
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
+        if not math.isfinite(value) or not test(value):
+            raise ValueError(f"{name} must be {allowed}, got {value}")
+
+    return check
+
+
+def flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def device(name: str, value: Any) -> None:
+    """Refuse what is neither None nor a device."""
+    if value is None:
+        return
+    try:
+        torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{name}={value!r} is no device; use None (where the parameters are), 'cpu' or 'cuda'"
+        ) from error
+
+
+def budget_value(name: str, value: Any) -> None:
+    """Refuse what is neither a share of the parameters nor a number of them.
+
+    Raises:
+        TypeError: no number.
+        ValueError: a float outside (0, 1], or a number below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{name} must be a float in (0, 1], a share of the adapter's parameters, or a whole number of them, "
+            f"got {value!r}"
+        )
+    if isinstance(value, float):
+        real("in (0, 1] where it is a float, a share of the parameters", lambda x: 0 < x <= 1)(name, value)
+    else:
+        whole(1)(name, value)
+
+
+def budget(name: str, value: Any) -> None:
+    """Refuse what is no budget, no pair of budgets and not None."""
+    if isinstance(value, tuple | list) and len(value) == 2:
+        budget_value(f"the start of {name}", value[0])
+        budget_value(f"the end of {name}", value[1])
+    elif value is not None:
+        budget_value(name, value)

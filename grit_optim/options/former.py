@@ -1,0 +1,78 @@
+"""Names that options had before, and have in the systems that came before: translated, or refused with what to do."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from grit_optim.options.combined import DECLARED
+
+_CONSTANT = "is a constant of each mode now, since no other value was better (docs/findings.md); leave it out"
+GONE = {
+    "caution": _CONSTANT,
+    "gradient_share": _CONSTANT,
+    "a_step_ratio": f"{_CONSTANT}, or give A and B parameter groups with rates of their own",
+    "rank_budget_tolerance": "is 1 % always, since no other value was ever measured; leave it out",
+}
+FORMER = ("enable_rank_adaptation", "preserve_norm", "rank_budget_start", "rank_regrowth", *GONE)
+
+
+def translated(options: dict[str, Any], former: dict[str, Any]) -> dict[str, Any]:
+    """The options with what their former names say.
+
+    ``enable_rank_adaptation`` says whether ``rank_adaptation_threshold`` counts (0.99 if it is not given),
+    ``rank_budget_start`` is the first of the two in ``rank_budget``, ``preserve_norm=False`` is
+    ``step_length="natural"``, and ``rank_regrowth`` follows from a budget that rises.
+
+    Raises:
+        TypeError: a name that is not known, or an option that is gone.
+        ValueError: two names for one thing disagree, or ``rank_regrowth`` without a budget that rises.
+    """
+    options = dict(options)
+    for name in former:
+        if name in GONE:
+            raise TypeError(f"{name} {GONE[name]}")
+        if name not in FORMER:
+            close = difflib.get_close_matches(name, DECLARED, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "; docs/options.md lists all options"
+            raise TypeError(f"GritOptimizer has no option {name!r}{hint}")
+    for name in ("enable_rank_adaptation", "preserve_norm", "rank_regrowth"):
+        if not isinstance(former.get(name, False), bool):
+            raise TypeError(f"{name} must be True or False, got {former[name]!r}")
+    _adaptation(options, former)
+    _budget(options, former)
+    if not former.get("preserve_norm", True):
+        if options.get("step_length") not in (None, "natural"):
+            raise ValueError(
+                f"preserve_norm=False is step_length='natural', which {options['step_length']!r} contradicts; give one"
+            )
+        options["step_length"] = "natural"
+    return options
+
+
+def _adaptation(options: dict[str, Any], former: dict[str, Any]) -> None:
+    if former.get("enable_rank_adaptation", False):
+        if options.get("rank_adaptation_threshold") is None:
+            options["rank_adaptation_threshold"] = 0.99
+    elif "enable_rank_adaptation" in former:
+        options["rank_adaptation_threshold"] = None
+
+
+def _budget(options: dict[str, Any], former: dict[str, Any]) -> None:
+    start, end = former.get("rank_budget_start"), options.get("rank_budget")
+    if start is not None:
+        if end is None or isinstance(end, tuple | list):
+            raise ValueError(
+                f"rank_budget_start={start!r} is the first of the two numbers in rank_budget=(start, end), got "
+                f"rank_budget={end!r}; give both there"
+            )
+        options["rank_budget"] = (start, end)
+    if "rank_regrowth" not in former:
+        return
+    budget = options.get("rank_budget")
+    pair = isinstance(budget, tuple | list) and len(budget) == 2
+    if former["rank_regrowth"] and not pair:
+        raise ValueError(
+            "rank_regrowth=True has no effect: directions are given back where rank_budget=(start, end) rises, and "
+            "only there; elsewhere it made the loss no lower (docs/findings.md)"
+        )

@@ -1,0 +1,43 @@
+"""Pairs kept in balanced coordinates."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from grit_optim.curvature.bucket import BucketCurvature
+from grit_optim.options import Options
+from grit_optim.preconditioners.mode import Mode
+from grit_optim.rank import pairs
+from grit_optim.rank.coordinates import BALANCING_DAMPING
+
+
+class Balanced(Mode):
+    """``"balanced"``: the pair's coordinates are changed so that both factors are diagonal; the step is the base's own."""
+
+    name = "balanced"
+    changes_coordinates = True
+    # The weights themselves move, so that is done seldom.
+    defaults: ClassVar[dict[str, Any]] = {
+        **Mode.defaults,
+        "kfac_update_freq": 10,
+        "kfac_damping": BALANCING_DAMPING,
+    }
+
+    @classmethod
+    def check(cls, options: Options) -> None:
+        """Refuse factors that balanced coordinates would not make diagonal."""
+        super().check(options)
+        if options.fisher.pairing == "paper":
+            raise ValueError(
+                "precondition='balanced' has no pairing='paper': balanced coordinates are those in which both factors are "
+                "diagonal; leave pairing at 'kfac'"
+            )
+        if options.fisher.fisher != "kfac":
+            raise ValueError(
+                f"fisher={options.fisher.fisher!r} keeps moments of gradients in the coordinates of A and B, which "
+                "precondition='balanced' changes; use fisher='kfac', or another precondition"
+            )
+
+    def refresh(self, curvature: BucketCurvature) -> None:
+        """Move weights, moments and factors to balanced coordinates."""
+        pairs.balance(self.base, curvature, curvature.damping)

@@ -1,0 +1,149 @@
+"""The curvature around the base optimizer's step: what is derived from it, and what that does to gradients and steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch.optim import Optimizer
+
+from grit_optim.curvature.curvature import Curvature
+from grit_optim.options import Options
+from grit_optim.options.checks import one_of
+from grit_optim.preconditioners.balanced import Balanced
+from grit_optim.preconditioners.eigenbasis import Eigenbasis
+from grit_optim.preconditioners.held import Held, Outcome, clip, give_back, hand_over, hold_gradients, norm
+from grit_optim.preconditioners.inverse import Inverse
+from grit_optim.preconditioners.mode import Mode
+from grit_optim.preconditioners.none import Identity
+from grit_optim.preconditioners.penalties import Penalties
+from grit_optim.preconditioners.spectral import Spectral
+from grit_optim.preconditioners.steer import Steer
+from grit_optim.profiling import StageTimes
+from grit_optim.rank.selection import RankPolicy
+from grit_optim.schedules import Schedule
+
+MODES: dict[str, type[Mode]] = {
+    mode.name: mode for mode in (Spectral, Steer, Eigenbasis, Balanced, Inverse, Identity)
+}
+
+
+def mode_named(name: str) -> type[Mode]:
+    """The mode of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    one_of(tuple(MODES))("precondition", name)
+    return MODES[name]
+
+
+class Preconditioning:
+    """The mode, the penalties, and what the latest step did.
+
+    Attributes:
+        mode: the way to use the curvature.
+        penalties: on the pairs.
+        refreshes: times the operators were derived anew.
+        outcomes: what the latest step did, for the modes that hold the gradients.
+    """
+
+    def __init__(self, base: Optimizer, options: Options, times: StageTimes) -> None:
+        self.mode = MODES[options.step.precondition](base, options.step)
+        self.penalties = Penalties(options.penalty, options.rank.reprojection == "one_sided")
+        self.refreshes = 0
+        self.outcomes: list[Outcome] = []
+        self._base = base
+        self._idle = Identity(base, options.step)
+        self._max_grad_norm = options.step.max_grad_norm
+        self._times = times
+
+    def attach(self, curvature: Curvature) -> None:
+        """Work on the pairs of these buckets from now on."""
+        self.outcomes = []  # they name places in the buckets of before
+        self.penalties.attach([c.bucket for c in curvature.buckets])
+
+    def refresh_if_due(self, curvature: Curvature, schedule: Schedule, policy: RankPolicy) -> None:
+        """Derive from the factors what the mode applies, and what the penalties do."""
+        if not schedule.refresh_due():
+            return
+        turning = not (schedule.warming_up and self.mode.changes_coordinates)
+        if not (turning or self.penalties.active):
+            return
+        with self._times("refresh"):
+            curvature.scale_damping(schedule.damping_scale)
+            for one in curvature.buckets:
+                if turning:
+                    self.mode.refresh(one)
+                self.penalties.refresh(one, policy)
+        self.refreshes += 1
+
+    def refresh_moved(self, curvature: Curvature, schedule: Schedule, policy: RankPolicy) -> None:
+        """Derive anew what belonged to the coordinates that the pairs had before they were moved."""
+        for one in curvature.buckets:
+            if not schedule.warming_up:
+                self.mode.refresh(one)
+            self.penalties.refresh(one, policy)
+
+    def to_plain_coordinates(self, curvature: Curvature) -> None:
+        """Bring the base's state back to the coordinates of A and B themselves."""
+        for one in curvature.buckets:
+            self.mode.to_plain_coordinates(one)
+
+    @contextmanager
+    def around_step(self, curvature: Curvature, schedule: Schedule) -> Iterator[None]:
+        """Let the body, which steps the base, see other gradients, and turn what it did.
+
+        The parameters' own gradients are back afterwards. Where the body fails, so are the weights.
+        """
+        mode = self._idle if schedule.warming_up else self.mode
+        penalty = self.penalties.share(schedule.steps)
+        # The mode that is to come decides: its guard against gradients that are not finite holds in the warm-up too.
+        needed = self.mode.holds_gradients or self._max_grad_norm is not None or penalty > 0
+        with self._times("precondition"):
+            held = hold_gradients(curvature.buckets) if needed else []
+        try:
+            with self._times("precondition"):
+                for one in held:
+                    self._prepare(mode, one, penalty)
+                if self._max_grad_norm is not None:
+                    clip(held, self._max_grad_norm)
+                hand_over(held)
+            yield
+            with self._times("precondition"):
+                for one in held:
+                    mode.after(one)
+        except BaseException:
+            for one in held:
+                mode.abandon(one)
+            raise
+        finally:
+            give_back(held)
+        places = {id(one): i for i, one in enumerate(curvature.buckets)}
+        self.outcomes = [one.outcome(places[id(one.curvature)]) for one in held]
+
+    def _prepare(self, mode: Mode, held: Held, penalty: float) -> None:
+        """Precondition one group's gradient, and add what the penalties give."""
+        held.gradient_norm = norm(held.gradient)
+        extra = self.penalties.gradient(held.curvature.bucket, held.group, penalty) if penalty else None
+        mode.before(held)
+        if extra is not None:  # after the preconditioner, which so never sees it
+            ascends = self._base.param_groups[held.group.param_group].get("maximize", False)
+            held.gradient = held.gradient + mode.as_the_base_sees(held, -extra if ascends else extra)
+
+    def turn_back_from(self, mode: str | None, curvature: Curvature) -> None:
+        """Bring the base's moments to plain coordinates, where a checkpoint of another mode has them in its operators."""
+        other = MODES.get(mode or "")
+        if other is not None and other.moments_in_operators and not isinstance(self.mode, other):
+            turning = other(self._base, self.mode.options)
+            for one in curvature.buckets:
+                turning.to_plain_coordinates(one)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the operators of each pair."""
+        return {"precondition": self.mode.name, "refreshes": self.refreshes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, or start anew from an empty one."""
+        self.refreshes = state.get("refreshes", 0)

@@ -1,0 +1,67 @@
+"""The base's step, turned to the direction of steepest descent in the spectral norm."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from grit_optim import linalg
+from grit_optim.base.settings import finds_its_rate, is_adam
+from grit_optim.preconditioners.held import Held
+from grit_optim.preconditioners.mode import Mode
+from grit_optim.preconditioners.steer import Steer
+
+STEP_RMS = 0.6
+"""Root mean square of a step's entries around an Adam, in units of the learning rate."""
+DIRECTION_MOMENTUM = 0.6
+"""What the average of the gradient keeps per step around an Adam."""
+_ORTHOGONAL_DAMPING = 0.01
+"""Share of the mean squared singular value below which a direction of the momentum is taken for noise."""
+
+
+class Spectral(Steer):
+    """``"spectral"``: as "steer", with the direction of steepest descent in the spectral norm of Fisher coordinates.
+
+    With ``P = Σ^(−p/2)`` and ``X = P (m / c)``: for A the direction is ``−P (X Xᵀ)^(−1/2) X``. Muon (Jordan
+    et al. 2024) orthogonalises the momentum of a whole weight matrix; here the r×r side is enough, the
+    curvature of the tokens sets the coordinates, and nothing is kept between steps but the factors.
+
+    The length of a step around an Adam is a share of the learning rate. Adam's own step shrinks with the noise in its
+    average, so with β₁: at β₁ = 0.9 its entries are a quarter to a half of the learning rate. A length of its own lets one
+    learning rate serve whatever β₁ is, and lets the direction be as fresh as it wants to be, which is fresher than
+    β₁ = 0.9. Any other base's learning rate means something else, and so does that of an Adam that finds its own rate:
+    there the base's own step says how long, and its average which way.
+    """
+
+    name = "spectral"
+    gradient_share = 0.4  # at a momentum of 0.6, Nesterov's
+    caution = 0.7
+    a_step_ratio = 1.5
+    defaults: ClassVar[dict[str, Any]] = {**Mode.defaults, "kfac_damping": 0.3, "kfac_power": 0.5}
+
+    @classmethod
+    def defaults_around(cls, base: Optimizer) -> dict[str, Any]:
+        """Around an Adam that is given its rate, a length and a momentum of its own."""
+        own = is_adam(base) and not finds_its_rate(base)
+        return {
+            **cls.defaults,
+            **({"step_length": STEP_RMS, "direction_momentum": DIRECTION_MOMENTUM} if own else {}),
+        }
+
+    @property
+    def power(self) -> float:
+        """p/2, since P is applied on both sides of the whitening."""
+        return super().power / 2
+
+    def direction(self, held: Held, moment: Tensor) -> Tensor:
+        """``P (X Xᵀ)^(−1/2) X`` for A, ``X (Xᵀ X)^(−1/2) P`` for B."""
+        group, curvature = held.group, held.curvature
+        inner = curvature.apply(group, moment)
+        gram = inner @ inner.mT if group.side == "A" else inner.mT @ inner
+        mask = curvature.ranks.mask[group.index]
+        strength = linalg.damping_strength(gram, _ORTHOGONAL_DAMPING, relative=True, rank=mask.sum(-1))
+        whitening = linalg.damped_root(gram, strength, 2, _ORTHOGONAL_DAMPING)[0]
+        whitening = linalg.block(whitening, mask)  # what was given up stays exactly zero
+        return curvature.apply(group, whitening @ inner if group.side == "A" else inner @ whitening)

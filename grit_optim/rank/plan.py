@@ -1,0 +1,118 @@
+"""Ranks that somebody asks for: within a budget, or site by site."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grit_optim.curvature.bucket import BucketCurvature
+from grit_optim.messages import listed
+from grit_optim.options import Options
+from grit_optim.options.checks import budget_value
+from grit_optim.rank import budget, pairs
+from grit_optim.rank.coordinates import Coordinates
+from grit_optim.rank.ranks import Ranks
+
+
+class Plan(NamedTuple):
+    """Balanced coordinates, and the ranks to keep in them.
+
+    Attributes:
+        found: one entry per bucket.
+        wanted: ranks ``[S]``, one tensor per bucket.
+    """
+
+    found: list[Coordinates]
+    wanted: list[Tensor]
+
+    def costs(self, curvatures: Sequence[BucketCurvature]) -> dict[str, float]:
+        """The rise of the loss that it is predicted to cost, by site."""
+        return {
+            name: cost
+            for c, f, w in zip(curvatures, self.found, self.wanted, strict=True)
+            for name, cost in zip(c.bucket.names(), pairs.predicted_loss(c, f, w).tolist(), strict=True)
+        }
+
+    def ranks(self, curvatures: Sequence[BucketCurvature]) -> dict[str, int]:
+        """The ranks, by site."""
+        return {
+            name: rank
+            for c, w in zip(curvatures, self.wanted, strict=True)
+            for name, rank in zip(c.bucket.names(), w.tolist(), strict=True)
+        }
+
+
+def make_plan(
+    ranks: Ranks, curvatures: Sequence[BucketCurvature], options: Options, wanted: float | Mapping[str, int]
+) -> Plan:
+    """What to keep, by a budget as ``rank_budget`` takes it, or by site name and rank.
+
+    Raises:
+        TypeError: neither a budget nor a mapping.
+        ValueError: an unknown site, a rank above the site's, a budget that cannot be met, factors without samples, or
+            options with which no rank is given up for good.
+    """
+    if not options.rank.gives_up:
+        raise ValueError(
+            f"with reprojection={options.rank.reprojection!r} no rank is given up for good: every row of A stays in use. "
+            "Build the optimizer with reprojection='balanced' or 'none'"
+        )
+    if options.fisher.fisher != "kfac":
+        raise ValueError(
+            f"fisher={options.fisher.fisher!r} keeps moments of gradients in the coordinates of A and B, which change "
+            "where ranks are given up; build the optimizer with fisher='kfac'"
+        )
+    found = ranks.coordinates(curvatures)
+    _check_ready(curvatures, found, options.fisher.kfac_min_samples)
+    if isinstance(wanted, Mapping):
+        return Plan(found, _named(ranks.by_name(curvatures), curvatures, wanted))
+    budget_value("the rank budget", wanted)
+    origins = ranks.origin.values()
+    budget.check("the rank budget", wanted, origins, options.rank.min_lora_rank)
+    total = torch.tensor(
+        budget.parameters(wanted, budget.full_parameters(origins)), dtype=torch.float64, device="cpu"
+    )
+    return Plan(found, ranks.within(curvatures, found, total))
+
+
+def _check_ready(
+    curvatures: Sequence[BucketCurvature], found: Sequence[Coordinates], kfac_min_samples: int
+) -> None:
+    unready = [
+        name
+        for c, f in zip(curvatures, found, strict=True)
+        for name, ready in zip(c.bucket.names(), (f.usable | (c.ranks.rank == 0)).tolist(), strict=True)
+        if not ready
+    ]
+    if unready:
+        raise ValueError(
+            f"nothing is known yet of the curvature of {len(unready)} site(s) ({listed(unready)}), so no loss can be "
+            f"predicted: train until each has seen kfac_min_samples={kfac_min_samples} tokens since B is not zero. An "
+            "adapter that was trained elsewhere can be exported as it is with grit_optim.export_adapter(model, path)"
+        )
+
+
+def _named(
+    known: Mapping[str, int], curvatures: Sequence[BucketCurvature], wanted: Mapping[str, int]
+) -> list[Tensor]:
+    """The ranks that a mapping asks for, the others as they are."""
+    for name, rank in wanted.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(
+                f"unknown site {name!r}; {hint}The {len(known)} sites are the keys of optimizer.ranks(): "
+                f"{listed(list(known), 3)}"
+            )
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= known[name]:
+            raise ValueError(
+                f"site {name!r} has rank {known[name]}; it can keep a whole number from 0 to that, not {rank!r}"
+            )
+    return [
+        torch.tensor([wanted.get(name, known[name]) for name in c.bucket.names()], device=c.bucket.device)
+        for c in curvatures
+    ]

@@ -1,0 +1,199 @@
+"""What a run tells: totals on request, records to sinks, and the final ranks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grit_optim.curvature.bucket import BucketCurvature
+from grit_optim.parts import Parts
+from grit_optim.preconditioners.held import Outcome
+from grit_optim.sinks import JsonLines, Record
+from grit_optim.telemetry.recorder import Contents, Recorder, check_count
+from grit_optim.telemetry.snapshot import Snapshot
+
+FORMAT = 1
+"""Version of the records."""
+
+
+class Telemetry:
+    """Tells of the parts, and changes nothing of them."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._recorders: list[Recorder] = []
+        self._begun = time.time()
+
+    # ---------------------------------------------------------------- on request
+
+    def report(self, per_site: bool) -> dict[str, Any]:
+        """What has been done so far, as plain values; see :meth:`GritOptimizer.telemetry`."""
+        parts, buckets = self._parts, self._parts.curvature.buckets
+        told = {
+            "options": parts.options.as_dict(),
+            "steps": parts.schedule.steps,
+            "sites": len(parts.sites.all),
+            "refreshes": parts.preconditioning.refreshes,
+            "reprojections": parts.ranks.reprojections,
+            "folds": parts.curvature.folds,
+            "dropped_folds": int(parts.curvature.dropped_folds),
+            "engaged_sites": sum(int((c.a_ready & c.b_ready).sum()) for c in buckets),
+            "samples": {
+                name: int(n)
+                for c in buckets
+                for name, n in zip(c.bucket.names(), c.factors.activation_samples.tolist(), strict=True)
+            },
+            "mean_cosine": _mean_cosine(parts.preconditioning.outcomes),
+            "predicted_cost": sum(parts.ranks.dropped().values()),
+            "ranks": parts.ranks.by_name(buckets),
+            "stage_seconds": dict(parts.times.seconds),
+            **self._in_force(),
+        }
+        if per_site:
+            told["per_site"] = self._per_site()
+        return told
+
+    def _in_force(self) -> dict[str, Any]:
+        """Periods and damping, as the adaptive schedule has them."""
+        return {**self._parts.schedule.in_force(), "kfac_damping": self._parts.curvature.damping}
+
+    def _per_site(self) -> dict[str, dict[str, Any]]:
+        """Every site's own numbers now, with the whole spectrum of both factors."""
+        buckets = self._parts.curvature.buckets
+        snapshot = Snapshot(buckets, self._parts.preconditioning.outcomes, {})
+        columns = snapshot.columns(top_eigenvalues=max((c.bucket.rank for c in buckets), default=0))
+        return {
+            name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(snapshot.names)
+        }
+
+    def final_ranks(self, path: str | Path | None = None) -> dict[str, dict[str, Any]]:
+        """Ranks and parameter counts per site, by name; see :meth:`GritOptimizer.final_ranks`."""
+        ranks, buckets = self._parts.ranks, self._parts.curvature.buckets
+        snapshot = Snapshot(buckets, [], {})
+        columns = snapshot.columns()
+        both = zip(columns["effective_rank_a"], columns["effective_rank_g"], strict=True)
+        effective = dict(zip(snapshot.names, both, strict=True))
+        final = {}
+        for name, kept in ranks.by_name(buckets).items():
+            origin, (rank_a, rank_g) = ranks.origin[name], effective.get(name, (None, None))
+            final[name] = {
+                "base_r": origin.rank,
+                "final_k_a": kept,
+                "final_k_b": kept,
+                "effective_rank_a": rank_a,
+                "effective_rank_g": rank_g,
+                "parameters": origin.parameters,
+                "parameters_kept": origin.parameters // origin.rank * kept,
+            }
+        if path is not None:
+            totals = {
+                name: sum(f[name] for f in final.values()) for name in ("parameters", "parameters_kept")
+            }
+            Path(path).write_text(json.dumps({**totals, "sites": final}, indent=1) + "\n", encoding="utf8")
+        return final
+
+    # ---------------------------------------------------------------- as it happens
+
+    def log_to(self, sink: str | Path | Callable[[Record], object], every: int, contents: Contents) -> None:
+        """Record from now on; see :meth:`GritOptimizer.log_to`."""
+        check_count("every", every)
+        if not (isinstance(sink, str | Path) or callable(sink)):
+            raise TypeError(
+                f"a sink is a path or something that can be called with a record, got {type(sink).__name__}"
+            )
+        recorder = Recorder(JsonLines(sink) if isinstance(sink, str | Path) else sink, every, contents)
+        self._parts.losses.attach(self._parts.sites.model)
+        recorder.write(self._start_record())
+        self._recorders.append(recorder)
+
+    def record(self, loss: Tensor | float | None) -> None:
+        """Record the step just counted, where a sink wants it."""
+        if not self._recorders:
+            return
+        with self._parts.times("record"):
+            due = [recorder for recorder in self._recorders if recorder.due(self._parts.schedule.steps)]
+            taken = self._step_record(loss) if due else None
+            for recorder in self._recorders:
+                if taken is not None and recorder in due:
+                    recorder.submit(*taken)
+                else:
+                    recorder.drain(wait=False)
+
+    def finish(self) -> None:
+        """Write what is pending, the latest step and the final ranks, and close the sinks."""
+        recorders, self._recorders = self._recorders, []
+        steps = self._parts.schedule.steps
+        if not self._parts.follows_loss:
+            self._parts.losses.detach()
+        for recorder in recorders:
+            if steps and recorder.last_step != steps:
+                recorder.submit(*self._step_record(None))
+            recorder.close({"kind": "end", "step": steps, "final": self.final_ranks()})
+
+    def _start_record(self) -> Record:
+        parts = self._parts
+        sites = [site for curvature in parts.curvature.buckets for site in curvature.bucket.sites]
+        return {
+            "kind": "start",
+            "format": FORMAT,
+            "step": parts.schedule.steps,
+            "options": parts.options.as_dict(),
+            "base": type(parts.base).__name__,
+            "sites": [
+                {
+                    "name": s.name,
+                    "adapter": s.adapter,
+                    "rank": s.rank,
+                    "parameters": s.a.numel() + s.b.numel(),
+                }
+                for s in sites
+            ],
+        }
+
+    def _step_record(self, loss: Tensor | float | None) -> tuple[Record, Snapshot]:
+        parts, buckets = self._parts, self._parts.curvature.buckets
+        engaged = [(c.a_ready & c.b_ready).sum() for c in buckets]
+        scalars = {
+            "loss": loss,
+            "lr": parts.base.param_groups[0]["lr"],
+            "engaged_sites": torch.stack([e.to(engaged[0].device) for e in engaged]).sum() if engaged else 0,
+            "dropped_folds": parts.curvature.dropped_folds,
+            "predicted_cost": parts.ranks.predicted_cost(),
+        }
+        outcomes = parts.preconditioning.outcomes or _gradient_norms(buckets)
+        record = {
+            "kind": "step",
+            "step": parts.schedule.steps,
+            "seconds": round(time.time() - self._begun, 3),
+            "refreshes": parts.preconditioning.refreshes,
+            "reprojections": parts.ranks.reprojections,
+            "stage_seconds": {name: round(seconds, 4) for name, seconds in parts.times.seconds.items()},
+            **self._in_force(),
+        }
+        return record, Snapshot(buckets, outcomes, scalars)
+
+
+def _mean_cosine(outcomes: Sequence[Outcome]) -> float | None:
+    """Mean over all matrices whose update was turned, or None if there was none."""
+    cosines = [o.cosine for o in outcomes if o.cosine is not None]
+    if not cosines:
+        return None
+    value = float(torch.cat([c.detach().float().cpu().flatten() for c in cosines]).nanmean())
+    return None if value != value else value
+
+
+def _gradient_norms(buckets: Sequence[BucketCurvature]) -> list[Outcome]:
+    """‖∇‖ per matrix, for the modes that never stack the gradients."""
+    found = []
+    for i, curvature in enumerate(buckets):
+        for group in curvature.bucket.groups:
+            if (part := group.with_gradient()) is not None:
+                norms = torch.linalg.matrix_norm(part.stack(part.gradients()))
+                found.append(Outcome(i, part.side, part.positions, norms))
+    return found
