@@ -1,0 +1,16 @@
+"""What tests need to see of an optimizer beside its public face. The only file of the tests that reads an underscore of ours."""
+
+
+def parts(optimizer):
+    """The optimizer's parts, see ``grit_optim.parts``."""
+    return optimizer._parts
+
+
+def sites(optimizer):
+    """The pairs that it works on, in the model's order."""
+    return parts(optimizer).sites.all
+
+
+def mode(optimizer):
+    """Its way to use the curvature."""
+    return parts(optimizer).preconditioning.mode
