@@ -36,20 +36,23 @@ from grit_optim.telemetry.telemetry import Telemetry
 class GritOptimizer(OptimizerWrapper):
     """A base optimizer that sees the rank-space Fisher information of the LoRA pairs it trains.
 
-        Parameters that belong to no LoRA pair go to the base untouched. Learning rate, weight decay and all else are the
-        base's: ``param_groups``, ``state`` and ``defaults`` are its own. Where several processes train together (DDP), each
-        of them has to call :meth:`step` and whatever else changes the model (``reduce_ranks_``, ``shrink_``).
+        Parameters that belong to no LoRA pair go to the base untouched. Learning rate, weight decay and all
+        else are the base's: ``param_groups``, ``state`` and ``defaults`` are its own. Where several processes
+        train together (DDP), each of them has to call :meth:`step` and whatever else changes the model
+        (``reduce_ranks_``, ``shrink_``).
 
     Args:
-            base: any ``torch.optim.Optimizer`` except LBFGS, already built on the model's trainable parameters.
-            model: the PEFT model, or one that contains such layers, in which the pairs are found. A weak reference is kept.
-                A pair that the base holds but that is frozen is tapped once it is trained.
+            base: any ``torch.optim.Optimizer`` except LBFGS, already built on the model's trainable
+                parameters.
+            model: the PEFT model, or one that contains such layers, in which the pairs are found. A weak
+                reference is kept. A pair that the base holds but that is frozen is tapped once it is trained.
             sites: the pairs, instead of looking for PEFT's: hand-written LoRA is passed as
                 ``[Site.from_modules(name, a, b, scaling), …]``.
     {options}
 
     Raises:
-            TypeError: ``base`` is no optimizer, or cannot be wrapped, or an option has the wrong type or name.
+            TypeError: ``base`` is no optimizer, or cannot be wrapped, or an option has the wrong type or
+                name.
             ValueError: an option is out of range, or no LoRA pair is found.
 
     Example:
@@ -135,7 +138,8 @@ class GritOptimizer(OptimizerWrapper):
         """One step of the base optimizer, with curvature.
 
         Args:
-            closure: runs zero_grad, forward and backward and returns the loss; run once, with gradients enabled.
+            closure: runs zero_grad, forward and backward and returns the loss; run once, with gradients
+                enabled.
 
         Returns:
             What the closure returned, or None.
@@ -217,9 +221,10 @@ class GritOptimizer(OptimizerWrapper):
     def check_capture(self) -> list[SiteReport]:
         """Whether the taps see what the gradients saw, per site; call it after ``backward()`` and before :meth:`step`.
 
-        Compares ⟨A, ∇A⟩, ⟨B, ∇B⟩ and Σ h·δ, which are equal up to the loss scale and the trainer's clipping. Reads values
-        from the device. Runs by itself in the first steps, and warns. Where several processes train together, a process
-        knows its own tokens alone, and the amounts are compared in the first steps only.
+        Compares ⟨A, ∇A⟩, ⟨B, ∇B⟩ and Σ h·δ, which are equal up to the loss scale and the trainer's clipping.
+        Reads values from the device. Runs by itself in the first steps, and warns. Where several processes
+        train together, a process knows its own tokens alone, and the amounts are compared in the first steps
+        only.
         """
         return self._parts.capture.check()
 
@@ -233,9 +238,9 @@ class GritOptimizer(OptimizerWrapper):
     def ranks(self) -> RankReport:
         """Directions kept per site, a dict by name, with effective ranks, parameters and predicted losses in ``.sites``.
 
-        ``print(optimizer.ranks().table())`` shows it, ``.as_dict()`` is for JSON. Reads values from the device. The
-        paper's projections let a rank grow back until they are next due; with them, ranks and parameters are what the
-        latest one left.
+        ``print(optimizer.ranks().table())`` shows it, ``.as_dict()`` is for JSON. Reads values from the
+        device. The paper's projections let a rank grow back until they are next due; with them, ranks and
+        parameters are what the latest one left.
         """
         ranks, buckets = self._parts.ranks, self._parts.curvature.buckets
         return ranks.report(buckets, ranks.by_name(buckets), ranks.coordinates(buckets), {})
@@ -244,7 +249,8 @@ class GritOptimizer(OptimizerWrapper):
         """What :meth:`reduce_ranks_` would do, and the rise of the loss that it is predicted to cost; changes nothing.
 
         Args:
-            ranks: a budget as ``rank_budget`` takes it, or site name to rank (sites that are not named keep theirs).
+            ranks: a budget as ``rank_budget`` takes it, or site name to rank (sites that are not named keep
+                theirs).
         """
         parts, buckets = self._parts, self._parts.curvature.buckets
         plan = make_plan(parts.ranks, buckets, self.options, ranks)
@@ -256,15 +262,16 @@ class GritOptimizer(OptimizerWrapper):
         """Give up ranks now, for good, as the reprojection ``"balanced"`` does.
 
         Args:
-            ranks: a budget as ``rank_budget`` takes it, or site name to rank (sites that are not named keep theirs).
+            ranks: a budget as ``rank_budget`` takes it, or site name to rank (sites that are not named keep
+                theirs).
 
         Returns:
             The ranks, with the rise of the loss that all that was dropped was predicted to cost.
 
         Raises:
             TypeError: neither a budget nor a mapping.
-            ValueError: an unknown site, a rank above the site's, a budget that cannot be met, or factors that have not
-                seen ``kfac_min_samples`` tokens yet.
+            ValueError: an unknown site, a rank above the site's, a budget that cannot be met, or factors that
+                have not seen ``kfac_min_samples`` tokens yet.
         """
         parts = self._parts
         parts.reduce(make_plan(parts.ranks, parts.curvature.buckets, self.options, ranks))
@@ -274,10 +281,10 @@ class GritOptimizer(OptimizerWrapper):
     def shrink_(self, *, model: nn.Module | None = None) -> RankReport:
         """Cut A, B, their gradients and the base's state to the ranks that are kept, in place, between training phases.
 
-        What the model computes stays the same. The Parameter objects stay the same too, but for sites of rank 0, which
-        leave the model and the base's parameter groups. PEFT's configuration is updated, so that
-        ``model.save_pretrained`` and :meth:`save_adapter` write what is there. A checkpoint of the optimizer from now on
-        belongs to the smaller adapter.
+        What the model computes stays the same. The Parameter objects stay the same too, but for sites of rank
+        0, which leave the model and the base's parameter groups. PEFT's configuration is updated, so that
+        ``model.save_pretrained`` and :meth:`save_adapter` write what is there. A checkpoint of the optimizer
+        from now on belongs to the smaller adapter.
 
         Args:
             model: the model, where the optimizer does not know it any more (after copying or unpickling).
@@ -300,19 +307,21 @@ class GritOptimizer(OptimizerWrapper):
         """Save the trained adapter with the ranks that are kept and no others, for ``PeftModel.from_pretrained``.
 
         Args:
-            path: the folder; it holds the old adapter or the new one at every moment (file by file only, where the
-                folder is a mount point, the working directory, or in a folder that must not be written to).
+            path: the folder; it holds the old adapter or the new one at every moment (file by file only,
+                where the folder is a mount point, the working directory, or in a folder that must not be
+                written to).
             adapter: name of the adapter, where this optimizer trains several.
             fold_scale: multiply the scale into B, for programs that ignore ``alpha_pattern`` and rsLoRA.
-            dtype: ``torch.bfloat16`` or ``torch.float16`` for half the bytes of an adapter trained in fp32; None: as it is.
+            dtype: ``torch.bfloat16`` or ``torch.float16`` for half the bytes of an adapter trained in fp32;
+                None: as it is.
             model: the model, where the optimizer does not know it any more (after unpickling).
 
         Returns:
             The ranks as saved, with effective ranks of ΔW and what the dropped ones were predicted to cost.
 
         Raises:
-            ValueError: no such adapter, one that this optimizer does not train, one that cannot be exported (DoRA), or a
-                value that ``dtype`` cannot hold.
+            ValueError: no such adapter, one that this optimizer does not train, one that cannot be exported
+                (DoRA), or a value that ``dtype`` cannot hold.
         """
         return save_trained(self._parts, path, adapter, fold_scale, dtype, model)
 
@@ -321,10 +330,10 @@ class GritOptimizer(OptimizerWrapper):
     def telemetry(self, per_site: bool = True) -> dict[str, Any]:
         """What has been done so far, as plain values (reading them waits for the device).
 
-        ``predicted_cost`` is the rise of the loss that all given-up ranks were predicted to cost, in the loss's unit.
-        ``mean_cosine`` is that of the angle between the latest update with and without curvature, over all matrices: 1
-        means that the curvature changed nothing. None where only the one with curvature is known ("eigenbasis",
-        "balanced").
+        ``predicted_cost`` is the rise of the loss that all given-up ranks were predicted to cost, in the
+        loss's unit. ``mean_cosine`` is that of the angle between the latest update with and without
+        curvature, over all matrices: 1 means that the curvature changed nothing. None where only the one with
+        curvature is known ("eigenbasis", "balanced").
 
         Args:
             per_site: also each site's own numbers under ``"per_site"``, by name: see docs/telemetry.md.
@@ -338,8 +347,9 @@ class GritOptimizer(OptimizerWrapper):
     def final_ranks(self, path: str | Path | None = None) -> dict[str, dict[str, Any]]:
         """Ranks and parameter counts per site, by name, as the tables of a paper need them.
 
-        Each has ``base_r`` (the adapter's rank), ``final_k_a`` and ``final_k_b`` (directions that A and B keep),
-        ``effective_rank_a`` and ``effective_rank_g`` of both factors, ``parameters`` and ``parameters_kept``.
+        Each has ``base_r`` (the adapter's rank), ``final_k_a`` and ``final_k_b`` (directions that A and B
+        keep), ``effective_rank_a`` and ``effective_rank_g`` of both factors, ``parameters`` and
+        ``parameters_kept``.
 
         Args:
             path: also write them there as JSON, with the totals.
@@ -349,8 +359,8 @@ class GritOptimizer(OptimizerWrapper):
     def observe(self, loss: Tensor | float) -> None:
         """Tell the loss of the coming step; several calls before a step are averaged. A tensor is not read back here.
 
-        Not needed where the model's output carries a ``loss`` or ``step`` gets a closure. A copied or unpickled optimizer
-        knows its pairs but not the model, and so needs one or the other.
+        Not needed where the model's output carries a ``loss`` or ``step`` gets a closure. A copied or
+        unpickled optimizer knows its pairs but not the model, and so needs one or the other.
 
         Args:
             loss: a number, or a tensor of one value.

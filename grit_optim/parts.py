@@ -32,9 +32,9 @@ SiteState = dict[str, Tensor]
 class Parts:
     """What an optimizer is made of.
 
-    The state is plain containers and fp32 tensors, keyed by site name. What can be derived from the factors at the next
-    step is left out. Operators are saved only where they come from factors that have moved on since, or where moments
-    are expressed in them.
+    The state is plain containers and fp32 tensors, keyed by site name. What can be derived from the factors
+    at the next step is left out. Operators are saved only where they come from factors that have moved on
+    since, or where moments are expressed in them.
 
     Args:
         base: the optimizer that holds the parameters.
@@ -75,7 +75,8 @@ class Parts:
         """Work on these pairs, of which ``origin`` tells what they were at first.
 
         Raises:
-            ValueError: two pairs share a name or a matrix, the base does not hold one, or a budget that cannot be met.
+            ValueError: two pairs share a name or a matrix, the base does not hold one, or a budget that
+                cannot be met.
         """
         self.ranks.remember(sites, origin or {})
         self.attach(sites)
@@ -207,8 +208,8 @@ class Parts:
         self.take(self.sites.with_named(own["sites"].keys()))
         if own.get("version", 0) > VERSION:
             raise ValueError(
-                f"the checkpoint's GRIT state has version {own['version']}, this grit_optim reads up to {VERSION}; "
-                "upgrade grit_optim"
+                f"the checkpoint's GRIT state has version {own['version']}, this grit_optim reads up to "
+                f"{VERSION}; upgrade grit_optim"
             )
         ranks = {name: c.bucket.rank for c in self.curvature.buckets for name in c.bucket.names()}
         _check_names(ranks.keys(), own["sites"].keys())
@@ -216,8 +217,8 @@ class Parts:
             saved_rank = own["sites"][name]["activation"].shape[-1]
             if saved_rank != rank:
                 raise ValueError(
-                    f"site {name!r} has rank {rank}, in the checkpoint {saved_rank}; build the adapter with the "
-                    "checkpoint's rank"
+                    f"site {name!r} has rank {rank}, in the checkpoint {saved_rank}; build the adapter with "
+                    "the checkpoint's rank"
                 )
 
     def load_state_dict(self, own: Mapping[str, Any] | None) -> None:
@@ -249,9 +250,10 @@ def _check_names(here: Set[str], saved: Set[str]) -> None:
     missing, extra = sorted(here - saved), sorted(saved - here)
     if missing or extra:
         raise ValueError(
-            f"the checkpoint's GRIT state is of other LoRA sites: {_some(missing)} of this model not in it, {_some(extra)} "
-            "of the checkpoint not in this model. Build the model and its adapter as they were when the checkpoint was "
-            f"saved, or drop the state with `state_dict.pop({KEY!r})` to start the curvature anew"
+            f"the checkpoint's GRIT state is of other LoRA sites: {_some(missing)} of this model not in it, "
+            f"{_some(extra)} of the checkpoint not in this model. Build the model and its adapter as they "
+            f"were when the checkpoint was saved, or drop the state with `state_dict.pop({KEY!r})` to start "
+            "the curvature anew"
         )
 
 

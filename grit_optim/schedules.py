@@ -1,17 +1,18 @@
 """When each part of a step is due. Steps are counted from 0, and only those in which a tap fired are counted.
 
-With ``adaptive_schedule`` the periods follow the loss. The losses of every :data:`WINDOW` steps are compared in two
-halves, as the GRIT library does:
+With ``adaptive_schedule`` the periods follow the loss. The losses of every :data:`WINDOW` steps are compared
+in two halves, as the GRIT library does:
 
-- the second half's mean is more than 1 % below the first's: the curvature changes little, periods are 1.5 times the
-  given ones;
+- the second half's mean is more than 1 % below the first's: the curvature changes little, periods are 1.5
+  times the given ones;
 - else, the loss has stalled: 0.75 times;
-- the damping is the given one times the loss's noise in units of its noise at the start, between ¼ and 4. Noise is the
-  standard deviation of the differences of successive losses, over √2 and the mean loss; a steady fall does not raise it.
+- the damping is the given one times the loss's noise in units of its noise at the start, between ¼ and 4.
+  Noise is the standard deviation of the differences of successive losses, over √2 and the mean loss; a steady
+  fall does not raise it.
 
-A period so never leaves [0.75, 1.5] times what was asked for (and never falls below 1), the damping never [¼, 4] times.
-Decisions are taken every half window and come into force half a window later: the numbers travel to the host meanwhile,
-and what is decided depends on the losses alone, not on when they arrive.
+A period so never leaves [0.75, 1.5] times what was asked for (and never falls below 1), the damping never [¼,
+4] times. Decisions are taken every half window and come into force half a window later: the numbers travel to
+the host meanwhile, and what is decided depends on the losses alone, not on when they arrive.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class Schedule:
         steps: steps done, or the number of the step that is under way, counted from 0.
         period_scale: what the periods are multiplied by.
         damping_scale: what the damping is multiplied by.
-        last_refresh: step of the latest refresh, followed with ``adaptive_schedule`` only; None before the first.
+        last_refresh: step of the latest refresh, followed with ``adaptive_schedule`` only; None before the
+            first.
         last_reprojection: the same of the latest reprojection.
         previous_mean: mean loss of the half window before, None until there was one.
         first_noise: relative noise of the first whole half window, the unit of the later ones.
@@ -145,9 +147,9 @@ class Schedule:
             self._without += 1
             if self._without == WINDOW:
                 warn(
-                    f"adaptive_schedule=True has been told no loss in {WINDOW} steps, so nothing adapts. Call "
-                    "optimizer.observe(loss) before step(), pass step() a closure, or let the model's output carry a "
-                    "`loss`"
+                    f"adaptive_schedule=True has been told no loss in {WINDOW} steps, so nothing adapts. "
+                    "Call optimizer.observe(loss) before step(), pass step() a closure, or let the model's "
+                    "output carry a `loss`"
                 )
             return
         self._losses.append(loss)

@@ -26,19 +26,20 @@ def check_base(base: object) -> None:
     """
     if not isinstance(base, Optimizer):
         raise TypeError(
-            f"the first argument must be a torch.optim.Optimizer such as torch.optim.AdamW(model.parameters(), lr=2e-4), got "
-            f"{type(base).__name__}"
+            "the first argument must be a torch.optim.Optimizer such as "
+            f"torch.optim.AdamW(model.parameters(), lr=2e-4), got {type(base).__name__}"
         )
     if isinstance(base, torch.optim.LBFGS):
         raise TypeError(
-            "LBFGS evaluates the loss several times per step, and curvature would be gathered from all of them; use a "
-            "first-order base such as torch.optim.AdamW"
+            "LBFGS evaluates the loss several times per step, and curvature would be gathered from all of "
+            "them; use a first-order base such as torch.optim.AdamW"
         )
     for kind in type(base).__mro__:
         reason = next((why for word, why in _REFUSED.items() if word in kind.__name__.lower()), None)
         if reason is not None:
             raise TypeError(
-                f"{type(base).__name__} cannot be a base optimizer: it {reason}; use torch.optim.AdamW or the like"
+                f"{type(base).__name__} cannot be a base optimizer: it {reason}; use torch.optim.AdamW or "
+                "the like"
             )
     if hasattr(base, "check_capture"):
         raise TypeError("the base optimizer is a GritOptimizer already; wrap the plain optimizer once")
@@ -55,6 +56,7 @@ def check_direction_momentum(momentum: float | str | None, base: Optimizer) -> N
     known = is_adam(base) or "dampening" in base.defaults
     if not known or any(moment_decay(group) == 0 for group in base.param_groups):
         raise ValueError(
-            f"direction_momentum={momentum!r} is for the average of the gradient that a base keeps, and {type(base).__name__} "
-            "keeps none here, or one of another kind; leave it out, or wrap a kind of Adam with β₁ > 0, or SGD with momentum"
+            f"direction_momentum={momentum!r} is for the average of the gradient that a base keeps, and "
+            f"{type(base).__name__} keeps none here, or one of another kind; leave it out, or wrap a kind "
+            "of Adam with β₁ > 0, or SGD with momentum"
         )

@@ -1,6 +1,7 @@
 """What a base optimizer's settings say: its rate, its weight decay, and how fast its average forgets.
 
-Settings and classes are known by name, so that any optimizer that uses the field's names is served without being imported.
+Settings and classes are known by name, so that any optimizer that uses the field's names is served without
+being imported.
 """
 
 from __future__ import annotations

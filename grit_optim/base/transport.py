@@ -1,10 +1,10 @@
 """Moving what a base optimizer keeps to other coordinates of A and B, and cutting it to fewer.
 
-State tensors are known by name. What transforms like a gradient is multiplied as a gradient is, copies of the weights as
-the weights are. Squared gradients are multiplied by the squared entries, which is exact for permutations and changes of
-sign; where the K-FAC factors tell how a gradient's entries are correlated over the rank, by the correlations too. Any
-other tensor of the parameter's shape is not understood: the parameter's state is then dropped and named, and the base
-starts it anew.
+State tensors are known by name. What transforms like a gradient is multiplied as a gradient is, copies of the
+weights as the weights are. Squared gradients are multiplied by the squared entries, which is exact for
+permutations and changes of sign; where the K-FAC factors tell how a gradient's entries are correlated over
+the rank, by the correlations too. Any other tensor of the parameter's shape is not understood: the
+parameter's state is then dropped and named, and the base starts it anew.
 """
 
 from __future__ import annotations
@@ -149,10 +149,10 @@ def _move_named(group: Group, states: Sequence[dict[str, Any]], name: str, opera
 def _warn_dropped_state(base: Optimizer, names: set[str]) -> None:
     """Say which state a change of coordinates could not carry along."""
     warn(
-        f"GritOptimizer changed the coordinates of A and B, and {type(base).__name__} keeps state that it does not know how to "
-        f"move ({', '.join(sorted(names))}); that state was reset for the LoRA parameters. Use a base whose state is among "
-        f"{', '.join(GRADIENT_LIKE + SQUARE_LIKE)}, or a mode that leaves the coordinates alone (precondition='steer' or "
-        "'inverse', reprojection='none')",
+        f"GritOptimizer changed the coordinates of A and B, and {type(base).__name__} keeps state that it "
+        f"does not know how to move ({', '.join(sorted(names))}); that state was reset for the LoRA "
+        f"parameters. Use a base whose state is among {', '.join(GRADIENT_LIKE + SQUARE_LIKE)}, or a mode "
+        "that leaves the coordinates alone (precondition='steer' or 'inverse', reprojection='none')",
     )
 
 

@@ -62,9 +62,10 @@ class BypassWatch:
             return
         self._finished = True
         warn(
-            f"this model has been trained for {PATIENCE} steps without GritOptimizer.step(): the weights of {site.name!r} were "
-            "changed, or their gradients cleared, by somebody else, so GRIT does nothing. Something steps around it: "
-            "transformers' Trainer drops optimizers= under DeepSpeed and FSDP (train without them), other optimizers step "
-            "inside the backward pass, or the loop calls optimizer.base.step() or builds an optimizer of its own. Let the "
-            "loop call step() of the GritOptimizer itself, or call close() on it if it is no longer wanted",
+            f"this model has been trained for {PATIENCE} steps without GritOptimizer.step(): the weights of "
+            f"{site.name!r} were changed, or their gradients cleared, by somebody else, so GRIT does "
+            "nothing. Something steps around it: transformers' Trainer drops optimizers= under DeepSpeed "
+            "and FSDP (train without them), other optimizers step inside the backward pass, or the loop "
+            "calls optimizer.base.step() or builds an optimizer of its own. Let the loop call step() of the "
+            "GritOptimizer itself, or call close() on it if it is no longer wanted",
         )

@@ -151,16 +151,17 @@ def _warn_of(reports: Iterable[SiteReport]) -> None:
         by_status.setdefault(report.status, []).append(report.name)
     if "silent" in by_status:
         warn(
-            f"GRIT does nothing for {_sites(by_status['silent'])}: their weights receive gradients, but the forward pass of "
-            "`lora_A` is never called. A fused kernel (Unsloth, Axolotl), a merged adapter or a model compiled before the "
-            "optimizer was built goes around it: turn the fused LoRA kernels off, unmerge, or build the optimizer before "
-            "the first compiled call",
+            f"GRIT does nothing for {_sites(by_status['silent'])}: their weights receive gradients, but the "
+            "forward pass of `lora_A` is never called. A fused kernel (Unsloth, Axolotl), a merged adapter "
+            "or a model compiled before the optimizer was built goes around it: turn the fused LoRA kernels "
+            "off, unmerge, or build the optimizer before the first compiled call",
         )
     if "mismatch" in by_status:
         warn(
-            f"the taps of {_sites(by_status['mismatch'])} do not see what their gradients come from (⟨A, ∇A⟩ differs from "
-            "Σ h·δ): part of the forward passes goes around `lora_A`, the loss has a term in the weights themselves, or "
-            "gradients were left from before. GRIT's factors for them describe something else; see check_capture()",
+            f"the taps of {_sites(by_status['mismatch'])} do not see what their gradients come from (⟨A, "
+            "∇A⟩ differs from Σ h·δ): part of the forward passes goes around `lora_A`, the loss has a term "
+            "in the weights themselves, or gradients were left from before. GRIT's factors for them "
+            "describe something else; see check_capture()",
         )
 
 

@@ -66,8 +66,8 @@ class Losses:
 
         Args:
             returned: what the closure returned.
-            shared_on: the device on which the processes that train together take the mean of their losses; None where
-                each keeps its own.
+            shared_on: the device on which the processes that train together take the mean of their losses;
+                None where each keeps its own.
         """
         if not self._observed and _is_single(returned):
             self._observed.append(_single(returned))
@@ -91,7 +91,8 @@ def _single(loss: Tensor | float) -> Tensor | float:
     """
     if isinstance(loss, bool) or not isinstance(loss, Tensor | float | int):
         raise TypeError(
-            f"observe() takes the loss of this step, a number or a tensor of one value, got {type(loss).__name__}"
+            "observe() takes the loss of this step, a number or a tensor of one value, got "
+            f"{type(loss).__name__}"
         )
     if not isinstance(loss, Tensor):
         return float(loss)

@@ -58,7 +58,8 @@ def read_ranks(path: Path, threshold: float = 0.99) -> RankReport:
     sites = [_site(key.removesuffix(_A), tensors, past, threshold) for key in tensors if key.endswith(_A)]
     if not sites:
         raise ValueError(
-            f"{path / _WEIGHTS} holds no LoRA matrices (tensors named …{_A}); is it the adapter of another method?"
+            f"{path / _WEIGHTS} holds no LoRA matrices (tensors named …{_A}); is it the adapter of another "
+            "method?"
         )
     present = {site.name for site in sites}
     left_out = [
@@ -72,8 +73,8 @@ def read_ranks(path: Path, threshold: float = 0.99) -> RankReport:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not (path / _WEIGHTS).is_file():
         raise ValueError(
-            f"{path} is no saved adapter: it has no {_WEIGHTS}. Pass the folder that model.save_pretrained() or "
-            "optimizer.save_adapter() wrote"
+            f"{path} is no saved adapter: it has no {_WEIGHTS}. Pass the folder that "
+            "model.save_pretrained() or optimizer.save_adapter() wrote"
         )
     try:
         from safetensors import SafetensorError

@@ -63,7 +63,8 @@ class RunLog:
         found = [step for step in self.steps if column in step["sites"]]
         if not found:
             raise RunError(
-                f"{self.path} holds no {column}; {_REMEDIES.get(column, 'nothing was recorded of it in this run')}"
+                f"{self.path} holds no {column}; "
+                f"{_REMEDIES.get(column, 'nothing was recorded of it in this run')}"
             )
         return found
 

@@ -22,7 +22,8 @@ class Curvature:
     Attributes:
         buckets: one entry per bucket.
         folds: steps whose statistics were offered to the factors.
-        dropped_folds: steps of those whose statistics were not finite and were left out, a number on the device.
+        dropped_folds: steps of those whose statistics were not finite and were left out, a number on the
+            device.
     """
 
     def __init__(self, options: FisherOptions, times: StageTimes) -> None:

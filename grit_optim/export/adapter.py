@@ -97,15 +97,17 @@ def export_adapter(
     ]
     if broken:
         raise ValueError(
-            f"adapter {adapter!r} has weights that are infinite or NaN in {len(broken)} layer(s) ({listed(broken, 3)}): the "
-            "run has diverged; go back to an earlier checkpoint, or save it as it is with model.save_pretrained()"
+            f"adapter {adapter!r} has weights that are infinite or NaN in {len(broken)} layer(s) "
+            f"({listed(broken, 3)}): the run has diverged; go back to an earlier checkpoint, or save it as "
+            "it is with model.save_pretrained()"
         )
     smaller = {name: _reduced(site, tolerance) for name, site in layers.pairs.items()}
     ranks = {name: pair.a.shape[0] for name, pair in smaller.items()}
     if not any(ranks.values()):
         raise ValueError(
-            f"adapter {adapter!r} has no direction to save: in each of its {len(ranks)} layers ({listed(list(ranks), 3)}) A or "
-            "B is zero. It has not been trained yet, or the rank budget left nothing; PEFT cannot load an adapter of rank 0"
+            f"adapter {adapter!r} has no direction to save: in each of its {len(ranks)} layers "
+            f"({listed(list(ranks), 3)}) A or B is zero. It has not been trained yet, or the rank budget "
+            "left nothing; PEFT cannot load an adapter of rank 0"
         )
     saved = adapter_config.with_ranks(config, layers, ranks, fold_scale)
     report = _report(layers, smaller, history or {}, threshold)
@@ -153,7 +155,8 @@ def _tensors(
         place, site = f"{_PREFIX}{name}", layers.pairs[name]
         if f"{place}.lora_A.weight" not in tensors:
             raise ValueError(
-                f"PEFT does not save layer {name!r} of adapter {adapter!r}; please report this with the model's name"
+                f"PEFT does not save layer {name!r} of adapter {adapter!r}; please report this with the "
+                "model's name"
             )
         if pair.a.shape[0] == 0:
             del tensors[f"{place}.lora_A.weight"], tensors[f"{place}.lora_B.weight"]
@@ -181,7 +184,8 @@ def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
     ]
     if lost:
         raise ValueError(
-            f"{dtype} cannot hold values of {listed(lost)} (at most {torch.finfo(dtype).max:g}); use torch.bfloat16 or None"
+            f"{dtype} cannot hold values of {listed(lost)} (at most {torch.finfo(dtype).max:g}); use "
+            "torch.bfloat16 or None"
         )
     return rounded
 
@@ -191,7 +195,8 @@ def _fold_others(tensors: dict[str, Tensor], layers: AdapterLayers, adapter: str
         key = f"{_PREFIX}{name}.lora_embedding_B"
         if key not in tensors:
             raise ValueError(
-                f"fold_scale=True cannot fold the scale of layer {name!r} ({type(layer).__name__}); leave it at False"
+                f"fold_scale=True cannot fold the scale of layer {name!r} ({type(layer).__name__}); leave "
+                "it at False"
             )
         tensors[key] = tensors[key] * layer.scaling[adapter]
 

@@ -37,8 +37,9 @@ def check_exportable(config: Any, adapter: str) -> None:
         )
     if getattr(config, "use_dora", False):
         raise ValueError(
-            f"adapter {adapter!r} uses DoRA, which divides by the norm of W + ΔW, so a smaller ΔW changes what every direction "
-            "does and no loss can be predicted; save it whole with model.save_pretrained(), or train with use_dora=False"
+            f"adapter {adapter!r} uses DoRA, which divides by the norm of W + ΔW, so a smaller ΔW changes "
+            "what every direction does and no loss can be predicted; save it whole with "
+            "model.save_pretrained(), or train with use_dora=False"
         )
 
 
@@ -50,9 +51,9 @@ def check_start(config: Any, adapter: str) -> None:
     """
     if config.init_lora_weights not in _HARMLESS_STARTS:
         raise ValueError(
-            f"adapter {adapter!r} was started with init_lora_weights={config.init_lora_weights!r}, which takes a term of the "
-            "full rank out of the base model's weights; PEFT does so again when it loads the adapter, and at another rank "
-            "would take out another one. Convert it first with "
+            f"adapter {adapter!r} was started with init_lora_weights={config.init_lora_weights!r}, which "
+            "takes a term of the full rank out of the base model's weights; PEFT does so again when it "
+            "loads the adapter, and at another rank would take out another one. Convert it first with "
             "model.save_pretrained(path_initial_model_for_weight_conversion=…), load that, and export it"
         )
 

@@ -20,12 +20,13 @@ def shrink(parts: Parts, model: nn.Module | None) -> None:
     """Cut A, B, their gradients, the base's state and the factors to the ranks that are kept.
 
     Raises:
-        ValueError: the paper's projections are in use, no rank is left, PEFT's layers without their model, DoRA, or a
-            start that depends on the rank.
+        ValueError: the paper's projections are in use, no rank is left, PEFT's layers without their model,
+            DoRA, or a start that depends on the rank.
     """
     if not parts.ranks.gives_up:
         raise ValueError(
-            f"reprojection={parts.options.rank.reprojection!r} gives no rank up for good, so there is nothing to shrink"
+            f"reprojection={parts.options.rank.reprojection!r} gives no rank up for good, so there is "
+            "nothing to shrink"
         )
     sites = parts.sites.all
     peft_model = check(parts.known_model(model), sites)
@@ -59,7 +60,8 @@ def check(model: nn.Module | None, sites: Sequence[Site]) -> Any | None:
         return None
     if model is None:
         raise ValueError(
-            "this optimizer no longer knows its model (it was copied or unpickled, or the model is gone); pass model="
+            "this optimizer no longer knows its model (it was copied or unpickled, or the model is gone); "
+            "pass model="
         )
     peft_model = peft_model_in(model)
     for adapter in adapters:
@@ -98,8 +100,8 @@ def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], pef
         group["params"] = [p for p in group["params"] if id(p) not in removed]
     if strange:
         warn(
-            f"shrink_() does not know how to cut the state that {type(base).__name__} keeps ({', '.join(sorted(strange))}); it "
-            "was reset for the LoRA parameters that became smaller",
+            f"shrink_() does not know how to cut the state that {type(base).__name__} keeps "
+            f"({', '.join(sorted(strange))}); it was reset for the LoRA parameters that became smaller",
         )
 
 

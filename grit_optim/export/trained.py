@@ -38,8 +38,9 @@ def save_trained(
     adapter = peft_config.choose_adapter(peft_model, adapter)
     if adapter not in trained:
         raise ValueError(
-            f"adapter {adapter!r} was trained elsewhere: this optimizer trains {', '.join(map(repr, trained))}. Save it as "
-            f"it is with grit_optim.export_adapter(model, path, adapter={adapter!r})"
+            f"adapter {adapter!r} was trained elsewhere: this optimizer trains "
+            f"{', '.join(map(repr, trained))}. Save it as it is with grit_optim.export_adapter(model, path, "
+            f"adapter={adapter!r})"
         )
     return export_adapter(
         model,

@@ -79,7 +79,8 @@ def _unwrapped(optimizer: Any) -> GritOptimizer:
         seen = getattr(seen, "optimizer", None)
     if seen is None:
         raise TypeError(
-            f"GritCallback found a {type(optimizer).__name__} and no GritOptimizer in it; hand the Trainer one, as in "
-            "Trainer(..., optimizers=(GritOptimizer(torch.optim.AdamW(parameters, lr), model), None))"
+            f"GritCallback found a {type(optimizer).__name__} and no GritOptimizer in it; hand the Trainer "
+            "one, as in Trainer(..., optimizers=(GritOptimizer(torch.optim.AdamW(parameters, lr), model), "
+            "None))"
         )
     return seen

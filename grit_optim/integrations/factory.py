@@ -51,10 +51,10 @@ def for_trainer(model: nn.Module | None = None, **keywords: Any) -> Any:
         return build(model, **keywords)
     if model is not None:
         raise TypeError(
-            f"for_trainer() got a {type(model).__name__} where the model is needed: transformers before 5.2 hands parameter "
-            "groups, not the model, to optimizer_cls_and_kwargs. Set `trainer.optimizer = "
-            "grit_optim.for_trainer(trainer.model, lr=...)` before train(); with model_init, do so in an override of "
-            "Trainer.create_optimizer"
+            f"for_trainer() got a {type(model).__name__} where the model is needed: transformers before 5.2 "
+            "hands parameter groups, not the model, to optimizer_cls_and_kwargs. Set `trainer.optimizer = "
+            "grit_optim.for_trainer(trainer.model, lr=...)` before train(); with model_init, do so in an "
+            "override of Trainer.create_optimizer"
         )
     if keywords:
         raise TypeError(

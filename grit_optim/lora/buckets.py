@@ -1,8 +1,9 @@
 """Sites stacked for batched algebra.
 
-A :class:`Bucket` holds the sites of one rank on one device, so that their factors form tensors ``[S, r, r]``. Within
-it, a :class:`Group` holds the matrices of one side (A or B) that share a shape, a dtype and a parameter group of the
-base optimizer. What is applied to all of them is one batched product, never a loop with a kernel for each site.
+A :class:`Bucket` holds the sites of one rank on one device, so that their factors form tensors ``[S, r, r]``.
+Within it, a :class:`Group` holds the matrices of one side (A or B) that share a shape, a dtype and a
+parameter group of the base optimizer. What is applied to all of them is one batched product, never a loop
+with a kernel for each site.
 """
 
 from __future__ import annotations
@@ -159,6 +160,7 @@ def check_distinct(sites: Sequence[Site]) -> None:
         for i, key in enumerate(keys):
             if (other := first.setdefault(key, i)) != i:
                 raise ValueError(
-                    f"sites {other} ({sites[other].name!r}) and {i} ({sites[i].name!r}) have {what}; a site's name keys its "
-                    "state in checkpoints, and its pair is stepped once, so give each pair once, under a name of its own"
+                    f"sites {other} ({sites[other].name!r}) and {i} ({sites[i].name!r}) have {what}; a "
+                    "site's name keys its state in checkpoints, and its pair is stepped once, so give each "
+                    "pair once, under a name of its own"
                 )

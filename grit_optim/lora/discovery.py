@@ -127,8 +127,8 @@ def peft_model_in(model: nn.Module) -> Any:
             return module
     raise ValueError(
         f"{type(model).__name__} holds no PeftModel, so there is no PEFT adapter to save; make one with "
-        "peft.get_peft_model(model, config). Hand-written LoRA is saved with the model's own state_dict(), physically smaller "
-        "after shrink_()"
+        "peft.get_peft_model(model, config). Hand-written LoRA is saved with the model's own state_dict(), "
+        "physically smaller after shrink_()"
     )
 
 
@@ -184,8 +184,9 @@ def no_sites_message(model: nn.Module, untapped: Mapping[str, str]) -> str:
     """What to tell a user whose model has no LoRA pair that can be tapped."""
     found = "; ".join(f"{name}: {reason}" for name, reason in list(untapped.items())[:5])
     return (
-        f"found no LoRA pair in {type(model).__name__} that both requires gradients and is among the base optimizer's "
-        f"parameters{f' (seen but not usable: {found})' if found else ''}. Wrap the model first, as in "
-        "`model = peft.get_peft_model(model, peft.LoraConfig(target_modules='all-linear'))`, give the base optimizer its "
-        "trainable parameters, or pass hand-written pairs as `sites=[Site.from_modules(name, a, b, scaling), ...]`"
+        f"found no LoRA pair in {type(model).__name__} that both requires gradients and is among the base "
+        f"optimizer's parameters{f' (seen but not usable: {found})' if found else ''}. Wrap the model "
+        "first, as in `model = peft.get_peft_model(model, peft.LoraConfig(target_modules='all-linear'))`, "
+        "give the base optimizer its trainable parameters, or pass hand-written pairs as "
+        "`sites=[Site.from_modules(name, a, b, scaling), ...]`"
     )

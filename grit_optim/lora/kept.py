@@ -19,7 +19,8 @@ class KeptRanks:
         rank: directions kept ``[S]``, int64.
         first: directions at first ``[S]``, int64.
         dropped: predicted rise of the loss by all that was given up so far ``[S]``, in the loss's unit.
-        given_up: whether directions beyond ``rank`` are out of use; the paper's projections leave all rows in use.
+        given_up: whether directions beyond ``rank`` are out of use; the paper's projections leave all rows in
+            use.
         compensates: whether the directions that stay move further, as under a budget.
     """
 
@@ -46,9 +47,9 @@ class KeptRanks:
     def step_rank(self) -> Tensor:
         """What the square of a step's length grows with ``[S]``: the rank, or under a budget ``first²/rank``.
 
-        A direction moves by the same amount in each step whatever the rank is, so an adapter that gives directions up
-        learns less per step. Under a budget those that stay move by ``first / rank`` more: the step's singular values,
-        which are all alike in "spectral", add up to what they did before.
+        A direction moves by the same amount in each step whatever the rank is, so an adapter that gives
+        directions up learns less per step. Under a budget those that stay move by ``first / rank`` more: the
+        step's singular values, which are all alike in "spectral", add up to what they did before.
         """
         return self.first.square() / self.rank.clamp_min(1) if self.compensates else self.rank
 

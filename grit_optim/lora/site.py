@@ -1,7 +1,7 @@
 """One LoRA pair.
 
-A *site* is a pair: ``A`` ``[r, d_in]`` (``lora_A.weight``) and ``B`` ``[d_out, r]`` (``lora_B.weight``), which add
-``s·B·A·x`` to a frozen layer.
+A *site* is a pair: ``A`` ``[r, d_in]`` (``lora_A.weight``) and ``B`` ``[d_out, r]`` (``lora_B.weight``),
+which add ``s·B·A·x`` to a frozen layer.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ class Site:
         for label, module in (("a", a), ("b", b)):
             if not isinstance(getattr(module, "weight", None), Tensor):
                 raise ValueError(
-                    f"site {name!r}: `{label}` is a {type(module).__name__} without a `weight` tensor; pass the module "
-                    "(such as nn.Linear) whose weight is the LoRA matrix"
+                    f"site {name!r}: `{label}` is a {type(module).__name__} without a `weight` tensor; pass "
+                    "the module (such as nn.Linear) whose weight is the LoRA matrix"
                 )
         site = cls(name, "", {"": a}, {"": b}, {"": scaling})
         problem = mismatch(site)

@@ -19,8 +19,8 @@ class Sites:
 
     Args:
         base: the optimizer that holds their parameters.
-        model: where they are looked for; None for a copy, which knows its pairs and not the model. A weak reference is
-            kept.
+        model: where they are looked for; None for a copy, which knows its pairs and not the model. A weak
+            reference is kept.
         given: the pairs, where they are not to be looked for.
 
     Attributes:
@@ -56,7 +56,8 @@ class Sites:
         if untapped:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in untapped.items())
             warn(
-                f"GRIT leaves {len(untapped)} adapter(s) to the base optimizer alone, since they cannot be tapped: {reasons}"
+                f"GRIT leaves {len(untapped)} adapter(s) to the base optimizer alone, since they cannot be "
+                f"tapped: {reasons}"
             )
         names = {site.name for site in self.all}
         return [*self.all, *(site for site in found if site.name not in names)]
@@ -94,8 +95,8 @@ class Sites:
         strangers = [site.name for site in sites if id(site.a) not in group_of or id(site.b) not in group_of]
         if strangers:
             raise ValueError(
-                f"site(s) {listed(strangers)} have weights that the base optimizer does not hold; build it on the model's "
-                "trainable parameters"
+                f"site(s) {listed(strangers)} have weights that the base optimizer does not hold; build it "
+                "on the model's trainable parameters"
             )
         buckets = build_buckets(sites, group_of)
         self.all = sites
@@ -113,9 +114,9 @@ class Sites:
         replaced = [site.name for site, is_same in zip(self.all, same, strict=True) if not is_same]
         if replaced:
             warn(
-                f"the weights of {len(replaced)} LoRA site(s) ({listed(replaced)}) were replaced or deleted after the "
-                "optimizer was built, and the base optimizer does not hold the new ones, so they are not trained; build a "
-                "new optimizer after changing adapters"
+                f"the weights of {len(replaced)} LoRA site(s) ({listed(replaced)}) were replaced or deleted "
+                "after the optimizer was built, and the base optimizer does not hold the new ones, so they "
+                "are not trained; build a new optimizer after changing adapters"
             )
         return [site for site, is_same in zip(self.all, same, strict=True) if is_same]
 
@@ -137,11 +138,12 @@ def check_whole(parameters: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             raise NotImplementedError(
-                f"site {name!r} holds a DTensor (FSDP2 or tensor parallelism): its rows lie on several processes, and "
-                "GritOptimizer needs whole matrices; use DDP, or a single process"
+                f"site {name!r} holds a DTensor (FSDP2 or tensor parallelism): its rows lie on several "
+                "processes, and GritOptimizer needs whole matrices; use DDP, or a single process"
             )
         if parameter.dim() < 2:
             raise NotImplementedError(
-                f"the weight of site {name!r} is a flat vector of {parameter.numel()} entries: FSDP1 or ZeRO-3 has partitioned "
-                "it over processes, and GritOptimizer needs whole matrices; use DDP, or a single process"
+                f"the weight of site {name!r} is a flat vector of {parameter.numel()} entries: FSDP1 or "
+                "ZeRO-3 has partitioned it over processes, and GritOptimizer needs whole matrices; use DDP, "
+                "or a single process"
             )

@@ -79,8 +79,8 @@ def budget_value(name: str, value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
-            f"{name} must be a float in (0, 1], a share of the adapter's parameters, or a whole number of them, "
-            f"got {value!r}"
+            f"{name} must be a float in (0, 1], a share of the adapter's parameters, or a whole number of "
+            f"them, got {value!r}"
         )
     if isinstance(value, float):
         real("in (0, 1] where it is a float, a share of the parameters", lambda x: 0 < x <= 1)(name, value)

@@ -81,24 +81,26 @@ def check_combinations(options: Options) -> None:
     rank, penalty = options.rank, options.penalty
     if rank.rank_adaptation_threshold is not None and rank.reprojection == "none":
         raise ValueError(
-            "rank_adaptation_threshold has no effect with reprojection='none'; choose how the rank is to be reduced, "
-            "reprojection='balanced' (the rank is really given up) or the paper's 'two_sided' or 'one_sided'"
+            "rank_adaptation_threshold has no effect with reprojection='none'; choose how the rank is to be "
+            "reduced, reprojection='balanced' (the rank is really given up) or the paper's 'two_sided' or "
+            "'one_sided'"
         )
     _check_budget(rank)
     if penalty.lambda_reproj and rank.reprojection_k is None and rank.rank_adaptation_threshold is None:
         raise ValueError(
-            f"lambda_reproj={penalty.lambda_reproj} penalises what lies outside the leading directions, but nothing says "
-            "how many those are; set reprojection_k, or rank_adaptation_threshold with a reprojection"
+            f"lambda_reproj={penalty.lambda_reproj} penalises what lies outside the leading directions, but "
+            "nothing says how many those are; set reprojection_k, or rank_adaptation_threshold with a "
+            "reprojection"
         )
     if options.fisher.fisher != "kfac" and options.fisher.pairing == "paper":
         raise ValueError(
-            f"fisher={options.fisher.fisher!r} has no pairing='paper': its moments are those of each matrix's own "
-            "gradient; leave pairing at 'kfac'"
+            f"fisher={options.fisher.fisher!r} has no pairing='paper': its moments are those of each "
+            "matrix's own gradient; leave pairing at 'kfac'"
         )
     if options.fisher.fisher != "kfac" and rank.reprojection == "balanced":
         raise ValueError(
-            f"fisher={options.fisher.fisher!r} keeps moments of gradients in the coordinates of A and B, which "
-            "reprojection='balanced' changes; use fisher='kfac', or another reprojection"
+            f"fisher={options.fisher.fisher!r} keeps moments of gradients in the coordinates of A and B, "
+            "which reprojection='balanced' changes; use fisher='kfac', or another reprojection"
         )
 
 
@@ -106,23 +108,24 @@ def _check_budget(rank: RankOptions) -> None:
     if rank.budget is None:
         if rank.rank_budget_steps or rank.rank_budget_schedule != "linear":
             raise ValueError(
-                "rank_budget_schedule and rank_budget_steps say how to come to rank_budget, which is None; set it too"
+                "rank_budget_schedule and rank_budget_steps say how to come to rank_budget, which is None; "
+                "set it too"
             )
         return
     if rank.reprojection != "balanced":
         raise ValueError(
-            f"rank_budget={rank.rank_budget!r} needs reprojection='balanced', not {rank.reprojection!r}: pairs are "
-            "compared by the loss that balanced coordinates predict"
+            f"rank_budget={rank.rank_budget!r} needs reprojection='balanced', not {rank.reprojection!r}: "
+            "pairs are compared by the loss that balanced coordinates predict"
         )
     if rank.rank_adaptation_threshold is not None:
         raise ValueError(
-            "rank_budget and rank_adaptation_threshold are two ways to decide the ranks; choose the common budget or "
-            "the threshold of each pair"
+            "rank_budget and rank_adaptation_threshold are two ways to decide the ranks; choose the common "
+            "budget or the threshold of each pair"
         )
     if rank.rank_budget_steps == 0 and (
         isinstance(rank.rank_budget, tuple | list) or rank.rank_budget_schedule != "linear"
     ):
         raise ValueError(
-            "a start of rank_budget, and rank_budget_schedule, have no effect with rank_budget_steps=0, which goes to "
-            "the end at once; set over how many steps the budget changes"
+            "a start of rank_budget, and rank_budget_schedule, have no effect with rank_budget_steps=0, "
+            "which goes to the end at once; set over how many steps the budget changes"
         )

@@ -40,39 +40,42 @@ class PreconditionOptions(Group):
     precondition: str = option(
         "spectral",
         one_of(PRECONDITIONS),
-        """How the curvature is used. "spectral": the base steps, and its step is turned to the direction of steepest
-        descent in the spectral norm of Fisher coordinates: the momentum is whitened on its rank side, as Muon does to
-        whole matrices. "steer": the base's step is turned to the natural gradient of its moment. "eigenbasis": the base
-        works in the eigenbasis of each pair's factors, and keeps its moments there, as SOAP does for Adam. "balanced":
-        the pairs are kept in coordinates in which both factors are diagonal and equal. "inverse": the gradient is
-        multiplied by the damped inverse before the base sees it (the GRIT paper). "none": the base, bit for bit.""",
+        """How the curvature is used. "spectral": the base steps, and its step is turned to the direction of
+        steepest descent in the spectral norm of Fisher coordinates: the momentum is whitened on its rank
+        side, as Muon does to whole matrices. "steer": the base's step is turned to the natural gradient of
+        its moment. "eigenbasis": the base works in the eigenbasis of each pair's factors, and keeps its
+        moments there, as SOAP does for Adam. "balanced": the pairs are kept in coordinates in which both
+        factors are diagonal and equal. "inverse": the gradient is multiplied by the damped inverse before the
+        base sees it (the GRIT paper). "none": the base, bit for bit.""",
     )
     kfac_power: float | None = option(
         None,
         real("from 0 up", lambda x: x >= 0),
-        """Power p of Σ⁻¹ in "spectral" and "steer": 1 is the natural gradient, 0 leaves the tokens' curvature out.
-        None: 0.5 for "spectral", 1 for "steer".""",
+        """Power p of Σ⁻¹ in "spectral" and "steer": 1 is the natural gradient, 0 leaves the tokens' curvature
+        out. None: 0.5 for "spectral", 1 for "steer".""",
     )
     direction_momentum: float | str | None = option(
         None,
         real("in [0, 1), or 'base'", lambda x: 0 <= x < 1, besides=("base",)),
-        """What the average of the gradient keeps per step in "spectral" and "steer". The base's first moment of the pairs
-        is made to forget so fast, where it lies; the base's own β₁, or SGD's momentum, counts for other parameters only.
-        "base" leaves it alone. None: 0.6 for "spectral" around any Adam whose β₁ is not 0 and that does not find its own
-        rate, else "base".""",
+        """What the average of the gradient keeps per step in "spectral" and "steer". The base's first moment
+        of the pairs is made to forget so fast, where it lies; the base's own β₁, or SGD's momentum, counts
+        for other parameters only. "base" leaves it alone. None: 0.6 for "spectral" around any Adam whose β₁
+        is not 0 and that does not find its own rate, else "base".""",
     )
     step_length: float | str | None = option(
         None,
         real("above 0, 'base' for the base's own length, or 'natural'", lambda x: x > 0, ("base", "natural")),
-        """How long a step is. In "spectral" and "steer": root mean square of its entries in units of the learning rate,
-        or "base" for the length of the base's own step; under a rank_budget it grows by r₀/r where a pair keeps r of its
-        first r₀ directions. In "inverse": "base" keeps the norm of each matrix's gradient, "natural" that of Σ⁻¹∇, as the
-        GRIT library does. None: 0.6 in "spectral" around any Adam, else "base".""",
+        """How long a step is. In "spectral" and "steer": root mean square of its entries in units of the
+        learning rate, or "base" for the length of the base's own step; under a rank_budget it grows by r₀/r
+        where a pair keeps r of its first r₀ directions. In "inverse": "base" keeps the norm of each matrix's
+        gradient, "natural" that of Σ⁻¹∇, as the GRIT library does. None: 0.6 in "spectral" around any Adam,
+        else "base".""",
     )
     max_grad_norm: float | None = option(
         None,
         real("above 0, or None for no limit", lambda x: x > 0, besides=(None,)),
-        """Upper bound on the joint norm of the pairs' gradients as the base gets them, after preconditioning.""",
+        """Upper bound on the joint norm of the pairs' gradients as the base gets them, after
+        preconditioning.""",
     )
 
 
@@ -84,33 +87,35 @@ class FisherOptions(Group):
         "kfac",
         one_of(FISHERS),
         """What approximates the Fisher information. "kfac": the token factors Σ_a and Σ_g. "block_diagonal":
-        E[∇A ∇Aᵀ] and E[∇Bᵀ ∇B], the r×r covariances of each matrix's own gradient. "diagonal": E[∇A²] and E[∇B²], entry
-        by entry. "ekfac": the eigenbases of Σ_g and Σ_a, with E[(Qᵀ∇A)²] and E[(∇B Q)²] as eigenvalues. The last two
-        keep as much state as one of Adam's moments.""",
+        E[∇A ∇Aᵀ] and E[∇Bᵀ ∇B], the r×r covariances of each matrix's own gradient. "diagonal": E[∇A²] and
+        E[∇B²], entry by entry. "ekfac": the eigenbases of Σ_g and Σ_a, with E[(Qᵀ∇A)²] and E[(∇B Q)²] as
+        eigenvalues. The last two keep as much state as one of Adam's moments.""",
     )
     pairing: str = option(
         "kfac",
         one_of(PAIRINGS),
-        """"kfac" multiplies ∇A by Σ_g⁻¹ and ∇B by Σ_a⁻¹, which does not depend on the coordinates of A and B. "paper" is
-        the other way round, as in the GRIT paper and library.""",
+        """"kfac" multiplies ∇A by Σ_g⁻¹ and ∇B by Σ_a⁻¹, which does not depend on the coordinates of A and B.
+        "paper" is the other way round, as in the GRIT paper and library.""",
     )
     fisher_decay: float | None = option(
         0.9,
         real("in [0, 1), or None for the running mean", lambda x: 0 <= x < 1, besides=(None,)),
-        """Weight in [0, 1) that the factors' past keeps per recorded step. None: the mean over all tokens.""",
+        """Weight in [0, 1) that the factors' past keeps per recorded step. None: the mean over all
+        tokens.""",
     )
     kfac_min_samples: int = option(64, whole(0), """Tokens that a factor must have seen before it is used.""")
     kfac_damping: float | None = option(
         None,
         real("above 0", lambda x: x > 0),
-        """λ added to the factors before they are inverted or balanced; raise it if steps are erratic at small batches.
-        None: 0.3 for "spectral" and "steer", 0.03 for "inverse", 1e-4 for "balanced"; "eigenbasis" needs none.""",
+        """λ added to the factors before they are inverted or balanced; raise it if steps are erratic at small
+        batches. None: 0.3 for "spectral" and "steer", 0.03 for "inverse", 1e-4 for "balanced"; "eigenbasis"
+        needs none.""",
     )
     damping: str = option(
         "relative",
         one_of(DAMPINGS),
-        """Unit of λ. "relative": the factor's mean eigenvalue. "absolute": the loss's own unit, as in the GRIT library,
-        where λ = 1e-3 is far above Σ_g and so leaves A's gradient as it is.""",
+        """Unit of λ. "relative": the factor's mean eigenvalue. "absolute": the loss's own unit, as in the
+        GRIT library, where λ = 1e-3 is far above Σ_g and so leaves A's gradient as it is.""",
     )
     kfac_inversion_device: str | None = option(
         None,
@@ -138,8 +143,9 @@ class ScheduleOptions(Group):
     kfac_update_freq: int | None = option(
         None,
         whole(1),
-        """Steps between two refreshes of what is derived from the factors. None: 1 for "spectral", "steer" and "inverse",
-        2 for "eigenbasis", 10 for "balanced"; the last two move the base's moments at each refresh.""",
+        """Steps between two refreshes of what is derived from the factors. None: 1 for "spectral", "steer"
+        and "inverse", 2 for "eigenbasis", 10 for "balanced"; the last two move the base's moments at each
+        refresh.""",
     )
     ng_warmup_steps: int = option(
         0, whole(0), """Steps at the start during which the curvature is gathered but not applied."""
@@ -149,9 +155,10 @@ class ScheduleOptions(Group):
     adaptive_schedule: bool = option(
         False,
         flag,
-        """Lengthen the periods of refresh and reprojection to 1.5 times while the loss falls by over 1 % in ten steps, and
-        shorten them to 0.75 times when it does not; let the damping follow the loss's noise, between ¼ and 4 times the
-        given one. The loss is that of observe(), else the closure's, else that of the model's output.""",
+        """Lengthen the periods of refresh and reprojection to 1.5 times while the loss falls by over 1 % in
+        ten steps, and shorten them to 0.75 times when it does not; let the damping follow the loss's noise,
+        between ¼ and 4 times the given one. The loss is that of observe(), else the closure's, else that of
+        the model's output.""",
     )
 
 
@@ -162,8 +169,8 @@ class RankOptions(Group):
     reprojection: str = option(
         "none",
         one_of(REPROJECTIONS),
-        """"balanced" drops the coordinates that matter least in the K-FAC metric, for good. "two_sided" and "one_sided"
-        project A and B onto leading eigenvectors of their factors (the GRIT paper). "none".""",
+        """"balanced" drops the coordinates that matter least in the K-FAC metric, for good. "two_sided" and
+        "one_sided" project A and B onto leading eigenvectors of their factors (the GRIT paper). "none".""",
     )
     reprojection_k: int | None = option(
         None, whole(1, optional=True), """Directions kept while there is no rank adaptation. None: all."""
@@ -171,40 +178,44 @@ class RankOptions(Group):
     rank_adaptation_threshold: float | None = option(
         None,
         real("in (0, 1], or None for no rank adaptation", lambda x: 0 < x <= 1, besides=(None,)),
-        """τ in (0, 1]: keep as many directions as hold this share of the energy, which is eigenvalues of Σ_a in the
-        paper's projections and Λ² in balanced coordinates. 0.99 in the GRIT library. None: no rank adaptation.""",
+        """τ in (0, 1]: keep as many directions as hold this share of the energy, which is eigenvalues of Σ_a
+        in the paper's projections and Λ² in balanced coordinates. 0.99 in the GRIT library. None: no rank
+        adaptation.""",
     )
     min_lora_rank: int = option(
         4,
         whole(0),
-        """Directions that rank adaptation always leaves. With a rank_budget it may be 0: a pair that is not worth a
-        direction is then left out of the saved adapter.""",
+        """Directions that rank adaptation always leaves. With a rank_budget it may be 0: a pair that is not
+        worth a direction is then left out of the saved adapter.""",
     )
     rank_adaptation_start_step: int = option(0, whole(0), """Steps before the first adaptation.""")
     rank_budget: float | tuple[float, float] | None = option(
         None,
         budget,
-        """Parameters that all pairs together may keep: a float is a share of what the adapter has, an int a number of
-        them. All directions of all pairs compete by the rise of the loss that dropping them is predicted to cost, per
-        parameter. A pair (start, end) comes from the start to the end; a budget that rises gives directions back, started
-        as LoRA starts (A random, B zero). Needs reprojection="balanced".""",
+        """Parameters that all pairs together may keep: a float is a share of what the adapter has, an
+        int a number of them. All directions of all pairs compete by the rise of the loss that dropping
+        them is predicted to cost, per parameter. A pair (start, end) comes from the start to the end; a
+        budget that rises gives directions back, started as LoRA starts (A random, B zero). Needs
+        reprojection="balanced".""",
     )
     rank_budget_schedule: str = option(
         "linear",
         one_of(BUDGET_SCHEDULES),
-        """How the budget comes to its end: "linear", "cosine", or "adaptive": linear, but standing still while the mean
-        loss since the last cut is more than 1 % above the lowest so far.""",
+        """How the budget comes to its end: "linear", "cosine", or "adaptive": linear, but standing still
+        while the mean loss since the last cut is more than 1 % above the lowest so far.""",
     )
     rank_budget_steps: int = option(
         0,
         whole(0),
-        """Steps from the start to the end of the budget, counted from rank_adaptation_start_step; 0: at once. The budget
-        takes effect at reprojections.""",
+        """Steps from the start to the end of the budget, counted from rank_adaptation_start_step; 0: at once.
+        The budget takes effect at reprojections.""",
     )
 
     @property
     def gives_up(self) -> bool:
-        """Whether a dropped direction is given up for good; the paper's projections leave all rows in use."""
+        """Whether a dropped direction is given up for good; the paper's projections leave all rows in
+        use.
+        """
         return self.reprojection not in PAPER_PROJECTIONS
 
     @property
@@ -234,15 +245,15 @@ class PenaltyOptions(Group):
     lambda_kfac: float = option(
         0.0,
         real("from 0 up", lambda x: x >= 0),
-        """λ_K of the penalty λ_K (tr(Aᵀ Σ_a A) + tr(B Σ_g Bᵀ)) on directions of high curvature, in units of damping; 1e-5
-        in the paper. Its gradient, and that of lambda_reproj, is added after the preconditioner and before
-        max_grad_norm.""",
+        """λ_K of the penalty λ_K (tr(Aᵀ Σ_a A) + tr(B Σ_g Bᵀ)) on directions of high curvature, in units of
+        damping; 1e-5 in the paper. Its gradient, and that of lambda_reproj, is added after the preconditioner
+        and before max_grad_norm.""",
     )
     lambda_reproj: float = option(
         0.0,
         real("from 0 up", lambda x: x >= 0),
-        """λ_R of the penalty λ_R (‖(I − P_a) A‖² + ‖B (I − P_g)‖²) on what a reprojection would drop; 1e-4 in the paper.
-        Needs reprojection_k or rank_adaptation_threshold.""",
+        """λ_R of the penalty λ_R (‖(I − P_a) A‖² + ‖B (I − P_g)‖²) on what a reprojection would drop; 1e-4 in
+        the paper. Needs reprojection_k or rank_adaptation_threshold.""",
     )
     regularizer_warmup_steps: int = option(
         0, whole(0), """Steps over which both penalties grow from nothing on a straight line."""

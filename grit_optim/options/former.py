@@ -44,7 +44,8 @@ def translated(options: dict[str, Any], former: dict[str, Any]) -> dict[str, Any
     if not former.get("preserve_norm", True):
         if options.get("step_length") not in (None, "natural"):
             raise ValueError(
-                f"preserve_norm=False is step_length='natural', which {options['step_length']!r} contradicts; give one"
+                f"preserve_norm=False is step_length='natural', which {options['step_length']!r} "
+                "contradicts; give one"
             )
         options["step_length"] = "natural"
     return options
@@ -63,8 +64,8 @@ def _budget(options: dict[str, Any], former: dict[str, Any]) -> None:
     if start is not None:
         if end is None or isinstance(end, tuple | list):
             raise ValueError(
-                f"rank_budget_start={start!r} is the first of the two numbers in rank_budget=(start, end), got "
-                f"rank_budget={end!r}; give both there"
+                f"rank_budget_start={start!r} is the first of the two numbers in rank_budget=(start, end), "
+                f"got rank_budget={end!r}; give both there"
             )
         options["rank_budget"] = (start, end)
     if "rank_regrowth" not in former:
@@ -73,6 +74,6 @@ def _budget(options: dict[str, Any], former: dict[str, Any]) -> None:
     pair = isinstance(budget, tuple | list) and len(budget) == 2
     if former["rank_regrowth"] and not pair:
         raise ValueError(
-            "rank_regrowth=True has no effect: directions are given back where rank_budget=(start, end) rises, and "
-            "only there; elsewhere it made the loss no lower (docs/findings.md)"
+            "rank_regrowth=True has no effect: directions are given back where rank_budget=(start, end) "
+            "rises, and only there; elsewhere it made the loss no lower (docs/findings.md)"
         )

@@ -29,13 +29,13 @@ class Balanced(Mode):
         super().check(options)
         if options.fisher.pairing == "paper":
             raise ValueError(
-                "precondition='balanced' has no pairing='paper': balanced coordinates are those in which both factors are "
-                "diagonal; leave pairing at 'kfac'"
+                "precondition='balanced' has no pairing='paper': balanced coordinates are those in which "
+                "both factors are diagonal; leave pairing at 'kfac'"
             )
         if options.fisher.fisher != "kfac":
             raise ValueError(
-                f"fisher={options.fisher.fisher!r} keeps moments of gradients in the coordinates of A and B, which "
-                "precondition='balanced' changes; use fisher='kfac', or another precondition"
+                f"fisher={options.fisher.fisher!r} keeps moments of gradients in the coordinates of A and "
+                "B, which precondition='balanced' changes; use fisher='kfac', or another precondition"
             )
 
     def refresh(self, curvature: BucketCurvature) -> None:

@@ -15,16 +15,18 @@ from grit_optim.preconditioners.held import Held
 class Mode:
     """A way to use the curvature: one class with its own defaults.
 
-    A mode has three parts, each a no-op unless it says otherwise: :meth:`refresh` derives operators from the factors,
-    :meth:`before` changes the gradient or the coordinates that the base is about to see, :meth:`after` changes what the
-    base made of it.
+    A mode has three parts, each a no-op unless it says otherwise: :meth:`refresh` derives operators from the
+    factors, :meth:`before` changes the gradient or the coordinates that the base is about to see,
+    :meth:`after` changes what the base made of it.
 
     Attributes:
         name: the value of ``precondition``.
-        changes_coordinates: whether :meth:`refresh` moves the base's state or the weights, so that it must not run
-            while the mode is not in use.
-        holds_gradients: whether the mode, or its guard against gradients that are not finite, needs them stacked.
-        moments_in_operators: whether the base's moments are expressed in the operators, so that a checkpoint needs those.
+        changes_coordinates: whether :meth:`refresh` moves the base's state or the weights, so that it must
+            not run while the mode is not in use.
+        holds_gradients: whether the mode, or its guard against gradients that are not finite, needs them
+            stacked.
+        moments_in_operators: whether the base's moments are expressed in the operators, so that a checkpoint
+            needs those.
         defaults: of the options that are None until a mode says what they are.
     """
 
@@ -58,8 +60,8 @@ class Mode:
         """
         if options.step.step_length == "natural":
             raise ValueError(
-                f"step_length='natural' is the length of Σ⁻¹∇, which precondition={cls.name!r} does not apply; use it with "
-                "precondition='inverse', or leave it out"
+                f"step_length='natural' is the length of Σ⁻¹∇, which precondition={cls.name!r} does not "
+                "apply; use it with precondition='inverse', or leave it out"
             )
 
     def refresh(self, curvature: BucketCurvature) -> None:

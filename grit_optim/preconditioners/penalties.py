@@ -1,11 +1,13 @@
 """Penalties on a LoRA pair that come from its curvature, as gradients that need no term in the loss.
 
-With Σ_a, Σ_g and the projectors P_a, P_g onto their leading eigenvectors held constant (GRIT, arXiv 2601.00231):
+With Σ_a, Σ_g and the projectors P_a, P_g onto their leading eigenvectors held constant (GRIT, arXiv
+2601.00231):
 
     curvature     λ_K (tr(Aᵀ Σ_a A) + tr(B Σ_g Bᵀ))         ∇_A = 2 λ_K Σ_a A          ∇_B = 2 λ_K B Σ_g
     reprojection  λ_R (‖(I − P_a) A‖² + ‖B (I − P_g)‖²)     ∇_A = 2 λ_R (I − P_a) A    ∇_B = 2 λ_R B (I − P_g)
 
-Each gradient is one r×r matrix times A or B, so a pair's two penalties together cost one product per matrix and step.
+Each gradient is one r×r matrix times A or B, so a pair's two penalties together cost one product per matrix
+and step.
 """
 
 from __future__ import annotations
@@ -80,7 +82,8 @@ class Penalties:
     def refresh(self, curvature: BucketCurvature, policy: RankPolicy) -> None:
         """Derive the operators from the factors as they are; a factor with too few samples penalises nothing.
 
-        The rank k of both projectors is the one that ``policy`` gives Σ_a now, as in the paper's reprojection.
+        The rank k of both projectors is the one that ``policy`` gives Σ_a now, as in the paper's
+        reprojection.
         """
         if not self.active:
             return

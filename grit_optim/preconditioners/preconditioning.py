@@ -99,7 +99,8 @@ class Preconditioning:
         """
         mode = self._idle if schedule.warming_up else self.mode
         penalty = self.penalties.share(schedule.steps)
-        # The mode that is to come decides: its guard against gradients that are not finite holds in the warm-up too.
+        # The mode that is to come decides: its guard against gradients that are not finite holds in the
+        # warm-up too.
         needed = self.mode.holds_gradients or self._max_grad_norm is not None or penalty > 0
         with self._times("precondition"):
             held = hold_gradients(curvature.buckets) if needed else []

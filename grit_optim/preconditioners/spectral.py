@@ -28,11 +28,12 @@ class Spectral(Steer):
     et al. 2024) orthogonalises the momentum of a whole weight matrix; here the r×r side is enough, the
     curvature of the tokens sets the coordinates, and nothing is kept between steps but the factors.
 
-    The length of a step around an Adam is a share of the learning rate. Adam's own step shrinks with the noise in its
-    average, so with β₁: at β₁ = 0.9 its entries are a quarter to a half of the learning rate. A length of its own lets one
-    learning rate serve whatever β₁ is, and lets the direction be as fresh as it wants to be, which is fresher than
-    β₁ = 0.9. Any other base's learning rate means something else, and so does that of an Adam that finds its own rate:
-    there the base's own step says how long, and its average which way.
+    The length of a step around an Adam is a share of the learning rate. Adam's own step shrinks with the
+    noise in its average, so with β₁: at β₁ = 0.9 its entries are a quarter to a half of the learning rate. A
+    length of its own lets one learning rate serve whatever β₁ is, and lets the direction be as fresh as it
+    wants to be, which is fresher than β₁ = 0.9. Any other base's learning rate means something else, and so
+    does that of an Adam that finds its own rate: there the base's own step says how long, and its average
+    which way.
     """
 
     name = "spectral"

@@ -17,11 +17,11 @@ from grit_optim.preconditioners.mode import Mode
 class Steer(Mode):
     """``"steer"``: the base steps, and its step is turned to the natural gradient's direction.
 
-    For A the direction is ``−Σ^(−p) (m / c)``: m is the base's average of the gradient, which is made to forget as
-    ``direction_momentum`` says and mixed with :attr:`gradient_share` of the newest gradient; c is the root of the base's
-    average of the squared gradient, averaged over the rank (one value per column of A, per row of B); p is
-    ``kfac_power``. A base that keeps neither gets the gradient and 1. ``step_length`` says how long the step is.
-    Decoupled weight decay stays outside.
+    For A the direction is ``−Σ^(−p) (m / c)``: m is the base's average of the gradient, which is made to
+    forget as ``direction_momentum`` says and mixed with :attr:`gradient_share` of the newest gradient; c is
+    the root of the base's average of the squared gradient, averaged over the rank (one value per column of A,
+    per row of B); p is ``kfac_power``. A base that keeps neither gets the gradient and 1. ``step_length``
+    says how long the step is. Decoupled weight decay stays outside.
 
     Attributes:
         gradient_share: share of the newest gradient in the direction, beside the average.

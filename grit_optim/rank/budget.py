@@ -48,8 +48,8 @@ def check(name: str, budget: float, origins: Collection[Origin], floor: int) -> 
     wanted = parameters(budget, total)
     if wanted > total:
         raise ValueError(
-            f"{name}={budget!r} is more than the {total:,} parameters that the adapter has, so it would change nothing; pass a "
-            "smaller number, or a float in (0, 1] for a share of them"
+            f"{name}={budget!r} is more than the {total:,} parameters that the adapter has, so it would "
+            "change nothing; pass a smaller number, or a float in (0, 1] for a share of them"
         )
     if wanted < least:
         what = (
@@ -58,9 +58,9 @@ def check(name: str, budget: float, origins: Collection[Origin], floor: int) -> 
             else f"the smallest direction of any site has {least:,}"
         )
         raise ValueError(
-            f"{name}={budget!r} is {math.floor(wanted):,} of the adapter's {total:,} parameters, but {what}; raise the budget"
-            f"{', or lower min_lora_rank' if floor else ''} (a float is a share of the parameters, a whole number a number of "
-            "them)"
+            f"{name}={budget!r} is {math.floor(wanted):,} of the adapter's {total:,} parameters, but "
+            f"{what}; raise the budget{', or lower min_lora_rank' if floor else ''} (a float is a share of "
+            "the parameters, a whole number a number of them)"
         )
 
 
@@ -136,8 +136,8 @@ class BudgetSchedule:
         self._warned = True
         warn(
             "rank_budget_schedule='adaptive' stands still at its start, since no loss has been told: the "
-            "model's output carries none, so call optimizer.observe(loss) after each backward pass, or pass a closure to "
-            "step(); or choose 'linear' or 'cosine'",
+            "model's output carries none, so call optimizer.observe(loss) after each backward pass, or pass "
+            "a closure to step(); or choose 'linear' or 'cosine'",
         )
 
     def state(self) -> dict[str, Any]:

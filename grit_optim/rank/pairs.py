@@ -82,9 +82,10 @@ def _typical_row_norm(stacked: Tensor, rank: Tensor) -> Tensor:
 def settle_ranks(curvatures: Sequence[BucketCurvature]) -> None:
     """Let the ranks be what A and B use: all coordinates up to the last that is not zero in both.
 
-    The optimizer leaves them so itself; weights that were loaded since, from another checkpoint or without the
-    optimizer's state, may use more or less. Where they use more, the factors describe other coordinates than theirs, and
-    start anew. The paper's projections give no coordinate up, so the weights say nothing of their ranks.
+    The optimizer leaves them so itself; weights that were loaded since, from another checkpoint or without
+    the optimizer's state, may use more or less. Where they use more, the factors describe other coordinates
+    than theirs, and start anew. The paper's projections give no coordinate up, so the weights say nothing of
+    their ranks.
     """
     for curvature in curvatures:
         if curvature.ranks.given_up:

@@ -53,18 +53,18 @@ def make_plan(
 
     Raises:
         TypeError: neither a budget nor a mapping.
-        ValueError: an unknown site, a rank above the site's, a budget that cannot be met, factors without samples, or
-            options with which no rank is given up for good.
+        ValueError: an unknown site, a rank above the site's, a budget that cannot be met, factors without
+            samples, or options with which no rank is given up for good.
     """
     if not options.rank.gives_up:
         raise ValueError(
-            f"with reprojection={options.rank.reprojection!r} no rank is given up for good: every row of A stays in use. "
-            "Build the optimizer with reprojection='balanced' or 'none'"
+            f"with reprojection={options.rank.reprojection!r} no rank is given up for good: every row of A "
+            "stays in use. Build the optimizer with reprojection='balanced' or 'none'"
         )
     if options.fisher.fisher != "kfac":
         raise ValueError(
-            f"fisher={options.fisher.fisher!r} keeps moments of gradients in the coordinates of A and B, which change "
-            "where ranks are given up; build the optimizer with fisher='kfac'"
+            f"fisher={options.fisher.fisher!r} keeps moments of gradients in the coordinates of A and B, "
+            "which change where ranks are given up; build the optimizer with fisher='kfac'"
         )
     found = ranks.coordinates(curvatures)
     _check_ready(curvatures, found, options.fisher.kfac_min_samples)
@@ -90,9 +90,10 @@ def _check_ready(
     ]
     if unready:
         raise ValueError(
-            f"nothing is known yet of the curvature of {len(unready)} site(s) ({listed(unready)}), so no loss can be "
-            f"predicted: train until each has seen kfac_min_samples={kfac_min_samples} tokens since B is not zero. An "
-            "adapter that was trained elsewhere can be exported as it is with grit_optim.export_adapter(model, path)"
+            f"nothing is known yet of the curvature of {len(unready)} site(s) ({listed(unready)}), so no "
+            f"loss can be predicted: train until each has seen kfac_min_samples={kfac_min_samples} tokens "
+            "since B is not zero. An adapter that was trained elsewhere can be exported as it is with "
+            "grit_optim.export_adapter(model, path)"
         )
 
 
@@ -110,7 +111,8 @@ def _named(
             )
         if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= known[name]:
             raise ValueError(
-                f"site {name!r} has rank {known[name]}; it can keep a whole number from 0 to that, not {rank!r}"
+                f"site {name!r} has rank {known[name]}; it can keep a whole number from 0 to that, not "
+                f"{rank!r}"
             )
     return [
         torch.tensor([wanted.get(name, known[name]) for name in c.bucket.names()], device=c.bucket.device)

@@ -90,8 +90,8 @@ class Recorder:
             sink, self.sink = self.sink, None
             self._pending.clear()
             warn(
-                f"{type(sink).__name__} failed on the {record['kind']!r} record of step {record['step']} and is given no more: "
-                f"{type(error).__name__}: {error}",
+                f"{type(sink).__name__} failed on the {record['kind']!r} record of step {record['step']} "
+                f"and is given no more: {type(error).__name__}: {error}",
             )
 
     def close(self, end: Record) -> None:
