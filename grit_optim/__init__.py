@@ -1,4 +1,4 @@
-"""A drop-in torch.optim wrapper that gives any base optimizer the curvature of the LoRA adapters it trains."""
+"""A drop-in torch.optim wrapper: any base optimizer, with the curvature of the LoRA adapters it trains."""
 
 from grit_optim import presets
 from grit_optim.export.adapter import export_adapter

@@ -1,4 +1,4 @@
-"""Command line: ``python -m grit_optim COMMAND``; each command is a module with ``add`` and a function that does it."""
+"""``python -m grit_optim COMMAND``: each command is a module of ``grit_optim.cli``."""
 
 from __future__ import annotations
 

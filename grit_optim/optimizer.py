@@ -1,4 +1,4 @@
-"""GritOptimizer: wraps any torch optimizer and teaches it the curvature of the LoRA adapters that it trains."""
+"""GritOptimizer: a torch optimizer that knows the curvature of the LoRA adapters it trains."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from grit_optim.base.checks import check_base, check_direction_momentum
-from grit_optim.base.wrapper import OptimizerWrapper
+from grit_optim.base.checks import check_base
+from grit_optim.base.wrapper import OptimizerWrapper, evaluate
 from grit_optim.capture.diagnosis import SiteReport
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.export.shrink import shrink
@@ -22,9 +22,8 @@ from grit_optim.lora.site import Site
 from grit_optim.lora.sites import Sites
 from grit_optim.options import DECLARED, Options
 from grit_optim.options.documentation import arguments
-from grit_optim.options.former import translated
 from grit_optim.parts import KEY, Parts
-from grit_optim.preconditioners.preconditioning import mode_named
+from grit_optim.preconditioners.resolution import resolve
 from grit_optim.rank.budget import Origin
 from grit_optim.rank.plan import make_plan
 from grit_optim.rank.report import RankReport
@@ -36,27 +35,24 @@ from grit_optim.telemetry.telemetry import Telemetry
 class GritOptimizer(OptimizerWrapper):
     """A base optimizer that sees the rank-space Fisher information of the LoRA pairs it trains.
 
-        Parameters that belong to no LoRA pair go to the base untouched. Learning rate, weight decay and all
-        else are the base's: ``param_groups``, ``state`` and ``defaults`` are its own. Where several processes
-        train together (DDP), each of them has to call :meth:`step` and whatever else changes the model
-        (``reduce_ranks_``, ``shrink_``).
+    Parameters that belong to no pair go to the base untouched. ``param_groups``, ``state`` and ``defaults``
+    are the base's own. Where several processes train together (DDP), each of them calls :meth:`step` and
+    whatever else changes the model.
 
     Args:
-            base: any ``torch.optim.Optimizer`` except LBFGS, already built on the model's trainable
-                parameters.
-            model: the PEFT model, or one that contains such layers, in which the pairs are found. A weak
-                reference is kept. A pair that the base holds but that is frozen is tapped once it is trained.
-            sites: the pairs, instead of looking for PEFT's: hand-written LoRA is passed as
-                ``[Site.from_modules(name, a, b, scaling), …]``.
-    {options}
+        base: any ``torch.optim.Optimizer`` except LBFGS, built on the model's trainable parameters.
+        model: the PEFT model, or one that contains such layers. A weak reference is kept. A pair that the
+            base holds but that is frozen is tapped once it is trained.
+        sites: the pairs, where PEFT does not hold them: ``[Site.from_modules(name, a, b, scaling), …]``.
+
+        {options}
 
     Raises:
-            TypeError: ``base`` is no optimizer, or cannot be wrapped, or an option has the wrong type or
-                name.
-            ValueError: an option is out of range, or no LoRA pair is found.
+        TypeError: ``base`` is no optimizer or cannot be wrapped, or an option has the wrong type or name.
+        ValueError: an option is out of range, or no LoRA pair is found.
 
     Example:
-            >>> optimizer = GritOptimizer(torch.optim.AdamW(model.parameters(), lr=2e-4), model)  # doctest: +SKIP
+        >>> optimizer = GritOptimizer(torch.optim.AdamW(parameters, lr=2e-4), model)  # doctest: +SKIP
     """
 
     state_key = KEY
@@ -101,15 +97,10 @@ class GritOptimizer(OptimizerWrapper):
     ) -> None:
         given = {name: value for name, value in locals().items() if name in DECLARED}
         check_base(base)
-        given = translated(given, former)
-        mode = mode_named(given["precondition"])
-        missing = {name: value for name, value in mode.defaults_around(base).items() if given[name] is None}
-        options = Options.of({**given, **missing})
-        mode.check(options)
-        check_direction_momentum(direction_momentum, base)
+        options = resolve(given, former, base)
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"the second argument must be the model (a torch.nn.Module), got {type(model).__name__}"
+                f"the second argument must be the model (an nn.Module), got {type(model).__name__}"
             )
         found = Sites(base, model, sites)
         self._assemble(base, options, found, list(sites) if sites is not None else found.find(model))
@@ -131,29 +122,21 @@ class GritOptimizer(OptimizerWrapper):
         self._wrap(base, self._parts)
         self._parts.start(sites, origin)
 
-    # ---------------------------------------------------------------- the step
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the base optimizer, with curvature.
+        """One step of the base optimizer, with curvature; returns what the closure returned.
 
         Args:
-            closure: runs zero_grad, forward and backward and returns the loss; run once, with gradients
-                enabled.
-
-        Returns:
-            What the closure returned, or None.
+            closure: runs zero_grad, forward and backward, returns the loss; run once, with gradients enabled.
 
         Raises:
             NotImplementedError: a pair's weights are partitioned over processes.
             RuntimeError: the optimizer was closed.
         """
         if self._closed:
-            raise RuntimeError(
-                "this GritOptimizer was closed; go on with its base optimizer, or build a new one"
-            )
+            raise RuntimeError("this GritOptimizer was closed; go on with its base, or build a new one")
         parts = self._parts
-        returned = _evaluate(closure)
+        returned = evaluate(closure)
         loss = parts.losses.take(returned, parts.curvature.device if parts.follows_loss else None)
         parts.ranks.observe(loss)
         parts.follow_model()
@@ -172,8 +155,6 @@ class GritOptimizer(OptimizerWrapper):
             self._telemetry.record(loss)
         return returned
 
-    # ---------------------------------------------------------------- what belongs to any optimizer
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and what the taps gathered with them."""
         super().zero_grad(set_to_none)
@@ -185,7 +166,7 @@ class GritOptimizer(OptimizerWrapper):
         self._parts.take(self._parts.sites.with_trained())
 
     def close(self) -> None:
-        """End the logging, remove every hook, bring the base's state back to the coordinates of A and B: it can go on alone."""
+        """Remove every hook, end the logging, and leave the base with plain moments: it can go on alone."""
         if self._closed:
             return
         self.finish_logging()
@@ -200,13 +181,8 @@ class GritOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         sites = self._parts.sites
-        return {
-            "options": self.options,
-            "base": self.base,
-            "sites": sites.all,
-            "given_sites": sites.given,
-            "grit": self._parts.state_dict(),
-        }
+        own = {"options": self.options, "grit": self._parts.state_dict()}
+        return {**own, "base": self.base, "sites": sites.all, "given_sites": sites.given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The copy knows its pairs; the model they came from is not copied along.
@@ -216,41 +192,33 @@ class GritOptimizer(OptimizerWrapper):
         self._assemble(base, state["options"], found, sites, origin)
         self._parts.load_state_dict(state["grit"])
 
-    # ---------------------------------------------------------------- what the taps see
-
     def check_capture(self) -> list[SiteReport]:
-        """Whether the taps see what the gradients saw, per site; call it after ``backward()`` and before :meth:`step`.
+        """Whether the taps see what the gradients saw, per site; between ``backward()`` and :meth:`step`.
 
-        Compares ⟨A, ∇A⟩, ⟨B, ∇B⟩ and Σ h·δ, which are equal up to the loss scale and the trainer's clipping.
-        Reads values from the device. Runs by itself in the first steps, and warns. Where several processes
-        train together, a process knows its own tokens alone, and the amounts are compared in the first steps
-        only.
+        Compares ⟨A, ∇A⟩, ⟨B, ∇B⟩ and Σ h·δ, which are equal up to the loss scale and clipping; across several
+        processes in the first steps only. Runs by itself in those, and warns. Reads values from the device.
         """
         return self._parts.capture.check()
 
     @property
     def curvature(self) -> list[BucketCurvature]:
-        """The factors and operators of all pairs, one entry per rank and device; to be read, not written."""
+        """The factors and operators of all pairs, one entry per rank and device: to read, not to write."""
         return self._parts.curvature.buckets
 
-    # ---------------------------------------------------------------- ranks
-
     def ranks(self) -> RankReport:
-        """Directions kept per site, a dict by name, with effective ranks, parameters and predicted losses in ``.sites``.
+        """Directions kept per site: a dict by name, with all else that is known of each in ``.sites``.
 
-        ``print(optimizer.ranks().table())`` shows it, ``.as_dict()`` is for JSON. Reads values from the
-        device. The paper's projections let a rank grow back until they are next due; with them, ranks and
-        parameters are what the latest one left.
+        ``.table()`` is for printing, ``.as_dict()`` for JSON. Reads values from the device. With the paper's
+        projections, which let a rank grow back, ranks are what the latest projection left.
         """
         ranks, buckets = self._parts.ranks, self._parts.curvature.buckets
         return ranks.report(buckets, ranks.by_name(buckets), ranks.coordinates(buckets), {})
 
     def plan_ranks(self, ranks: float | Mapping[str, int]) -> RankReport:
-        """What :meth:`reduce_ranks_` would do, and the rise of the loss that it is predicted to cost; changes nothing.
+        """What :meth:`reduce_ranks_` would do, and what that is predicted to cost; changes nothing.
 
         Args:
-            ranks: a budget as ``rank_budget`` takes it, or site name to rank (sites that are not named keep
-                theirs).
+            ranks: a budget as ``rank_budget`` takes it, or site name to rank; other sites keep theirs.
         """
         parts, buckets = self._parts, self._parts.curvature.buckets
         plan = make_plan(parts.ranks, buckets, self.options, ranks)
@@ -259,14 +227,10 @@ class GritOptimizer(OptimizerWrapper):
 
     @torch.no_grad()
     def reduce_ranks_(self, ranks: float | Mapping[str, int]) -> RankReport:
-        """Give up ranks now, for good, as the reprojection ``"balanced"`` does.
+        """Give up ranks now, for good, as the reprojection ``"balanced"`` does; returns what is left.
 
         Args:
-            ranks: a budget as ``rank_budget`` takes it, or site name to rank (sites that are not named keep
-                theirs).
-
-        Returns:
-            The ranks, with the rise of the loss that all that was dropped was predicted to cost.
+            ranks: a budget as ``rank_budget`` takes it, or site name to rank; other sites keep theirs.
 
         Raises:
             TypeError: neither a budget nor a mapping.
@@ -279,18 +243,16 @@ class GritOptimizer(OptimizerWrapper):
 
     @torch.no_grad()
     def shrink_(self, *, model: nn.Module | None = None) -> RankReport:
-        """Cut A, B, their gradients and the base's state to the ranks that are kept, in place, between training phases.
+        """Cut A, B, their gradients and the base's state to the ranks kept, between two phases.
 
-        What the model computes stays the same. The Parameter objects stay the same too, but for sites of rank
-        0, which leave the model and the base's parameter groups. PEFT's configuration is updated, so that
-        ``model.save_pretrained`` and :meth:`save_adapter` write what is there. A checkpoint of the optimizer
-        from now on belongs to the smaller adapter.
+        What the model computes stays the same, and so do the Parameter objects, but for sites of rank 0, which
+        leave the model. PEFT's configuration follows. Later checkpoints fit the smaller adapter.
 
         Args:
             model: the model, where the optimizer does not know it any more (after copying or unpickling).
 
         Raises:
-            ValueError: the paper's projections are in use, which give no rank up, no rank is left, or DoRA.
+            ValueError: the paper's projections, which give no rank up, no rank is left, or DoRA.
         """
         shrink(self._parts, model)
         return self.ranks()
@@ -304,20 +266,14 @@ class GritOptimizer(OptimizerWrapper):
         dtype: torch.dtype | None = None,
         model: nn.Module | None = None,
     ) -> RankReport:
-        """Save the trained adapter with the ranks that are kept and no others, for ``PeftModel.from_pretrained``.
+        """Save the adapter with the ranks that are kept and no others, for ``PeftModel.from_pretrained``.
 
         Args:
-            path: the folder; it holds the old adapter or the new one at every moment (file by file only,
-                where the folder is a mount point, the working directory, or in a folder that must not be
-                written to).
+            path: the folder; it holds the old adapter or the new one at every moment (docs/adapters.md).
             adapter: name of the adapter, where this optimizer trains several.
             fold_scale: multiply the scale into B, for programs that ignore ``alpha_pattern`` and rsLoRA.
-            dtype: ``torch.bfloat16`` or ``torch.float16`` for half the bytes of an adapter trained in fp32;
-                None: as it is.
+            dtype: ``torch.bfloat16`` or ``torch.float16`` for half the bytes of fp32; None: as it is.
             model: the model, where the optimizer does not know it any more (after unpickling).
-
-        Returns:
-            The ranks as saved, with effective ranks of ΔW and what the dropped ones were predicted to cost.
 
         Raises:
             ValueError: no such adapter, one that this optimizer does not train, one that cannot be exported
@@ -325,18 +281,11 @@ class GritOptimizer(OptimizerWrapper):
         """
         return save_trained(self._parts, path, adapter, fold_scale, dtype, model)
 
-    # ---------------------------------------------------------------- what it tells
-
     def telemetry(self, per_site: bool = True) -> dict[str, Any]:
-        """What has been done so far, as plain values (reading them waits for the device).
-
-        ``predicted_cost`` is the rise of the loss that all given-up ranks were predicted to cost, in the
-        loss's unit. ``mean_cosine`` is that of the angle between the latest update with and without
-        curvature, over all matrices: 1 means that the curvature changed nothing. None where only the one with
-        curvature is known ("eigenbasis", "balanced").
+        """What has been done so far, as plain values; waits for the device. docs/telemetry.md lists them.
 
         Args:
-            per_site: also each site's own numbers under ``"per_site"``, by name: see docs/telemetry.md.
+            per_site: also each site's own numbers under ``"per_site"``, by name.
         """
         return self._telemetry.report(per_site)
 
@@ -347,23 +296,18 @@ class GritOptimizer(OptimizerWrapper):
     def final_ranks(self, path: str | Path | None = None) -> dict[str, dict[str, Any]]:
         """Ranks and parameter counts per site, by name, as the tables of a paper need them.
 
-        Each has ``base_r`` (the adapter's rank), ``final_k_a`` and ``final_k_b`` (directions that A and B
-        keep), ``effective_rank_a`` and ``effective_rank_g`` of both factors, ``parameters`` and
-        ``parameters_kept``.
-
         Args:
             path: also write them there as JSON, with the totals.
         """
         return self._telemetry.final_ranks(path)
 
     def observe(self, loss: Tensor | float) -> None:
-        """Tell the loss of the coming step; several calls before a step are averaged. A tensor is not read back here.
+        """Tell the loss of the coming step; several calls before a step are averaged.
 
-        Not needed where the model's output carries a ``loss`` or ``step`` gets a closure. A copied or
-        unpickled optimizer knows its pairs but not the model, and so needs one or the other.
+        Not needed with a closure, or where the model's output has a ``loss``. A copy does not know the model.
 
         Args:
-            loss: a number, or a tensor of one value.
+            loss: a number, or a tensor of one value, which is not read back here.
         """
         self._parts.losses.observe(loss)
 
@@ -380,12 +324,11 @@ class GritOptimizer(OptimizerWrapper):
         """Record from now on, until :meth:`finish_logging` or :meth:`close`. Sinks are not saved or copied.
 
         Args:
-            sink: a path for a file of JSON lines (``python -m grit_optim plot`` and ``watch`` read it), a
-                ``grit_optim.sinks.TensorBoard`` or ``WandB``, or any callable that takes a dict.
+            sink: a path for a file of JSON lines, one of ``grit_optim.sinks``, or a callable of a dict.
             every: steps between two records; the first step has one too.
-            log_fisher_spectrum: also the leading eigenvalues of both factors.
-            log_top_eigs: how many of them.
-            log_eig_heatmaps: also the eigenvectors of both factors.
+            log_fisher_spectrum: also both factors' leading eigenvalues, as many as ``log_top_eigs``.
+            log_eig_heatmaps: also both factors' eigenvectors, of ``log_eig_heatmaps_modules`` sites.
+            log_top_eigs: how many eigenvalues.
             log_eig_heatmaps_modules: for how many of the first sites.
 
         Raises:
@@ -400,11 +343,3 @@ class GritOptimizer(OptimizerWrapper):
 
 
 GritOptimizer.__doc__ = cleandoc(GritOptimizer.__doc__ or "").replace("    {options}", arguments())
-
-
-def _evaluate(closure: Callable[[], Any] | None) -> Any:
-    """What the closure returns, run with gradients enabled; None without one."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()

@@ -1,4 +1,4 @@
-"""The parts of a GritOptimizer, kept in step with each other: which pairs they work on, and what a checkpoint keeps."""
+"""The parts of a GritOptimizer: they work on the same pairs, and a checkpoint keeps their state."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Parts:
             self.losses.attach(self.sites.model)
 
     def take(self, sites: list[Site] | None) -> None:
-        """Work on these pairs from now on, and keep what is known of those worked on before; None changes nothing."""
+        """Work on these pairs from now on, with what is known of them so far; None changes nothing."""
         if sites is not None:
             self.ranks.remember(sites, self.ranks.origin)
             self.attach(sites)

@@ -1,4 +1,4 @@
-"""Settings of the systems that came before, as keyword arguments: ``GritOptimizer(base, model, **presets.PAPER)``."""
+"""Settings of the GRIT library as keyword arguments: ``GritOptimizer(base, model, **presets.PAPER)``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PAPER: MappingProxyType[str, Any] = MappingProxyType(
         "regularizer_warmup_steps": 0,
     }
 )
-"""Every default of the GRIT library (arXiv 2601.00231, §A.4): its natural gradient, pairing, damping and projections."""
+"""Every default of the GRIT library (arXiv 2601.00231, §A.4)."""
 
 PAPER_LONG_RUN: MappingProxyType[str, Any] = MappingProxyType(
     {

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, and copies of device tensors that travel to the host while the host goes on."""
+"""Seconds per stage of a step, and copies from a device to the host that nobody waits for."""
 
 from __future__ import annotations
 

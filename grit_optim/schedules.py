@@ -44,12 +44,12 @@ _TRACKED = (
 
 
 def every(step: int, period: int, warmup: int = 0) -> bool:
-    """Whether work that repeats every ``period`` steps, not before ``warmup`` steps are done, is due in ``step``."""
+    """Whether work is due in ``step`` that repeats every ``period`` steps once ``warmup`` steps are done."""
     return step >= warmup and step % period == 0
 
 
 def ramp(step: int, warmup: int) -> float:
-    """Share of the full strength in ``step`` of what grows on a straight line over the first ``warmup`` steps."""
+    """Share of its full strength that something has in ``step``, growing over ``warmup`` steps."""
     return min(1.0, step / warmup) if warmup else 1.0
 
 
@@ -188,7 +188,7 @@ class Schedule:
         return {"steps": self.steps, "pace": pace}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint, or start anew from an empty one; fixed periods have nothing but the steps."""
+        """Go on from a checkpoint, or start anew from an empty one; fixed periods need the steps alone."""
         self.steps = state.get("steps", 0)
         self._start()
         if not self.follows_loss:
@@ -202,7 +202,7 @@ class Schedule:
 
 
 def _moments(losses: list[Tensor | float]) -> Tensor:
-    """Mean, and standard deviation of successive differences over √2, of half a window's losses: ``[2]``, on their device."""
+    """Mean and noise of half a window's losses, ``[2]`` on their device: see the module."""
     device = next((loss.device for loss in losses if isinstance(loss, Tensor)), torch.device("cpu"))
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     stacked = torch.stack([torch.as_tensor(loss, dtype=dtype).to(device) for loss in losses])

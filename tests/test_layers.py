@@ -1,134 +1,132 @@
-"""The layering: imports point down only, and importing the package loads torch and nothing heavier."""
+"""The order of the rooms: imports point down only, between folders and within them, and the package loads torch alone."""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import grit_optim
 
 ROOT = Path(grit_optim.__file__).parent
-LAYERS = [
-    {
-        "_checks",
-        "_warn",
-        "buckets",
-        "bypass",
-        "folder",
-        "hostcopy",
-        "linalg",
-        "presets",
-        "sites",
-        "spectra",
-        "wrapper",
-    },
-    {
-        *{
-            "budget",
-            "curvature",
-            "fisher",
-            "held",
-            "moments",
-            "pairs",
-            "precondition",
-            "rank",
-            "regularizers",
-        },
-        *{"reprojection", "schedule", "transport"},
-    },
-    {
-        *{
-            "adapter_config",
-            "capture",
-            "checkpoint",
-            "diagnosis",
-            "export",
-            "losses",
-            "pace",
-            "processes",
-            "ranks",
-        },
-        *{"recording", "shrink", "sinks", "snapshot", "telemetry"},
-    },
-    {"stages"},
-    {"tapping"},
-    {"ranked"},
-    {"reporting"},
-    {"optimizer"},
-    {"trainer"},
-    {"__init__", "callback", "figures", "runs"},
-    {"plot", "ranks_command", "watch"},
-    {"__main__"},
-]
-# Within a layer, which modules may use which: an entry here is a decision, not an accident.
-BESIDE = {
-    ("buckets", "sites"),
-    ("bypass", "_warn"),
-    ("bypass", "sites"),
-    ("capture", "telemetry"),
-    ("curvature", "fisher"),
-    ("curvature", "moments"),
-    ("export", "adapter_config"),
-    ("export", "ranks"),
-    ("shrink", "adapter_config"),
-    ("figures", "runs"),
-    ("held", "curvature"),
-    ("pairs", "curvature"),
-    ("pairs", "rank"),
-    ("pairs", "reprojection"),
-    ("pairs", "transport"),
-    ("recording", "sinks"),
-    ("recording", "snapshot"),
-    ("snapshot", "telemetry"),
-    ("spectra", "linalg"),
-    ("presets", "_checks"),
-    ("precondition", "curvature"),
-    ("precondition", "held"),
-    ("precondition", "pairs"),
-    ("precondition", "reprojection"),
-    ("precondition", "transport"),
-    ("regularizers", "curvature"),
-    ("regularizers", "rank"),
-    ("reprojection", "fisher"),
-    ("reprojection", "rank"),
-    ("transport", "reprojection"),
+# From the ground up; a name is a folder or a file at the top.
+ORDER = [
+    "linalg", "messages", "options", "presets", "profiling", "schedules", "lora", "base", "capture", "curvature", "rank",
+    "preconditioners", "parts", "export", "sinks", "telemetry", "optimizer", "integrations", "callback", "cli", "__init__",
+    "__main__",
+]  # fmt: skip
+FILES = {
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in ROOT.rglob("*.py")
 }
 
 
-def imported(path):
-    """Modules of the package that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "grit_optim":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("grit_optim."):
-            yield node.module.split(".")[1]
+def imported(tree):
+    """Modules of the package that a file imports, wherever in it, each as ``folder.file``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "grit_optim":
+            module = (node.module or "").removeprefix("grit_optim").lstrip(".")
+            for alias in node.names:
+                inner = f"{module}.{alias.name}".lstrip(".")
+                found = next((n for n in (inner, module, f"{module}.__init__") if n in FILES), None)
+                yield found or f"{inner}.__init__"
+        elif isinstance(node, ast.Import):
+            yield from (
+                a.name.removeprefix("grit_optim.") for a in node.names if a.name.startswith("grit_optim.")
+            )
 
 
-def test_every_module_has_a_layer():
-    assert {p.stem for p in ROOT.glob("*.py")} == set.union(*LAYERS)
+EDGES = {name: set(imported(ast.parse(path.read_text(encoding="utf8")))) for name, path in FILES.items()}
 
 
-def test_imports_point_down_only():
-    height = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    edges = {(p.stem, name) for p in ROOT.glob("*.py") for name in imported(p)}
-    assert len(edges) > 30
-    wrong = {
-        (a, b) for a, b in edges if height[b] > height[a] or (height[b] == height[a] and (a, b) not in BESIDE)
+def room(module):
+    return module.split(".")[0]
+
+
+def test_every_room_has_its_place_and_ten_files_stand_at_the_top():
+    assert {room(name) for name in FILES} == set(ORDER)
+    assert len(list(ROOT.glob("*.py"))) <= 10
+
+
+def test_imports_point_down_between_the_rooms():
+    edges = [(name, other) for name, others in EDGES.items() for other in others]
+    assert len(edges) > 100
+    assert {other for _, other in edges} <= set(FILES)
+    upwards = [(a, b) for a, b in edges if ORDER.index(room(a)) < ORDER.index(room(b))]
+    assert upwards == []
+
+
+def test_no_import_goes_round():
+    TopologicalSorter(EDGES).prepare()  # raises with the circle if there is one
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_of_the_package_stand_at_the_top_of_a_file(name):
+    """None is hidden in a function to break a circle."""
+    tree = ast.parse(FILES[name].read_text(encoding="utf8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert [other for function in functions for other in imported(function)] == []
+
+
+@pytest.mark.parametrize("path", FILES.values(), ids=FILES.keys())
+def test_nobody_reads_the_underscore_of_another(path):
+    """``self._x``, and another object of one's own class, are one's own; torch's and the interpreter's are not ours."""
+    theirs = {
+        "_version",
+        "_foreach_copy_",
+        "_profiler_enabled",
+        "_forward_hooks",
+        "_getframe",
+        "_get_lr",
+        "_SubParsersAction",
     }
-    assert wrong == set()
-    assert edges >= BESIDE, "an exception that nothing uses any more"
+    tree = ast.parse(path.read_text(encoding="utf8"))
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    }
+    assert read - theirs == set()
+
+
+@pytest.mark.parametrize("path", FILES.values(), ids=FILES.keys())
+def test_files_and_functions_are_short(path):
+    """Docstrings and signatures, which grow with what there is to say, are not counted."""
+    text = path.read_text(encoding="utf8")
+    assert len(text.splitlines()) <= 350
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+            assert node.end_lineno - first.lineno < 60, node.name
 
 
 def test_only_one_module_issues_warnings():
     """A count of frames, written elsewhere, would be wrong after the next refactoring."""
-    assert {p.stem for p in ROOT.glob("*.py") if "warnings.warn(" in p.read_text()} == {"_warn"}
+    assert {name for name, path in FILES.items() if "warnings.warn(" in path.read_text("utf8")} == {
+        "messages"
+    }
 
 
-def test_only_sites_and_export_know_peft():
+def test_a_mode_answers_for_itself():
+    """No mode is asked for by its name outside its own file, but where names are written down."""
+    modes = ("spectral", "steer", "eigenbasis", "inverse")
+    asking = {
+        name
+        for name, path in FILES.items()
+        if any(f'== "{mode}"' in path.read_text("utf8") for mode in modes) and room(name) != "preconditioners"
+    }
+    assert asking == set()
+
+
+def test_few_files_know_peft():
     """PEFT's names for its attributes stand in one file, those of its tensors in another."""
     words = ("lora_embedding", "import peft\n", "from peft import", "lora_A.weight")
-    knowing = {p.stem for p in ROOT.glob("*.py") if any(word in p.read_text() for word in words)}
-    assert knowing == {"sites", "export", "ranks_command"}
+    knowing = {name for name, path in FILES.items() if any(word in path.read_text("utf8") for word in words)}
+    assert knowing <= {"lora.discovery", "lora.site", "export.adapter", "export.files", "cli.ranks"}
 
 
 def test_importing_loads_nothing_heavier_than_torch():

@@ -8,7 +8,7 @@ scaled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -121,3 +121,11 @@ class OptimizerWrapper(Optimizer):
         self._own.load_state_dict(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+def evaluate(closure: Callable[[], Any] | None) -> Any:
+    """What the closure returns, run with gradients enabled; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

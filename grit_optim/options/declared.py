@@ -213,9 +213,7 @@ class RankOptions(Group):
 
     @property
     def gives_up(self) -> bool:
-        """Whether a dropped direction is given up for good; the paper's projections leave all rows in
-        use.
-        """
+        """Whether a dropped direction is given up for good, as it is not in the paper's projections."""
         return self.reprojection not in PAPER_PROJECTIONS
 
     @property

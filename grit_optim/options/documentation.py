@@ -17,10 +17,12 @@ HEADINGS = {
 }
 _INTRODUCTION = """# Options
 
-Keywords of `GritOptimizer(base, model, …)`. None has to be set. `python -m grit_optim options` writes this page.
+Keywords of `GritOptimizer(base, model, …)`. None has to be set. `python -m grit_optim options` prints
+this page.
 
-`presets.PAPER` and `presets.PAPER_LONG_RUN` hold every default of the GRIT library (arXiv 2601.00231) under these names.
-Names that options had before are still taken, as far as they mean something ([migration](migration.md)).
+`presets.PAPER` and `presets.PAPER_LONG_RUN` hold every default of the GRIT library (arXiv 2601.00231)
+under these names. Former names of options are still taken where they mean something
+([migration](migration.md)).
 """
 
 

@@ -1,4 +1,4 @@
-"""Names that options had before, and have in the systems that came before: translated, or refused with what to do."""
+"""Former names of options: translated to those of today, or refused with what to do."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from grit_optim.rank.coordinates import BALANCING_DAMPING
 
 
 class Balanced(Mode):
-    """``"balanced"``: the pair's coordinates are changed so that both factors are diagonal; the step is the base's own."""
+    """``"balanced"``: the base steps in coordinates of A and B in which both factors are diagonal."""
 
     name = "balanced"
     changes_coordinates = True

@@ -19,7 +19,7 @@ _NOTHING_TO_TURN = {
 
 
 class Eigenbasis(Mode):
-    """``"eigenbasis"``: the base works in the eigenbasis of its K-FAC factor, as SOAP does for Adam (Vyas et al. 2024)."""
+    """``"eigenbasis"``: the base works in the eigenbases of the K-FAC factors, as SOAP (Vyas et al. 2024)."""
 
     name = "eigenbasis"
     changes_coordinates = True

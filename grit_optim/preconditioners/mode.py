@@ -71,7 +71,7 @@ class Mode:
         """Change the gradient that the base is about to see."""
 
     def as_the_base_sees(self, held: Held, gradient: Tensor) -> Tensor:
-        """A gradient with respect to the weights ``[m, rows, columns]`` in the coordinates that the base works in."""
+        """A gradient of the weights ``[m, rows, columns]`` in the coordinates that the base works in."""
         return gradient
 
     def after(self, held: Held) -> None:

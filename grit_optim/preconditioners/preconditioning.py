@@ -1,4 +1,4 @@
-"""The curvature around the base optimizer's step: what is derived from it, and what that does to gradients and steps."""
+"""The curvature at work: operators derived from it, and what they do around the base optimizer's step."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Preconditioning:
             held.gradient = held.gradient + mode.as_the_base_sees(held, -extra if ascends else extra)
 
     def turn_back_from(self, mode: str | None, curvature: Curvature) -> None:
-        """Bring the base's moments to plain coordinates, where a checkpoint of another mode has them in its operators."""
+        """Bring moments to plain coordinates that a checkpoint of another mode has in its operators."""
         other = MODES.get(mode or "")
         if other is not None and other.moments_in_operators and not isinstance(self.mode, other):
             turning = other(self._base, self.mode.options)

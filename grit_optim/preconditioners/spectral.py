@@ -22,7 +22,7 @@ _ORTHOGONAL_DAMPING = 0.01
 
 
 class Spectral(Steer):
-    """``"spectral"``: as "steer", with the direction of steepest descent in the spectral norm of Fisher coordinates.
+    """``"spectral"``: as "steer", to the steepest descent in the spectral norm of Fisher coordinates.
 
     With ``P = Σ^(−p/2)`` and ``X = P (m / c)``: for A the direction is ``−P (X Xᵀ)^(−1/2) X``. Muon (Jordan
     et al. 2024) orthogonalises the momentum of a whole weight matrix; here the r×r side is enough, the

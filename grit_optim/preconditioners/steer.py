@@ -76,7 +76,7 @@ class Steer(Mode):
         return held.curvature.apply(held.group, moment)
 
     def _cautious(self, held: Held, direction: Tensor) -> Tensor:
-        """The direction with its entries that go up the newest gradient made smaller (Liang et al. 2024 drop them)."""
+        """The direction, with entries made smaller that go up the newest gradient (Liang et al. 2024)."""
         if self.caution == 0:
             return direction
         return torch.where(direction * self._newest(held) < 0, 1 - self.caution, 1.0) * direction
@@ -129,7 +129,7 @@ class Steer(Mode):
         return own if wanted == "base" or own == 0 else _number(wanted)
 
     def _mixed(self, held: Held, moment: Tensor) -> Tensor:
-        """The mean gradient, by the base's average ``[m, rows, columns]``, with the newest gradient mixed in."""
+        """The base's average ``[m, rows, columns]`` as a mean, with the newest gradient mixed in."""
         group, settings = held.group, self._settings(held)
         decay, wanted = base_settings.moment_decay(settings), self._momentum(held)
         if wanted != decay:
@@ -140,7 +140,7 @@ class Steer(Mode):
         return (1 - self.gradient_share) * (moment / weight) + self.gradient_share * self._newest(held)
 
     def _freshened(self, held: Held, moment: Tensor, ratio: float) -> Tensor:
-        """The base's average as it would be had it kept ``ratio`` times as much of its past, for now and for the next step.
+        """The base's average had it kept ``ratio`` times as much of its past, also written back.
 
         ``β m + (1 − β) g`` becomes ``ratio (β m + (1 − β) g) + (1 − ratio) g = ratio·β m + (1 − ratio·β) g``.
         """
