@@ -421,21 +421,6 @@ def test_a_recipe_from_command_to_folder(tiny_model, tmp_path):
     assert metrics["telemetry"]["options"]["pairing"] == "paper"
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/finetune.md"])
-def test_the_documents_commands_are_ones_that_the_parser_takes(document):
-    import re
-    import shlex
-
-    from benchmarks.__main__ import make_parser
-    from benchmarks.files import REPOSITORY
-
-    text = (REPOSITORY / document).read_text(encoding="utf-8")
-    commands = re.findall(r"^python -m benchmarks (train .+)$", text, flags=re.MULTILINE)
-    assert len(commands) >= 5
-    for command in commands:
-        make_parser().parse_args(shlex.split(command, comments=True))
-
-
 def test_the_documents_defaults_are_the_ones_in_the_code():
     import re
 
@@ -486,15 +471,3 @@ def test_report_takes_each_optimizer_at_its_best_rate(tiny_model, tmp_path, caps
     assert (runs / "table.md").read_text().strip() == said.strip()
     train(tiny_model, data, runs / "other", "--steps", "2", "--trainer", "loop", "--dropout", "0.1")
     assert "differ in dropout; only alike ones can be compared" in refusal(["report", str(runs)])
-
-
-def test_the_comparisons_table_is_the_one_that_was_printed():
-    from benchmarks.files import REPOSITORY
-    from benchmarks.finetune import report
-
-    folder = REPOSITORY / "benchmarks" / "results" / "qlora"
-    found = report.read(folder)
-    printed = report.table(found).strip()
-    assert (folder / "table.md").read_text(encoding="utf-8").strip() == printed
-    assert printed in (REPOSITORY / "docs" / "finetune.md").read_text(encoding="utf-8")
-    assert {metrics["code"]["dirty"] for metrics in found} == {False}

@@ -1,23 +1,19 @@
-"""What the page on costs says is what the results files hold, and its commands exist."""
+"""What the page on costs says is what the results files hold."""
 
-import json
 import re
 
 import pytest
+from evidence import RESULTS, cost_report, cost_tables, main_table
+from pages import page, row, words
 
-from benchmarks.__main__ import make_parser
-from benchmarks.cost_report import read, table
-from benchmarks.cost_tables import count_sentence, count_table, sizes_table
-from benchmarks.files import REPOSITORY
-
-PAGE = (REPOSITORY / "benchmarks" / "COST.md").read_text(encoding="utf8")
-README = (REPOSITORY / "README.md").read_text(encoding="utf8")
-RESULTS = REPOSITORY / "benchmarks" / "results" / "cost"
+PAGE = page("docs/cost.md")
+TEXT = words(PAGE)
+COST = RESULTS / "cost"
 
 
 @pytest.fixture(scope="module")
 def counts():
-    return read(RESULTS, "count")
+    return cost_report.read(COST, "count")
 
 
 @pytest.fixture(scope="module")
@@ -27,54 +23,60 @@ def large(counts):
     return found
 
 
+@pytest.fixture(scope="module")
+def measured():
+    (found,) = [c for c in cost_report.read(COST, "cost") if not c["hardware"]["gpu"]]
+    return found
+
+
 def test_the_count_at_8b_is_the_one_that_was_made(large):
     assert large["parameters"]["sites"] == 224
-    assert (large["workload"]["rank"], large["workload"]["accumulation"], large["optimizer"]) == (
-        16,
-        4,
-        "grit",
-    )
-    assert count_table(large) in PAGE
+    work = large["workload"]
+    assert (work["rank"], work["accumulation"], large["optimizer"]) == (16, 4, "grit")
+    assert words(cost_tables.count_table(large)) in TEXT
+    assert cost_tables.count_sentence(large) in TEXT
 
 
 def test_so_are_the_other_sizes(counts):
     assert len(counts) >= 3
-    assert sizes_table(counts) in PAGE
+    assert cost_tables.sizes_table(counts) in PAGE
 
 
 def test_the_folders_table_is_the_one_that_was_printed():
-    assert (RESULTS / "table.md").read_text(encoding="utf8") == table(RESULTS)
+    assert (COST / "table.md").read_text(encoding="utf8") == cost_report.table(COST)
 
 
-def test_what_the_readme_says_of_it(large):
-    words = " ".join(README.split())
-    assert count_sentence(large) in words
+def test_the_measured_step_is_the_one_of_the_file(measured):
+    ratio = measured["ratio"]
+    quartiles = f"(quartiles {ratio['q1']:.3f} to {ratio['q3']:.3f})"
+    assert f"GRIT {ratio['median']:.3f}× AdamW's step {quartiles}" in PAGE
+    assert f"takes **{ratio['median']:.3f}×** the time of one with AdamW {quartiles}" in TEXT
+    stages = {name: f"{1e3 * seconds:.1f} ms" for name, seconds in measured["stage_seconds_per_step"].items()}
+    assert f"Capture takes {stages['capture']} of it, folding {stages['fold']}," in TEXT
+    assert f"refreshing the roots {stages['refresh']}, turning the step {stages['precondition']}." in TEXT
+    assert f"AdamW itself takes {stages['base']}" in TEXT
+    plain = measured["step_seconds"]["plain adamw"]["median"]
+    assert f"the whole AdamW step some {1e3 * plain:.0f} ms" in TEXT
+    state = measured["optimizer_state_bytes"]
+    assert f"has {state['optimizer']:,} bytes instead of {state['plain adamw']:,}" in TEXT
 
 
-def test_the_measured_row_is_the_one_of_the_file():
-    ratio = json.loads((RESULTS / "cost-naming-grit.json").read_text())["ratio"]
-    assert (
-        f"GRIT {ratio['median']:.3f}× AdamW's step (quartiles {ratio['q1']:.3f} to {ratio['q3']:.3f})" in PAGE
-    )
+def test_the_state_is_the_one_of_the_suite(measured):
+    """Two commands measured it; they agree."""
+    assert f"{measured['optimizer_state_bytes']['optimizer'] / 1e6:.2f} MB" == row(main_table(), "grit")[9]
 
 
 def test_no_figure_of_a_gpu_is_claimed_before_there_is_one():
-    measured = [c for c in read(RESULTS, "cost") if c["hardware"]["gpu"]]
-    assert bool(measured) != ("**open**: nothing has been measured on a GPU yet" in PAGE)
+    found = [c for c in cost_report.read(COST, "cost") if c["hardware"]["gpu"]]
+    assert bool(found) != ("**open**: nothing has been measured on a GPU yet" in PAGE)
 
 
-@pytest.mark.parametrize("text", [PAGE, README], ids=["page", "readme"])
-def test_the_commands_are_understood(text):
-    commands = re.findall(
-        r"^python -m benchmarks ((?:cost|count|report) .*?)(?: {2,}#.*)?$", text, flags=re.MULTILINE
-    )
-    assert len(commands) >= 3
-    for command in commands:
-        make_parser().parse_args(command.split())
-
-
-def test_the_script_is_there_to_run():
-    script = REPOSITORY / "benchmarks" / "gpu.sh"
-    assert script.stat().st_mode & 0o111
-    assert "bash benchmarks/gpu.sh" in README
-    assert "bash benchmarks/gpu.sh" in PAGE
+def test_the_commands_that_made_the_files_are_named(counts):
+    text = words(PAGE[PAGE.index("Other sizes:") :])
+    lengths = {c["workload"]["length"] for c in counts} - {2048}
+    layers = {c["workload"]["layers"] for c in counts} - {None}
+    models = {c["workload"]["model"] for c in counts}
+    assert all(f"`--length {length}`" in text for length in lengths)
+    assert all(f"`--layers {layer}`" in text for layer in layers)
+    assert all(f"`count --model {model}`" in text for model in models)
+    assert set(re.findall(r"count --model ([\w.-]+)`", text)) == models
