@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from evidence import RESULTS, final, finals, loss, sizes, truncation
-from pages import page, rows, words
+from evidence import RESULTS, final, finals, loss, main_table, sizes, truncation
+from pages import page, row, rows, words
 
 PAGE = page("docs/findings.md")
 TEXT = words(PAGE)
@@ -90,6 +90,13 @@ def test_what_dropping_entries_gives():
 def test_examples_limit_the_runs():
     for task in ("naming", "prose"):
         assert f"{second(task=task, bs=96):.3f} against {second(task=task, steps=60):.3f} on `{task}`" in TEXT
+
+
+def test_rank_limits_one_task():
+    for task in ("naming", "prose"):
+        many, few, plain = second(task=task, rank=64), second(task=task, rank=4), second(task=task, steps=36)
+        said = f"ank 64 gives {many:.3f}{{}}, rank 16 gives {plain:.3f} and rank 4 gives {few:.3f}"
+        assert said.format(" there" if task == "prose" else "") in TEXT
 
 
 # ---------------------------------------------------------------- runs of the suite's tasks
@@ -216,6 +223,12 @@ def test_two_machines_differ_by_rounding():
     assert f"up to {max(abs(a - b) for a, b in zip(here, there, strict=True)):.3f} nats on `naming`" in TEXT
 
 
+def test_both_sides_keep_more_state():
+    state = {name: float(row(main_table(), name)[9].split()[0]) for name in ("soap-rank", "kl-soap", "singd")}
+    assert {round(state[name] / state["soap-rank"]) for name in ("kl-soap", "singd")} == {27}
+    assert "keep 27 times the state" in TEXT
+
+
 # ---------------------------------------------------------------- cuts and sizes
 
 
@@ -305,3 +318,23 @@ def test_the_cut_after_training_with_the_momentum_of_now():
     then = 100 * sizes.against_whole(before, before["grit, cut after training"][0.49])[1]
     assert f"({now:+.2f} instead of some 30 %)" in TEXT
     assert 25 < then < 35
+
+
+def test_what_changes_little_with_the_momentum_of_now():
+    whole = sizes.read(RESULTS / "sizes")
+
+    def changes(folder, base, budget):
+        """By task, how far the runs of a folder end above those of `sizes`, in per cent."""
+        found = {}
+        for task, (series, _) in sizes.read(RESULTS / "sizes_tries" / folder).items():
+            before = {p["seed"]: p["heldout"] for p in whole[task][0][base][budget]}
+            points = [p for budgets in series.values() for each in budgets.values() for p in each]
+            found[task] = [100 * (p["heldout"] / before[p["seed"]] - 1) for p in points]
+        return found
+
+    later = changes("later_budget", sizes.OURS, 0.49)["naming"]
+    assert f"worse by {min(later):.1f} to {max(later):.1f} % on `naming`" in TEXT
+    small = [changes("least_rank", sizes.OURS, 0.49), changes("balanced_at_full_rank", sizes.WHOLE, 1.0)]
+    rises = [rise for tasks in small for rises in tasks.values() for rise in rises]
+    assert len(rises) >= 8
+    assert f"change {max(map(abs, rises)):.1f} % or less" in TEXT

@@ -78,7 +78,7 @@ def test_what_is_said_of_the_table():
     assert "AdamW, best of four settings of β" in text
     assert "full budget 60 steps of 48 examples, seeds 0, 1, 2;" in origin
     assert origin.count("(1 threads a run)") == origin.count("threads a run") > 0
-    assert "A run is 60 steps of 48 examples in bf16 on one CPU core." in text
+    assert "A run is 60 steps of 48 examples in bf16 on one CPU core, with every" in text
 
 
 def test_the_best_rate_is_adamws_or_twice_that():
