@@ -7,21 +7,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import arguments as read
-from . import cost_arguments, suite_arguments
-from .files import REPOSITORY, BenchmarkError
+from .core import arguments as read
+from .core.files import REPOSITORY, BenchmarkError
+from .core.results import PRECISIONS, RunConfig
+from .cost import arguments as cost_arguments
 from .finetune import arguments as finetune_arguments
-from .optimizers import OPTIMIZERS, check_optimizer
-from .results import PRECISIONS, RunConfig
+from .suite import arguments as suite_arguments
 from .tasks import TASKS, check_task
 from .tasks.external import DATA, MAX_LENGTH, DataOptions, check_data
+from .training.optimizers import OPTIMIZERS, check_optimizer
 
 MAIN_LRS, MAIN_OPTIMIZERS = [5e-3, 1e-2, 2e-2], ["adamw", "grit"]  # the best lies between the others
 _OPTIMIZER_HELP = f"known: {', '.join(OPTIMIZERS)}"
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
-    from .pretrain import PretrainConfig, pretrain
+    from .base_model.pretrain import PretrainConfig, pretrain
 
     given = {name: getattr(arguments, name) for name in ("minutes", "steps", "batch_size", "seed", "threads")}
     record = pretrain(PretrainConfig(**{k: v for k, v in given.items() if v is not None}), arguments.out)
@@ -32,7 +33,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 def _template(arguments: argparse.Namespace) -> RunConfig:
     """The configuration that all runs of the command share; optimizer, rate and seed are filled in by the plan."""
-    from .runner import resolve_device
+    from .training.runner import resolve_device
 
     names = (
         "steps",
@@ -63,7 +64,7 @@ def _data(arguments: argparse.Namespace) -> DataOptions | None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from .runner import plan, run_all
+    from .training.runner import plan, run_all
 
     suite_arguments.check(arguments)
     if arguments.suite:
@@ -76,9 +77,11 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from . import adapter_sizes_report, cost_report, truncation_report
+    from .adapter_size import report as adapter_sizes_report
+    from .comparison.report import report
+    from .cost import report as cost_report
     from .finetune import report as finetune_report
-    from .report import report
+    from .truncation import report as truncation_report
 
     for kind in (truncation_report, adapter_sizes_report, cost_report, finetune_report):
         if kind.is_folder(arguments.folder):
@@ -88,8 +91,8 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _truncation(arguments: argparse.Namespace) -> None:
-    from .runner import resolve_device
-    from .truncation import truncation
+    from .training.runner import resolve_device
+    from .truncation.measure import truncation
 
     device, options = resolve_device(arguments.device), dict(arguments.option or [])
     task, optimizer = check_task(arguments.task), check_optimizer(arguments.optimizer)
@@ -110,8 +113,8 @@ def _tasks(arguments: argparse.Namespace) -> None:
 
 
 def _main(arguments: argparse.Namespace) -> None:
-    from .report import report
-    from .runner import plan, resolve_device, run_all
+    from .comparison.report import report
+    from .training.runner import plan, resolve_device, run_all
 
     template = RunConfig("naming", "", 0.0, 0, steps=arguments.steps, device=resolve_device(arguments.device))
     run_all(plan(template, MAIN_OPTIMIZERS, MAIN_LRS, [0]), arguments.out)
@@ -239,8 +242,8 @@ def _add_truncation(commands: argparse._SubParsersAction) -> None:
 
 
 def _sizes(arguments: argparse.Namespace) -> None:
-    from .adapter_sizes import adapter_sizes
-    from .runner import resolve_device
+    from .adapter_size.ways import adapter_sizes
+    from .training.runner import resolve_device
 
     config = RunConfig(
         check_task(arguments.task), "", 0.0, 0, arguments.steps, beta1=arguments.beta1, eval_every=arguments.steps,

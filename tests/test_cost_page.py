@@ -6,9 +6,9 @@ import re
 import pytest
 
 from benchmarks.__main__ import make_parser
-from benchmarks.cost_report import read, table
-from benchmarks.cost_tables import count_sentence, count_table, sizes_table
-from benchmarks.files import REPOSITORY
+from benchmarks.core.files import REPOSITORY
+from benchmarks.cost.report import read, table
+from benchmarks.cost.tables import count_sentence, count_table, sizes_table
 
 PAGE = (REPOSITORY / "benchmarks" / "COST.md").read_text(encoding="utf8")
 README = (REPOSITORY / "README.md").read_text(encoding="utf8")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from benchmarks import fisher_distance
-from benchmarks.files import REPOSITORY
+from benchmarks.core.files import REPOSITORY
+from benchmarks.fisher_distance import __main__ as fisher_distance
 from grit_optim import GritOptimizer, presets
 from grit_optim.__main__ import COMMANDS
 

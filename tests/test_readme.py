@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import adapter_sizes_report, suite_tables, truncation_report
-from benchmarks.report import table
-from benchmarks.results import read_results
-from benchmarks.suite import read_ledger, read_suite
-from benchmarks.suite_report import read_costs
-from benchmarks.summary import comparable
-from benchmarks.sweep import targets
+from benchmarks.adapter_size import report as adapter_sizes_report
+from benchmarks.comparison.report import table
+from benchmarks.comparison.summary import comparable
+from benchmarks.core.results import read_results
+from benchmarks.suite import tables as suite_tables
+from benchmarks.suite.report import read_costs
+from benchmarks.suite.suite import read_ledger, read_suite
+from benchmarks.suite.sweep import targets
+from benchmarks.truncation import report as truncation_report
 from grit_optim import GritOptimizer
 
 ROOT = Path(__file__).parent.parent

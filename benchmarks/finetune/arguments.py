@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .. import arguments as read
-from ..files import BenchmarkError
-from ..optimizers import OPTIMIZERS
+from ..core import arguments as read
+from ..core.files import BenchmarkError
 from ..tasks.external import DATA
+from ..training.optimizers import OPTIMIZERS
 from .config import MAX_LENGTH, PRECISIONS, QUANTIZATIONS, RECIPES, SCHEDULES, TRAINERS, FinetuneConfig
 
 _SETTINGS = (
@@ -193,7 +193,7 @@ def _config(arguments: argparse.Namespace, model: str, dataset: str, device: str
 
 def call(arguments: argparse.Namespace) -> None:
     """Check the arguments and run the command."""
-    from ..runner import resolve_device
+    from ..training.runner import resolve_device
     from .command import Order, finetune
     from .data import parse_origin
     from .model import Source, check_source

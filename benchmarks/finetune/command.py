@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import environment, memory
-from ..files import BenchmarkError, write_json
-from ..optimizers import check_base, check_optimizer, package_version, state_bytes
-from ..train import plain
+from ..core import environment, memory
+from ..core.files import BenchmarkError, write_json
+from ..training.optimizers import check_base, check_optimizer, package_version, state_bytes
+from ..training.train import plain
 from . import card, output
 from .config import MAX_LENGTH, FinetuneConfig, check, steps_of
 from .data import FinetuneData, Origin, load

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ..files import BenchmarkError
+from ..core.files import BenchmarkError
 from ..tasks import Example, Task
 from ..tasks.external import DATA, Text, fingerprint, in_words, read_splits, split_off, without_prompts_of
 from .rows import Turn, read

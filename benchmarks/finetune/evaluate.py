@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from ..results import finite
+from ..core.results import finite
 from ..tasks import Example
 from .batches import Collator, losses
 from .config import FinetuneConfig

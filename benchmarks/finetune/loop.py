@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..files import BenchmarkError
-from ..settings import trainable
+from ..core.files import BenchmarkError
+from ..core.settings import trainable
 from .batches import answer_tokens, token_mean
 from .output import KEPT, checkpoints
 from .session import Session

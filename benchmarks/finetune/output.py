@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..files import BenchmarkError, write_json
+from ..core.files import BenchmarkError, write_json
 from .config import FinetuneConfig
 
 RUN, METRICS, RECORD = "run.json", "metrics.json", "progress.json"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..files import BenchmarkError, write_text
+from ..core.files import BenchmarkError, write_text
 from .output import METRICS
 
 _VARIES = ("lr", "optimizer", "base", "options", "seed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..settings import Factory
+from ..core.settings import Factory
 from . import adapters, preconditioners
 
 _ALL = ("lr", "betas", "weight_decay")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..files import BenchmarkError
-from ..settings import Settings
+from ..core.files import BenchmarkError
+from ..core.settings import Settings
 from .construct import construct, matrices
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from ..files import BenchmarkError
+from ..core.files import BenchmarkError
 
 if TYPE_CHECKING:
     import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..settings import Factory, Settings, trainable
+from ..core.settings import Factory, Settings, trainable
 from .construct import construct, lora_pairs, matrices, rank_side
 
 if TYPE_CHECKING:

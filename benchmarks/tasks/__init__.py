@@ -9,7 +9,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ..files import BenchmarkError
+from ..core.files import BenchmarkError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

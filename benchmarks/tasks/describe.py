@@ -6,7 +6,7 @@ import itertools
 import statistics
 from collections.abc import Sequence
 
-from ..results import RunConfig
+from ..core.results import RunConfig
 from . import Task, load_task
 
 _COLUMNS = (
@@ -17,15 +17,15 @@ _COLUMNS = (
 
 def padding_share(task: Task, batches: int = 100) -> float:
     """Share of positions that are padding, mean over the first training batches of seed 0."""
-    from ..objective import collate
+    from .objective import collate
 
     some = itertools.islice(task.batches(0, RunConfig.batch_size), batches)
     return statistics.fmean(collate(batch).padding for batch in some)
 
 
 def _fields(task: Task) -> tuple[str, ...]:
-    from ..base_model import load_base_model
-    from ..objective import evaluate
+    from ..base_model.load import load_base_model
+    from .objective import evaluate
 
     score = evaluate(load_base_model()[0], task.heldout)
     return (
@@ -45,7 +45,7 @@ def describe(names: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..base_model import load_tokenizer
+    from ..base_model.load import load_tokenizer
 
     table, tokenizer = Table(*_COLUMNS), load_tokenizer()
     for name in names:

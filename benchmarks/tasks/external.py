@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..base_model import EOS, MAX_POSITIONS
-from ..files import BenchmarkError, in_share, sha256
+from ..base_model.load import EOS, MAX_POSITIONS
+from ..core.files import BenchmarkError, in_share, sha256
 from . import Example, Task, formats
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..corpus import SourceFile
-from ..files import sha256
+from ..base_model.corpus import SourceFile
+from ..core.files import sha256
 from .embedded import HELDOUT_SIZE, STDLIB, Recipe, Row, choose, sources
 from .functions import parse
 

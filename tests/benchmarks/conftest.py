@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 
-from benchmarks import base_model
+from benchmarks.base_model import load as base_model
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def made_up_result():
     ):
         from dataclasses import asdict
 
-        from benchmarks.results import RunConfig
+        from benchmarks.core.results import RunConfig
 
         config = asdict(RunConfig("naming", optimizer, lr, seed, steps=100, eval_every=50))
         config |= changes.pop("config", {})
@@ -95,11 +95,3 @@ def made_up_result():
         return result | changes
 
     return make
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    """The folder of a tiny Llama with its tokenizer."""
-    from finetuning import save_model
-
-    return save_model(tmp_path_factory.mktemp("tiny_llama"))
