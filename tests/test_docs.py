@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from benchmarks.core.files import REPOSITORY
-from benchmarks.fisher_distance import __main__ as fisher_distance
+from benchmarks.fisher_distance import report as fisher_distance
 from grit_optim import GritOptimizer, presets
 from grit_optim.__main__ import COMMANDS
 

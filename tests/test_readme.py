@@ -13,8 +13,8 @@ from benchmarks.comparison.report import table
 from benchmarks.comparison.summary import comparable
 from benchmarks.core.results import read_results
 from benchmarks.suite import tables as suite_tables
+from benchmarks.suite.folder import read_ledger, read_suite
 from benchmarks.suite.report import read_costs
-from benchmarks.suite.suite import read_ledger, read_suite
 from benchmarks.suite.sweep import targets
 from benchmarks.truncation import report as truncation_report
 from grit_optim import GritOptimizer

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
+from grit_optim import export_adapter, pairs, presets
+from grit_optim.rank import RankPolicy
+
 from ..base_model.load import load_base_model
 from ..core.files import BenchmarkError
 from ..core.settings import trainable
 from ..tasks.objective import collate
 from ..training.train import LORA_TARGETS, adapted_model, autocast, in_precision
-from .ways import Job, Saved, adamw, fit, grit, train_and_save
+from .job import Job, Saved, adamw, fit, grit, train_and_save
 
 TAU, LEAST = 0.99, 4
 """The GRIT library's defaults: share of the energy that is kept, and the rank that always is."""
@@ -98,9 +101,6 @@ def _project(job: Job, name: str, options: dict[str, Any], fixed: int | None, ta
     The projections leave A and B at their full size, and the file would be as large as without them: what is
     counted is the file of ``export_adapter(…, tolerance=1e-5)``, which writes the SVD of the projected ΔW.
     """
-    from grit_optim import export_adapter, pairs
-    from grit_optim.rank import RankPolicy
-
     model = adapted_model(job.config)
     optimizer = grit(job, model, **options)
     fit(job, model, optimizer)
@@ -136,8 +136,6 @@ def _projections(kind: str) -> Callable[[Job], Saved]:
 
 def paper(job: Job) -> Saved:
     """The GRIT paper's whole recipe, its periods scaled to a short run: the rank comes from its rule, not from a budget."""
-    from grit_optim import presets
-
     steps = job.config.steps
     options = {
         **presets.PAPER,

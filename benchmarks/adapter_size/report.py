@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.files import BenchmarkError, write_text
 from ..core.plots import panels, save, styles
-from .ways import FORMAT, KIND, WHOLE
+from .measure import FORMAT, KIND
+from .ways import WHOLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +33,7 @@ SLACK = 1.03
 """How many more bytes a way may have to count as one of the same size: ranks are whole numbers."""
 
 
-def is_folder(folder: Path) -> bool:
+def holds(folder: Path) -> bool:
     """Whether the folder holds such files."""
     return any(folder.glob(f"{KIND}-*.json"))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..core.files import BenchmarkError
 
 if TYPE_CHECKING:
@@ -50,7 +52,6 @@ def load_tokenizer(folder: Path = FOLDER) -> Tokenizer:
 
 def load_base_model(folder: Path = FOLDER) -> tuple[LlamaForCausalLM, Tokenizer]:
     """The pretrained model (fp32, on the CPU, in eval mode) and its tokenizer, from `folder`."""
-    import torch
     from transformers import LlamaForCausalLM
     from transformers.utils import logging
 

@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from tqdm import tqdm
+
 from ..core import environment, memory
 from ..core.files import BenchmarkError, write_json, write_with
 from . import corpus
 from . import load as base_model
 
 if TYPE_CHECKING:
-    import torch
     from tokenizers import Tokenizer
 
 CHECKPOINT = "checkpoint.pt"
@@ -64,10 +66,8 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _pack(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
+def pack(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
     """All texts as one stream of tokens, each ended by <eos>."""
-    import torch
-
     end = tokenizer.token_to_id(base_model.EOS)
     ids = [token for item in tokenizer.encode_batch(texts) for token in (*item.ids, end)]
     return torch.tensor(ids, dtype=torch.int64)
@@ -79,7 +79,7 @@ def load_data() -> Data:
     train = [file.text for file in files if not corpus.is_held_out(file)]
     heldout = [file.text for file in files if corpus.is_held_out(file)]
     tokenizer = train_tokenizer(train)
-    data = Data(tokenizer, _pack(tokenizer, train), _pack(tokenizer, heldout), {})
+    data = Data(tokenizer, pack(tokenizer, train), pack(tokenizer, heldout), {})
     data.record = {
         "fingerprint": corpus.fingerprint(files),
         "train_files": len(train),
@@ -91,7 +91,7 @@ def load_data() -> Data:
     return data
 
 
-class _Batches:
+class Batches:
     """Contexts drawn without replacement; every epoch cuts the stream at another offset."""
 
     def __init__(self, stream: torch.Tensor, config: PretrainConfig) -> None:
@@ -99,8 +99,6 @@ class _Batches:
 
     def __call__(self, step: int) -> torch.Tensor:
         """The batch of one step, int64 [batch_size, context + 1]; a function of the seed and the step alone."""
-        import torch
-
         batch, width = self.config.batch_size, self.config.context + 1
         per_epoch = (self.stream.numel() - width) // width // batch
         epoch, place = divmod(step, per_epoch)
@@ -113,8 +111,6 @@ class _Batches:
 
 def _loss(model: torch.nn.Module, tokens: torch.Tensor, autocast: bool) -> torch.Tensor:
     """Mean negative log-likelihood in nats of every token after the first; tokens [n, context + 1]."""
-    import torch
-
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
@@ -122,8 +118,6 @@ def _loss(model: torch.nn.Module, tokens: torch.Tensor, autocast: bool) -> torch
 
 def heldout_loss(model: torch.nn.Module, stream: torch.Tensor, context: int, autocast: bool = False) -> float:
     """Mean loss in nats per token over consecutive contexts of a held-out stream."""
-    import torch
-
     width = context + 1
     rows = stream[: stream.numel() // width * width].view(-1, width)
     with torch.inference_mode():
@@ -131,11 +125,10 @@ def heldout_loss(model: torch.nn.Module, stream: torch.Tensor, context: int, aut
     return float(sum(losses)) / len(rows)
 
 
-class _Run:
+class Pretraining:
     """Model, optimizers and place in the schedule: what a checkpoint holds."""
 
     def __init__(self, config: PretrainConfig) -> None:
-        import torch
         from transformers import LlamaForCausalLM
 
         torch.manual_seed(config.seed)
@@ -161,8 +154,6 @@ class _Run:
 
     def train_step(self, tokens: torch.Tensor) -> torch.Tensor:
         """One step at the rate of the present progress; returns the loss before it."""
-        import torch
-
         progress = self.progress()
         scale = min(progress / self.config.warmup + 1e-2, 1.0) * (1.0 - progress)
         for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
@@ -177,8 +168,6 @@ class _Run:
 
     def save(self, path: Path) -> None:
         """Write the checkpoint atomically."""
-        import torch
-
         state = {
             "config": asdict(self.config),
             "model": self.model.state_dict(),
@@ -189,8 +178,6 @@ class _Run:
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint of the same configuration."""
-        import torch
-
         state = torch.load(path, weights_only=True)
         if state["config"] != asdict(self.config):
             raise BenchmarkError(
@@ -202,11 +189,9 @@ class _Run:
         self.step, self.seconds, self.curve = state["progress"]
 
 
-def _train(run: _Run, data: Data, checkpoint: Path) -> None:
+def train(run: Pretraining, data: Data, checkpoint: Path) -> None:
     """The loop: steps, the loss curve, a checkpoint every few minutes."""
-    from tqdm import tqdm
-
-    batches, config, recent, saved = _Batches(data.train, run.config), run.config, list[float](), run.seconds
+    batches, config, recent, saved = Batches(data.train, run.config), run.config, list[float](), run.seconds
     bar = tqdm(total=100.0, unit="%", bar_format="{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}")
     while run.progress() < 1.0:
         begun = time.perf_counter()
@@ -234,7 +219,7 @@ def _train(run: _Run, data: Data, checkpoint: Path) -> None:
     bar.close()
 
 
-def _write_model(run: _Run, data: Data, out: Path) -> dict[str, Any]:
+def _write_model(run: Pretraining, data: Data, out: Path) -> dict[str, Any]:
     """Write weights, configuration, tokenizer and the record of the training; returns the record."""
     heldout = heldout_loss(run.model, data.heldout, run.config.context)
     data.tokenizer.save(str(out / "tokenizer.json"))
@@ -263,8 +248,6 @@ def _write_model(run: _Run, data: Data, out: Path) -> dict[str, Any]:
 
 def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     """Train the base model into `out`, going on from a checkpoint of the same configuration there."""
-    import torch
-
     if (config.minutes is None) == (config.steps is None):
         raise BenchmarkError(
             "give exactly one of --minutes and --steps: it is what the learning rate decays over"
@@ -272,10 +255,10 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     memory.keep_freed_memory()
     torch.set_num_threads(config.threads)
     out.mkdir(parents=True, exist_ok=True)
-    data, run, checkpoint = load_data(), _Run(config), out / CHECKPOINT
+    data, run, checkpoint = load_data(), Pretraining(config), out / CHECKPOINT
     if checkpoint.is_file():
         run.load(checkpoint)
-    _train(run, data, checkpoint)
+    train(run, data, checkpoint)
     record = _write_model(run, data, out)
     checkpoint.unlink(missing_ok=True)
     return record

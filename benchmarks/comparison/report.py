@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..core.files import write_text
 from ..core.results import read_results
+from .figures import draw
 from .summary import Cell, Method, Result, Row, comparable, methods, reference_cell, rows, sections
 
 _HEADER = (
@@ -111,15 +112,8 @@ def report(folder: Path) -> str:
     """Write `table.md` and the figures into `folder` and print the table; returns the table.
 
     Runs that differ in data, model, hardware, versions or length never share a table: each such group gets
-    its own, headed by what it differs in. A folder that holds a suite gets the suite's report.
+    its own, headed by what it differs in.
     """
-    from ..suite.report import suite_report
-    from ..suite.suite import RECORD
-    from .figures import draw
-
-    if (folder / RECORD).exists():
-        return suite_report(folder)
-
     parts, figures = list[str](), list[Path]()
     for above, results, ending in sections(comparable(read_results(folder))):
         parts += [*above, table(results)]

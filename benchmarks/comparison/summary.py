@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ..core.settings import REFERENCE
+
 Result = dict[str, Any]
-REFERENCE = "adamw"
 # What all runs of one table must share, apart from data, hardware and versions.
 _SHARED = ("task", "steps", "batch_size", "rank", "alpha", "warmup", "eval_every", "device", "precision")
 # What makes a method besides the optimizer's name; shown in its label where it varies.

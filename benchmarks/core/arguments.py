@@ -92,3 +92,13 @@ def data(text: str) -> tuple[str, Path | None]:
     if not name or (separator and not folder):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME or NAME=FOLDER")
     return name, Path(folder) if folder else None
+
+
+def flag(name: str) -> str:
+    """The option that sets a field: `--weight-decay` for `weight_decay`."""
+    return "--" + name.replace("_", "-")
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """The option `--device`."""
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")

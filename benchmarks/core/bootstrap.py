@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 RESAMPLES, SEED, COVERAGE = 2000, 0, 0.95
 
@@ -38,8 +36,6 @@ class Interval:
 
 def distribution(statistic: Callable[[Sequence[int]], float], seeds: int) -> np.ndarray:
     """`statistic` of RESAMPLES draws of seed places with replacement, each given as a list of `seeds` places."""
-    import numpy as np
-
     drawn = np.sort(np.random.default_rng(SEED).integers(seeds, size=(RESAMPLES, seeds)), axis=1)
     distinct, which = np.unique(drawn, axis=0, return_inverse=True)  # few seeds give few different draws
     return np.array([statistic(places) for places in distinct.tolist()])[which.reshape(-1)]
@@ -47,8 +43,6 @@ def distribution(statistic: Callable[[Sequence[int]], float], seeds: int) -> np.
 
 def interval(statistic: Callable[[Sequence[int]], float], seeds: int) -> Interval | None:
     """The middle 95 % of the bootstrap distribution; None for fewer than two seeds."""
-    import numpy as np
-
     if seeds < 2:
         return None
     values, tail = distribution(statistic, seeds), (1 - COVERAGE) / 2

@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .files import REPOSITORY, BenchmarkError
 
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
@@ -69,16 +71,23 @@ def _cpu_model() -> str:
 
 def hardware(device: str = "cpu") -> dict[str, Any]:
     """The processor's model, its cores, torch's threads and the accelerator's name."""
-    import torch
-
     gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
     return {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def resolve_device(device: str) -> str:
+    """`auto` as cuda where there is one, else cpu; cuda without one is an error."""
+    available = torch.cuda.is_available()
+    if device == "auto":
+        return "cuda" if available else "cpu"
+    if device == "cuda" and not available:
+        raise BenchmarkError("--device cuda: torch sees no CUDA device; use --device cpu")
+    return device
 
 
 @cache
 def bf16_slowdown() -> float:
     """How many times as long a product of bf16 matrices takes on this processor as one of fp32 ones; measured once."""
-    import torch
 
     def seconds(dtype: torch.dtype) -> float:
         """The shortest of three times; the first call also loads what the product needs."""
@@ -119,8 +128,6 @@ def commit() -> dict[str, Any]:
 
 def reset_peak_memory(device: str = "cpu") -> None:
     """Let the peak start again from what is in use now, where the system can (Linux, CUDA)."""
-    import torch
-
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     elif os.access("/proc/self/clear_refs", os.W_OK):
@@ -129,8 +136,6 @@ def reset_peak_memory(device: str = "cpu") -> None:
 
 def peak_memory_bytes(device: str = "cpu") -> int:
     """Peak memory of this process in bytes: allocated on the accelerator where one is used, else resident."""
-    import torch
-
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")

@@ -16,7 +16,8 @@ from ..core.results import finite
 from ..core.settings import Settings
 from . import kernels
 from .lanes import Lane, Shared, allocated, take_turns
-from .measure import quartiles, stages
+from .stages import stage_seconds
+from .timing import quartiles
 
 WARMUP = 3  # untimed steps at a lane's start: allocations, samples for the curvature, GRIT's comparison of taps and gradients
 BETWEEN = 1  # untimed steps at the start of each block
@@ -127,7 +128,7 @@ def _start(shared: Shared, name: str, settings: Settings, plan: Plan) -> Measure
         lane.close()
         raise
     lane.forget()
-    measured = Measured(lane, stages(lane.optimizer), memory, launched, seconds)
+    measured = Measured(lane, stage_seconds(lane.optimizer), memory, launched, seconds)
     lane.pause()
     return measured
 
@@ -210,5 +211,5 @@ def _per_step(one: Measured) -> dict[str, float]:
     steps = len(one.lane.losses)
     return {
         name: (total - one.stages.get(name, 0.0)) / steps
-        for name, total in stages(one.lane.optimizer).items()
+        for name, total in stage_seconds(one.lane.optimizer).items()
     }

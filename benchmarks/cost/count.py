@@ -13,21 +13,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..core import environment
 from ..core.files import BenchmarkError, write_json
-from ..core.settings import Settings
+from ..core.settings import REFERENCE, Settings
 from ..training.optimizers import check_optimizer, make_optimizer, package_version
+from .counting import Cost, Counter, LiveBytes, named_stages
 from .shapes import TARGETS, Workload, adapted_model, batches
+from .tables import count_table
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
 
-    from .counting import Cost, Counter, LiveBytes
-
 KIND, FORMAT = "count", 1
-REFERENCE = "adamw"
-PASSES = ("forward", "backward")  # what the model does; "base" is the base optimizer, all else GRIT's
 # Steps before the one that is counted: the base's state is made, and the taps know how many calls a step has.
 WARMUP = 1
 
@@ -80,8 +79,6 @@ def _counted_attention(
     **_: Any,
 ) -> tuple[Any, None]:
     """Flash attention, causal, as the default takes it on a GPU; keys and values are repeated for grouped queries."""
-    import torch
-
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
     out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scaling)[0]
@@ -90,7 +87,6 @@ def _counted_attention(
 
 def meta_model(workload: Workload) -> PeftModel:
     """The adapted model on the meta device: flash attention, the adapters' products in bf16 as autocast has them."""
-    import torch
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     class Autocast(torch.nn.Linear):
@@ -137,8 +133,6 @@ class _Alive:
 
 @contextmanager
 def _counting(counter: Counter | None, stage: str) -> Iterator[None]:
-    from .counting import named_stages
-
     if counter is None:
         yield
         return
@@ -176,8 +170,6 @@ def counted_step(
     Raises:
         BenchmarkError: the optimizer reads values from the device, and there are none.
     """
-    from .counting import Counter, LiveBytes
-
     model = meta_model(workload)
     counter, live = Counter("meta", H100.seconds), LiveBytes("meta")
     try:
@@ -232,8 +224,6 @@ def count(
     workload: Workload, optimizer: str, path: Path, options: dict[str, Any] | None = None, **about: Any
 ) -> dict[str, Any]:
     """Count a step of AdamW and of the optimizer; write the result and print its table."""
-    from .tables import count_table
-
     check_optimizer(optimizer)
     plain, plain_alive, _ = counted_step(REFERENCE, workload)
     costs, alive, operations = counted_step(optimizer, workload, options)

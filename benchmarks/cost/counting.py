@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from grit_optim.telemetry import StageTimes
+
 # Another view of the same memory: nothing is launched, nothing is made.
 _VIEWS = frozenset((
     "view", "_unsafe_view", "detach", "alias", "expand", "transpose", "t", "permute", "select", "slice", "unsqueeze", "squeeze",
@@ -256,8 +258,6 @@ class Counter(TorchDispatchMode):
 @contextmanager
 def named_stages(counter: Counter) -> Iterator[None]:
     """Have GRIT's own stages named in the counter as they are in its telemetry."""
-    from grit_optim.telemetry import StageTimes
-
     timed = StageTimes.__call__
 
     @contextmanager

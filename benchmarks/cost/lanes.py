@@ -25,7 +25,7 @@ from .shapes import Workload
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _Hooks = list[tuple[dict[int, Any], dict[int, Any]]]
 BATCHES = 4
 
@@ -97,7 +97,7 @@ class Shared:
         """Every module's hook dictionaries, with the keys that are there without an optimizer."""
         modules = self.model.modules()
         return [
-            (found, frozenset(found)) for m in modules for n in _HOOKS if (found := getattr(m, n)) is not None
+            (found, frozenset(found)) for m in modules for n in HOOKS if (found := getattr(m, n)) is not None
         ]
 
     def take_hooks(self) -> _Hooks:

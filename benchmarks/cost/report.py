@@ -18,11 +18,9 @@ def _paths(folder: Path, kind: str) -> list[Path]:
     return sorted(folder.glob(f"{kind}-*.json"))
 
 
-def is_folder(folder: Path) -> bool:
-    """Whether the folder holds costs and nothing else: a suite's folder has cost files too, and a report of its own."""
-    from ..suite.suite import RECORD
-
-    return not (folder / RECORD).exists() and any(_paths(folder, kind) for kind in KINDS)
+def holds(folder: Path) -> bool:
+    """Whether the folder holds measurements, counts or scalings."""
+    return any(_paths(folder, kind) for kind in KINDS)
 
 
 def read(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.files import BenchmarkError, write_json
-from ..core.settings import Settings
+from ..core.settings import REFERENCE, Settings
 from ..training.optimizers import check_optimizer, package_version
-from .measure import REFERENCE, SHAPE_LR, prepare, surroundings
-from .shapes import TARGETS, Workload, model_config
-
-if TYPE_CHECKING:
-    from .compare import Plan
-    from .lanes import Shared
+from .compare import Plan, compare
+from .lanes import Shared
+from .results import surroundings
+from .shapes import SHAPE_LR, TARGETS, Workload, model_config
+from .timing import prepare
 
 KIND, FORMAT = "scaling", 1
 
@@ -30,8 +29,6 @@ class Sweep:
 
 def _point(shared: Shared, workload: Workload, names: Sequence[str], plan: Plan, axis: str) -> dict[str, Any]:
     """Results of all optimizers at one size."""
-    from .compare import compare
-
     shared.resize(workload)
     outcome = compare(shared, names, lambda name: Settings(SHAPE_LR), plan)
     layers = model_config(workload).num_hidden_layers
@@ -59,8 +56,6 @@ def scale(
     threads: int | None = None,
 ) -> Path:
     """Measure at every size of the sweep; write one file with all points, anew after each, so that a stop keeps the rest."""
-    from .lanes import Shared
-
     if not sweep.tokens and not sweep.layers:
         raise BenchmarkError("a scaling needs tokens or layers to vary")
     names = list(dict.fromkeys([REFERENCE, *map(check_optimizer, optimizers)]))

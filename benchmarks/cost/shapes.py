@@ -7,21 +7,21 @@ matter.
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..core.files import BenchmarkError
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    import torch
     from peft import PeftModel
     from transformers import LlamaConfig, PreTrainedModel
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 QUANTIZATIONS = ("none", "nf4")
+SHAPE_LR = 1e-4  # the losses of random weights mean nothing: a rate so low that no optimizer diverges
 
 # From the models' config.json on the hub; "tiny" is nobody's, and small enough for a test.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -110,8 +110,6 @@ def model_config(workload: Workload) -> LlamaConfig:
 
 def autocast(workload: Workload) -> AbstractContextManager[Any]:
     """The precision of the forward pass: bf16 where the frozen weights are."""
-    import torch
-
     if workload.mixed and workload.device != "meta":
         return torch.autocast(workload.device.partition(":")[0], torch.bfloat16)
     return nullcontext()
@@ -119,7 +117,6 @@ def autocast(workload: Workload) -> AbstractContextManager[Any]:
 
 def frozen_model(workload: Workload, attention: str = "sdpa") -> PreTrainedModel:
     """The model without adapters, on its device, in training mode."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if workload.mixed else torch.float32
@@ -140,7 +137,6 @@ def frozen_model(workload: Workload, attention: str = "sdpa") -> PreTrainedModel
 
 def adapted_model(workload: Workload, attention: str = "sdpa", seed: int = 0) -> PeftModel:
     """The model with LoRA in fp32 on its seven projections."""
-    import torch
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
@@ -157,7 +153,6 @@ def adapted_model(workload: Workload, attention: str = "sdpa", seed: int = 0) ->
 
 def _quantize(model: PreTrainedModel, workload: Workload) -> None:
     """Put the decoder's linear layers into NF4, one at a time, and prepare the model as QLoRA's users do."""
-    import torch
     from peft import prepare_model_for_kbit_training
 
     if workload.device == "meta":
@@ -185,8 +180,6 @@ def _quantize(model: PreTrainedModel, workload: Workload) -> None:
 
 def _nf4(linear: torch.nn.Linear, layers: Any, device: str) -> torch.nn.Module:
     """The same layer with its weight in NF4, its scales quantized too."""
-    import torch
-
     kinds = {"compress_statistics": True, "quant_type": "nf4"}
     with torch.device("meta"):  # its own first weight is not wanted
         quantized = layers.Linear4bit(
@@ -198,8 +191,6 @@ def _nf4(linear: torch.nn.Linear, layers: Any, device: str) -> torch.nn.Module:
 
 def batches(workload: Workload, count: int, seed: int = 1) -> list[torch.Tensor]:
     """Random tokens ``[batch_size, length]`` on the device."""
-    import torch
-
     if workload.device == "meta":
         return [torch.zeros(workload.batch_size, workload.length, dtype=torch.long, device="meta")] * count
     generator = torch.Generator().manual_seed(seed)

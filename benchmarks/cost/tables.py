@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .count import PASSES
+from .stages import PASSES
 
 Result = Mapping[str, Any]
 

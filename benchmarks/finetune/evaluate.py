@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ..core.results import finite
-from ..tasks import Example
+from ..tasks.task import Example
 from .batches import Collator, losses
 from .config import FinetuneConfig
 from .data import FinetuneData

@@ -12,7 +12,7 @@ from .output import METRICS
 _VARIES = ("lr", "optimizer", "base", "options", "seed")
 
 
-def is_folder(folder: Path) -> bool:
+def holds(folder: Path) -> bool:
     """Whether the folder holds folders of runs of `train`."""
     return any(folder.glob(f"*/{METRICS}"))
 

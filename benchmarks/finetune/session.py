@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..core.files import BenchmarkError, write_json
 from ..core.results import finite
 from ..core.settings import Settings
-from ..tasks import Example
+from ..tasks.task import Example
 from ..training.optimizers import make_optimizer
 from .batches import collator
 from .config import SCHEDULES, FinetuneConfig

@@ -1,175 +1,51 @@
-"""What `benchmarks/gpu.sh` needs besides the benchmarks: what there is to run on, and a summary of what was found.
-
-Commands: `environment FILE`, `optimizers` (those whose packages are installed), `summary FOLDER`.
-"""
+"""What `benchmarks/gpu.sh` needs besides the benchmarks: `python -m benchmarks.gpu_summary {environment,optimizers,summary}`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
-from ..core import environment
-from ..core.files import BenchmarkError, write_json, write_text
-from ..peers import PEERS
-
-PACKAGES = (
-    "torch", "transformers", "peft", "accelerate", "pytest", "rich", "matplotlib", "bitsandbytes", "pytorch_optimizer",
-    "heavyball", "singd",
-)  # fmt: skip
-# GRIT and the peers worth the device's time, as far as they are installed; SOAP and Shampoo with both sides
-# do not fit.
-COMPARED = (
-    "grit",
-    "riemannian",
-    "lorarite",
-    "soap-rank",
-    "muon",
-    "adamw8bit",
-    "grit-eigenbasis",
-    "grit-paper",
-)
-LOG_LINES = 30
+from ..core.command import Command, call, make_parser
+from ..core.files import BenchmarkError, write_json
+from .machine import describe, optimizers
+from .summary import summary
 
 
-def missing() -> list[str]:
-    """Packages that some part wants and that are not installed."""
-    return [name for name in PACKAGES if environment.installed_version(name) is None]
+def _environment(arguments: argparse.Namespace) -> None:
+    found = describe()
+    write_json(arguments.file, found)
+    print(json.dumps(found, indent=1))
 
 
-def optimizers() -> list[str]:
-    """The optimizers to compare whose packages are installed."""
-    return [
-        n for n in COMPARED if n not in PEERS or environment.installed_version(PEERS[n].package) is not None
-    ]
-
-
-def describe() -> dict[str, Any]:
-    """Versions, devices, and what is missing."""
-    import torch
-
-    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return {
-        "versions": {
-            **environment.versions(),
-            **{name: environment.installed_version(name) for name in PACKAGES},
-        },
-        "missing": missing(),
-        "optimizers": optimizers(),
-        "cuda": torch.version.cuda,
-        "devices": [
-            {"name": d.name, "bytes": d.total_memory, "multiprocessors": d.multi_processor_count}
-            for d in devices
-        ],
-        "hardware": environment.hardware("cuda" if devices else "cpu"),
-        "code": environment.commit(),
-    }
-
-
-def _parts(folder: Path) -> list[dict[str, Any]]:
-    """Every part with its outcome, and the end of what it printed where it failed."""
-    found = []
-    for line in (folder / "parts.tsv").read_text(encoding="utf-8").splitlines():
-        name, status, seconds, limit, command = line.split("\t")
-        part: dict[str, Any] = {
-            "name": name,
-            "seconds": int(seconds),
-            "limit": int(limit),
-            "command": command,
-        }
-        part["outcome"] = {"0": "done", "124": "out of time", "137": "out of time"}.get(status, status)
-        if status.isdigit() and status not in ("0", "124", "137"):
-            part["outcome"] = f"failed ({status})"
-        log = folder / f"{name}.log"
-        if part["outcome"] != "done" and log.exists():
-            part["log"] = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
-        found.append(part)
-    return found
-
-
-def tests(path: Path) -> dict[str, Any] | None:
-    """Counts and failures of pytest's JUnit file; None where there is none."""
-    if not path.exists():
-        return None
-    cases = list(ElementTree.parse(path).iter("testcase"))
-    kinds = {"failed": ("failure", "error"), "skipped": ("skipped",)}
-    found: dict[str, Any] = {
-        kind: {
-            f"{case.get('classname')}::{case.get('name')}": (child.get("message") or "")[:500]
-            for case in cases
-            for child in case
-            if child.tag in tags
-        }
-        for kind, tags in kinds.items()
-    }
-    return {"run": len(cases), "passed": len(cases) - sum(map(len, found.values())), **found}
-
-
-def _tests_text(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "Tests: none were run to their end."
-    lines = [
-        f"Tests: {found['passed']} passed, {len(found['failed'])} failed, {len(found['skipped'])} skipped."
-    ]
-    lines += [f"- failed: {name}: {why}" for name, why in found["failed"].items()]
-    lines += [f"- skipped, {count}: {why}" for why, count in Counter(found["skipped"].values()).items()]
-    return "\n".join(lines)
-
-
-def summary(folder: Path) -> str:
-    """Write `summary.json` and `summary.md` from what the parts left; returns the text."""
-    from ..cost.report import KINDS, read, table
-
-    parts, result = _parts(folder), tests(folder / "tests.xml")
-    about = folder / "environment.json"
-    surroundings = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
-    costs = folder / "cost"
-    found = {kind: read(costs, kind) for kind in KINDS}
-    write_json(
-        folder / "summary.json", {"parts": parts, "tests": result, "environment": surroundings, **found}
-    )
-    lines = ["| part | outcome | seconds | limit |", "| --- | --- | --- | --- |"]
-    lines += [f"| {p['name']} | {p['outcome']} | {p['seconds']} | {p['limit']} |" for p in parts]
-    where = "environment unknown"
-    if surroundings:
-        names = (
-            ", ".join(device["name"] for device in surroundings["devices"]) or surroundings["hardware"]["cpu"]
-        )
-        absent = ", ".join(surroundings["missing"]) or "none"
-        where = f"{names}; torch {surroundings['versions']['torch']}; missing packages: {absent}"
-    text = "\n\n".join(
-        [where, "\n".join(lines), _tests_text(result), *([table(costs)] if any(found.values()) else [])]
-    )
-    write_text(folder / "summary.md", text.rstrip() + "\n")
-    return text
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_summary", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("environment").add_argument("file", type=Path)
-    commands.add_parser("optimizers")
-    commands.add_parser("summary").add_argument("folder", type=Path)
-    arguments = parser.parse_args(argv)
+def _summary(arguments: argparse.Namespace) -> None:
     try:
-        if arguments.command == "environment":
-            found = describe()
-            write_json(arguments.file, found)
-            print(json.dumps(found, indent=1))
-        elif arguments.command == "optimizers":
-            print(",".join(optimizers()))
-        else:
-            print(summary(arguments.folder))
-    except (BenchmarkError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        print(summary(arguments.folder))
+    except OSError as error:
+        raise BenchmarkError(f"cannot summarise {arguments.folder}: {error}") from error
 
+
+COMMANDS = (
+    Command(
+        "environment",
+        "write versions, devices and missing packages into a file, and print them",
+        lambda parser: parser.add_argument("file", type=Path),
+        _environment,
+    ),
+    Command(
+        "optimizers",
+        "print the optimizers to compare, as far as their packages are installed",
+        lambda parser: None,
+        lambda arguments: print(",".join(optimizers())),
+    ),
+    Command(
+        "summary",
+        "write summary.md and summary.json into the folder of a run of gpu.sh",
+        lambda parser: parser.add_argument("folder", type=Path),
+        _summary,
+    ),
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(call(make_parser(COMMANDS, "python -m benchmarks.gpu_summary", __doc__)))

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..core import arguments as read
+from ..core.environment import resolve_device
 from ..core.files import BenchmarkError
-from ..tasks import TASKS
-from .settings import (
+from ..tasks.registry import TASKS
+from .contenders import (
     PHASES,
     QUICK_CONTENDERS,
     QUICK_SETTINGS,
@@ -19,6 +20,8 @@ from .settings import (
     SuiteSettings,
     choose,
 )
+from .folder import Suite
+from .run import run_suite
 
 _SUITE_SETTINGS = {
     "explore_steps": (read.positive_int, "steps of the runs that first search the learning rate"),
@@ -38,10 +41,6 @@ _SUITE_ONLY = ("contenders", "tasks", "quick", "phases", *_SUITE_SETTINGS)
 _PLAIN_ONLY = ("task", "data", "max_length", "optimizers", "lrs", "beta1", "beta2", "option")
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of suites to `run`."""
     group = parser.add_argument_group(
@@ -59,7 +58,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", default=None, help="one seed, few contenders, under half an hour"
     )
     for name, (kind, text) in _SUITE_SETTINGS.items():
-        group.add_argument(_flag(name), type=kind, help=f"{text}; by default {getattr(SuiteSettings, name)}")
+        group.add_argument(
+            read.flag(name), type=kind, help=f"{text}; by default {getattr(SuiteSettings, name)}"
+        )
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -70,7 +71,7 @@ def check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None
     ]
     if wrong:
-        names = ", ".join(map(_flag, wrong))
+        names = ", ".join(map(read.flag, wrong))
         raise BenchmarkError(
             f"--suite brings its own: leave out {names}" if arguments.suite else f"{names}: only with --suite"
         )
@@ -79,7 +80,7 @@ def check(arguments: argparse.Namespace) -> None:
     ]
     if missing:
         raise BenchmarkError(
-            f"the following arguments are required: {', '.join(map(_flag, missing))} (or --suite)"
+            f"the following arguments are required: {', '.join(map(read.flag, missing))} (or --suite)"
         )
 
 
@@ -92,8 +93,6 @@ def _phases(given: list[str] | None) -> list[str]:
 
 def settings(arguments: argparse.Namespace) -> SuiteSettings:
     """The suite's sizes, with what the command line says on top."""
-    from ..training.runner import resolve_device
-
     given: dict[str, Any] = {name: getattr(arguments, name) for name in (*RUN_SETTINGS, *_SUITE_SETTINGS)}
     given = {name: value for name, value in given.items() if value is not None}
     if "rank" in given:
@@ -108,8 +107,6 @@ def settings(arguments: argparse.Namespace) -> SuiteSettings:
 
 def run(arguments: argparse.Namespace) -> None:
     """Carry out the suite that the command line asks for."""
-    from .suite import Suite, run_suite
-
     quick = arguments.quick
     labels = arguments.contenders or (QUICK_CONTENDERS if quick else None)
     tasks = arguments.tasks or list(TASKS)[: QUICK_TASKS if quick else None]

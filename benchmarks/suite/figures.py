@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..comparison.summary import REFERENCE
 from ..core.plots import LOSS, panels, save, styles
-from .suite import Suite
+from ..core.settings import REFERENCE
+from .folder import Suite
 from .summary import Entry, Standing, entries
 from .sweep import Ledger
 
@@ -114,7 +114,7 @@ def _draw_tasks(
     return save(figure, path)
 
 
-def _curve(one: Standing) -> Points:
+def training_curve(one: Standing) -> Points:
     """Mean loss of the newest training batches before they are trained on, over the seeds, at the best rate.
 
     The batches are the same for all contenders, so their ups and downs are common to all lines.
@@ -233,7 +233,7 @@ def draw(
     """Draw all figures into a folder; returns their paths."""
     found = entries(suite.trials(ledger), costs)
     kinds = {
-        "curves": (_curve, _finish_curves, _CURVE_SHOWN),
+        "curves": (training_curve, _finish_curves, _CURVE_SHOWN),
         "learning_rates": (
             _rate_points,
             _finish_rates,

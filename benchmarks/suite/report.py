@@ -13,8 +13,9 @@ from ..comparison.summary import Result, comparable, loss_surroundings, sections
 from ..core.bootstrap import Interval
 from ..core.files import BenchmarkError, write_json, write_text
 from ..core.results import RunConfig
-from .settings import cost_name
-from .suite import Suite, read_ledger, read_suite
+from . import figures
+from .contenders import cost_name
+from .folder import Suite, read_ledger, read_suite
 from .summary import Standing, entries
 from .sweep import Ledger, reference
 from .tables import table
@@ -112,27 +113,25 @@ def read_costs(folder: Path, suite: Suite) -> dict[str, Any]:
     }
 
 
-def suite_report(folder: Path) -> str:
+def report(folder: Path) -> str:
     """Write `table.md`, `table.json` and the figures of a suite into its folder and print the table; returns it.
 
     Results of different accelerators or versions never share a table: each such group gets its own.
     """
-    from .figures import draw
-
     suite, ledger = read_suite(folder), read_ledger(folder)
     if not ledger.results:
         raise BenchmarkError(
             f"no results in {folder}; run the suite first: python -m benchmarks run --suite … --out {folder}"
         )
-    costs, groups, parts, figures = read_costs(folder, suite), _groups(ledger), list[str](), list[Path]()
+    costs, groups, parts, drawn = read_costs(folder, suite), _groups(ledger), list[str](), list[Path]()
     for above, group, ending in sections(groups):
         parts += [*above, table(suite, group, costs)]
-        figures += draw(suite, group, costs, folder, ending)
+        drawn += figures.draw(suite, group, costs, folder, ending)
     found = [{"differs_in": difference, **data(suite, group, costs)} for difference, group in groups]
     text = "\n\n".join(parts) + "\n"
     write_text(folder / "table.md", text)
     write_json(folder / "table.json", {"groups": found, "settings": asdict(suite.settings)})
     print(text)
-    written = [folder / "table.md", folder / "table.json", *figures]
+    written = [folder / "table.md", folder / "table.json", *drawn]
     print("\n".join(["written:", *(f"  {path}" for path in written)]))
     return text

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..comparison.summary import REFERENCE, Result
+from ..comparison.summary import Result
 from ..core.bootstrap import Interval, Measured, interval, mean_ratio
 from ..core.results import RunConfig
-from .settings import Contender, cost_name
+from ..core.settings import REFERENCE
+from .contenders import Contender, cost_name
 from .sweep import Search, Trial, reference
 
 

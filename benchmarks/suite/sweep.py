@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ..comparison.summary import REFERENCE
 from ..core.results import RunConfig
-from .settings import Contender, SuiteSettings
+from ..core.settings import REFERENCE
+from .contenders import Contender, SuiteSettings
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..comparison.summary import Result
 from ..core.bootstrap import RESAMPLES, Interval
-from ..peers import PEERS
-from .suite import Suite
+from ..peers.registry import PEERS
+from .folder import Suite
 from .summary import Entry, Standing, entries
 from .sweep import Ledger, reference
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..base_model.corpus import SourceFile, is_held_out, package_sources, stdlib_sources
 from ..core import environment
 from ..core.files import REPOSITORY, sha256, write_text
-from . import Example, Task
+from .task import Example, Task
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from . import Example
+from .task import Example
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+
+from grit_optim import GritOptimizer, presets
 
 from ..core.environment import installed_version
 from ..core.files import BenchmarkError
 from ..core.settings import Factory, Settings, trainable
-from ..peers import PEERS
-
-if TYPE_CHECKING:
-    import torch
+from ..peers.registry import PEERS
 
 
 def _adamw(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    import torch
-
     return torch.optim.AdamW(trainable(model), **settings.adam(), **settings.options)
 
 
@@ -24,8 +23,6 @@ def _grit(**fixed: Any) -> Factory:
 
     def factory(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
         """The variant over the model's trainable parameters."""
-        from grit_optim import GritOptimizer
-
         base = make_optimizer(
             settings.base, model, Settings(settings.lr, settings.betas, settings.weight_decay)
         )
@@ -35,8 +32,6 @@ def _grit(**fixed: Any) -> Factory:
 
 
 def _grit_paper(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    from grit_optim import presets
-
     return _grit(**presets.PAPER)(model, settings)
 
 
@@ -96,8 +91,6 @@ def state_tensors(state: Any) -> list[torch.Tensor]:
     Dicts, lists and tuples are gone through, and so are the attributes of any other object: some packages
     keep their matrices in classes of their own.
     """
-    import torch
-
     seen: set[int] = set()
 
     def collect(value: Any) -> list[torch.Tensor]:

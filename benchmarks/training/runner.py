@@ -14,30 +14,19 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, 
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from ..base_model.load import load_tokenizer
 from ..core import environment
 from ..core.files import BenchmarkError
 from ..core.results import RunConfig, is_done
+from ..tasks.external import DataOptions
+from ..tasks.registry import load_task
 from .optimizers import check_optimizer
-
-if TYPE_CHECKING:
-    from ..tasks.external import DataOptions
+from .train import data_fingerprint, execute
 
 T = TypeVar("T")
-_HEAVY = ["torch", "transformers", "peft", "benchmarks.training.train"]
-
-
-def resolve_device(device: str) -> str:
-    """`auto` as cuda where there is one, else cpu; cuda without one is an error."""
-    import torch
-
-    available = torch.cuda.is_available()
-    if device == "auto":
-        return "cuda" if available else "cpu"
-    if device == "cuda" and not available:
-        raise BenchmarkError("--device cuda: torch sees no CUDA device; use --device cpu")
-    return device
+PRELOADED = ["torch", "transformers", "peft", "benchmarks.training.train"]
 
 
 def plan(
@@ -51,10 +40,6 @@ def plan(
 @cache
 def fingerprint(task: str, data: DataOptions | None = None) -> str:
     """What identifies the task's data and the base model; makes the data where needed and says what they leave out."""
-    from ..base_model.load import load_tokenizer
-    from ..tasks import load_task
-    from .train import data_fingerprint
-
     loaded = load_task(task, load_tokenizer(), data)
     if loaded.note:
         print(loaded.note)
@@ -70,8 +55,6 @@ def _child(
     config: RunConfig, folder: Path, threads: int, jobs: int, slot: int, data: DataOptions | None
 ) -> Path:
     warnings.simplefilter("ignore", UserWarning)  # the parent has printed those about versions
-    from .train import execute
-
     return execute(config, folder, threads, jobs, slot, data)
 
 
@@ -80,7 +63,7 @@ def _context() -> multiprocessing.context.BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_HEAVY)
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 

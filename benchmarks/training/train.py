@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from ..base_model.load import FOLDER, load_base_model, load_tokenizer
 from ..core import environment, memory
 from ..core.files import sha256, sha256_of_file
 from ..core.results import RunConfig, finite, write_result
 from ..core.settings import Settings
-from ..tasks import Task, load_task
+from ..tasks.external import DataOptions
 from ..tasks.objective import answer_loss, collate, evaluate
+from ..tasks.registry import load_task
+from ..tasks.task import Task
 from .optimizers import make_optimizer, package_version, state_bytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-    from ..tasks.external import DataOptions
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -190,8 +191,6 @@ def execute(
     data: DataOptions | None = None,
 ) -> Path:
     """Carry out one run in this process, with a progress bar, and write its result."""
-    from tqdm import tqdm
-
     begun = time.perf_counter()
     memory.keep_freed_memory()
     torch.set_num_threads(threads)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from grit_optim import GritOptimizer, linalg, pairs
 from grit_optim.curvature import Curvature
@@ -28,8 +29,9 @@ from ..core import environment
 from ..core.files import BenchmarkError, write_json
 from ..core.results import RunConfig
 from ..core.settings import trainable
-from ..tasks import Example, Task, load_task
 from ..tasks.objective import answer_loss, collate, evaluate
+from ..tasks.registry import load_task
+from ..tasks.task import Example, Task
 from ..training.train import Run, data_fingerprint, train
 
 FORMAT, KIND = 1, "truncation"
@@ -236,8 +238,6 @@ def truncation(
     threads: int | None,
 ) -> Path:
     """Train once, gather the factors on fresh training batches, cut in every way, and write what came out."""
-    from tqdm import tqdm
-
     if max(drops) >= config.rank:
         raise BenchmarkError(
             f"--drops {max(drops)} leaves nothing of rank {config.rank}; drop fewer directions"

@@ -19,7 +19,7 @@ Point = dict[str, Any]
 _ALONE = "one site, balanced"
 
 
-def is_folder(folder: Path) -> bool:
+def holds(folder: Path) -> bool:
     """Whether the folder holds such files."""
     return any(folder.glob(f"{KIND}-*.json"))
 

@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.__main__ import main
 from benchmarks.core.files import BenchmarkError
-from benchmarks.cost.count import PASSES, counted_step, meta_model, nf4_bytes
+from benchmarks.cost.count import counted_step, meta_model, nf4_bytes
 from benchmarks.cost.counting import Counter, LiveBytes, list_launches, stored_bytes
 from benchmarks.cost.shapes import Workload
+from benchmarks.cost.stages import PASSES
 from benchmarks.cost.tables import count_table, own_stages, sizes_table
 from grit_optim import capture
 
@@ -247,8 +249,6 @@ def test_an_optimizer_that_reads_values_is_named():
 
 
 def test_the_command_writes_what_its_table_says(tmp_path, capsys):
-    from benchmarks.__main__ import main
-
     size = ["--length", "24", "--rank", "4", "--accumulation", "1"]
     assert main(["count", "--model", "tiny", *size, "--out", str(tmp_path)]) == 0
     assert main(["count", "--model", "tiny", *size, "--optimizer", "grit-steer", "--out", str(tmp_path)]) == 0

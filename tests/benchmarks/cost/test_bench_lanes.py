@@ -11,12 +11,11 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.core.files import BenchmarkError
 from benchmarks.core.settings import Settings
-from benchmarks.cost import compare as cost_lanes
-from benchmarks.cost import kernels, lanes
-from benchmarks.cost.compare import Plan, compare
+from benchmarks.cost import kernels, lanes, on_shape
+from benchmarks.cost.compare import Comparison, Plan, compare
 from benchmarks.cost.lanes import Clock, Lane, Shared, take_turns
-from benchmarks.cost.measure import cost_on_shape
-from benchmarks.cost.report import is_folder, table
+from benchmarks.cost.on_shape import cost_on_shape
+from benchmarks.cost.report import holds, table
 from benchmarks.cost.shapes import Workload
 from benchmarks.cost.tables import cost_table
 from benchmarks.training.optimizers import make_optimizer
@@ -32,7 +31,7 @@ def shared():
 
 
 def hooks_on(model):
-    return sum(len(getattr(module, name)) for module in model.modules() for name in lanes._HOOKS)
+    return sum(len(getattr(module, name)) for module in model.modules() for name in lanes.HOOKS)
 
 
 def losses_alone(shared, name, steps):
@@ -222,7 +221,7 @@ def test_what_fails_is_named_and_the_others_go_on(shared, monkeypatch, capsys):
     assert outcome.failures == {"muon": "OutOfMemoryError: CUDA out of memory."}
     assert list(outcome.results) == ["adamw", "grit"]
     assert "muon failed" in capsys.readouterr().err
-    monkeypatch.setattr(cost_lanes, "compare", lambda *given: cost_lanes.Comparison({}, {"adamw": "no room"}))
+    monkeypatch.setattr(on_shape, "compare", lambda *given: Comparison({}, {"adamw": "no room"}))
     with pytest.raises(
         BenchmarkError, match="plain adamw failed, so there is nothing to compare with: no room"
     ):
@@ -335,7 +334,7 @@ def test_files_and_report(tmp_path):
     for name in ("adamw", "grit", "riemannian"):
         events = json.loads((tmp_path / "traces" / f"t-{name}.json").read_text())["traceEvents"]
         assert any("grit::precondition" in str(event.get("name")) for event in events) == (name == "grit")
-    assert is_folder(tmp_path)
+    assert holds(tmp_path)
     assert main(["report", str(tmp_path)]) == 0
     text = (tmp_path / "table.md").read_text()
     assert text == table(tmp_path)

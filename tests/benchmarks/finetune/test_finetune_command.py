@@ -1,6 +1,8 @@
 """The command from its arguments to the folder it writes: what is refused, what is recorded, what can be loaded again."""
 
 import json
+import re
+import shlex
 import shutil
 from decimal import Decimal
 
@@ -8,11 +10,14 @@ import pytest
 import torch
 from finetuning import FEW, ROWS, SHORT, local_copies, train, write
 
+from benchmarks.__main__ import main, make_parser
+from benchmarks.core.files import REPOSITORY
+from benchmarks.finetune import report, study
 from benchmarks.finetune.config import FinetuneConfig, steps_of
 from benchmarks.finetune.data import Origin, load
 from benchmarks.finetune.evaluate import Evaluator, final_number
 from benchmarks.finetune.model import Source, load_model, load_tokenizer
-from benchmarks.finetune.session import Session
+from benchmarks.finetune.session import Record, Session
 from benchmarks.training.optimizers import OPTIMIZERS
 
 pytest.importorskip("accelerate")
@@ -369,8 +374,6 @@ def test_evaluation_changes_nothing(evaluator):
 
 
 def test_a_record_travels_with_its_checkpoint(tmp_path):
-    from benchmarks.finetune.session import Record
-
     record = Record([1.5, None], [0.1, 0.2], [{"step": 0, "loss": 2.0}])
     record.save(tmp_path)
     assert Record.load(tmp_path) == record
@@ -383,12 +386,9 @@ def test_a_record_travels_with_its_checkpoint(tmp_path):
 
 
 def parsed(*arguments):
-    from benchmarks.__main__ import make_parser
-    from benchmarks.finetune import arguments as finetune_arguments
-
     given = make_parser().parse_args(["train", "--model", "m", "--dataset", "d", "--out", "o", *arguments])
-    finetune_arguments._fill_in(given)
-    return given, finetune_arguments._config(given, "m", "d", "cpu")
+    study.fill_in(given)
+    return given, study.make_config(given, "m", "d", "cpu")
 
 
 def test_the_librarys_recipe_is_its_examples_configuration():
@@ -423,12 +423,6 @@ def test_a_recipe_from_command_to_folder(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("document", ["README.md", "docs/finetune.md"])
 def test_the_documents_commands_are_ones_that_the_parser_takes(document):
-    import re
-    import shlex
-
-    from benchmarks.__main__ import make_parser
-    from benchmarks.core.files import REPOSITORY
-
     text = (REPOSITORY / document).read_text(encoding="utf-8")
     commands = re.findall(r"^python -m benchmarks (train .+)$", text, flags=re.MULTILINE)
     assert len(commands) >= 5
@@ -437,10 +431,6 @@ def test_the_documents_commands_are_ones_that_the_parser_takes(document):
 
 
 def test_the_documents_defaults_are_the_ones_in_the_code():
-    import re
-
-    from benchmarks.core.files import REPOSITORY
-
     text = (REPOSITORY / "docs" / "finetune.md").read_text(encoding="utf-8")
     cells = {
         row[0]: row[1:]
@@ -467,8 +457,6 @@ def test_the_documents_defaults_are_the_ones_in_the_code():
 
 
 def test_report_takes_each_optimizer_at_its_best_rate(tiny_model, tmp_path, capsys, refusal):
-    from benchmarks.__main__ import main
-
     data, runs, found = local_copies(tmp_path, "dolly"), tmp_path / "runs", {}
     for optimizer in ("adamw", "grit"):
         for rate in ("1e-3", "1e-2", "1e-1"):
@@ -489,9 +477,6 @@ def test_report_takes_each_optimizer_at_its_best_rate(tiny_model, tmp_path, caps
 
 
 def test_the_comparisons_table_is_the_one_that_was_printed():
-    from benchmarks.core.files import REPOSITORY
-    from benchmarks.finetune import report
-
     folder = REPOSITORY / "benchmarks" / "results" / "qlora"
     found = report.read(folder)
     printed = report.table(found).strip()

@@ -10,6 +10,7 @@ from benchmarks.finetune.batches import Collator
 from benchmarks.finetune.config import FinetuneConfig
 from benchmarks.finetune.data import Encoder, Origin, load, parse_origin
 from benchmarks.finetune.rows import read
+from benchmarks.tasks.external import Text
 
 TALK = [
     {"role": "user", "content": "Hi"},
@@ -67,7 +68,7 @@ def test_a_tokenizer_that_begins_texts_begins_prompts_and_not_answers():
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer()
-    tokenizer._tokenizer.post_processor = TemplateProcessing(
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     (example,) = Encoder(tokenizer)([read_text("Q", "A")])
@@ -77,8 +78,6 @@ def test_a_tokenizer_that_begins_texts_begins_prompts_and_not_answers():
 
 
 def read_text(prompt, answer):
-    from benchmarks.tasks.external import Text
-
     return Text(prompt, answer)
 
 

@@ -13,6 +13,7 @@ from benchmarks.finetune.data import Origin, load
 from benchmarks.finetune.model import Source, load_model, load_tokenizer
 from benchmarks.finetune.output import checkpoints
 from benchmarks.finetune.session import Session
+from grit_optim import GritOptimizer
 
 pytest.importorskip("accelerate")
 
@@ -191,8 +192,6 @@ def test_the_rate_rises_from_zero_and_falls(started):
 def test_an_adaptive_budget_hears_the_mean_loss_of_every_step(
     tiny_model, dolly, tmp_path, monkeypatch, trainer
 ):
-    from grit_optim import GritOptimizer
-
     heard, observe = [], GritOptimizer.observe
 
     def listen(self, loss):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.fisher_distance import __main__ as fisher_distance
+from benchmarks.fisher_distance import dense as fisher_dense
+from benchmarks.fisher_distance import report
 
 R, D, TOKENS = 3, 5, 60
 
@@ -23,8 +24,8 @@ def dense(inner, outer):
 def test_each_matrix_is_what_it_is_said_to_be():
     inner, outer = tokens()
     truth = dense(inner, outer)
-    made = fisher_distance.approximations(inner, outer, inner.flip(0))
-    assert set(made) == set(fisher_distance.LABELS) == set(fisher_distance.STATE)
+    made = fisher_dense.approximations(inner, outer, inner.flip(0))
+    assert set(made) == set(report.LABELS) == set(report.STATE)
     assert torch.allclose(made["diagonal"], torch.diag(truth.diagonal()))
     traced = torch.einsum("iaja->ij", truth.reshape(R, D, R, D))
     assert torch.allclose(made["block_diagonal"], torch.kron(traced, torch.eye(D).double()))
@@ -38,15 +39,13 @@ def test_each_matrix_is_what_it_is_said_to_be():
 def test_both_sides_of_kfac_are_exact_where_they_are_independent():
     inner, outer = (side[:6] for side in tokens())
     inner, outer = inner.repeat_interleave(6, 0), outer.repeat(6, 1)
-    assert torch.allclose(
-        fisher_distance.approximations(inner, outer, inner)["kfac-full"], dense(inner, outer)
-    )
+    assert torch.allclose(fisher_dense.approximations(inner, outer, inner)["kfac-full"], dense(inner, outer))
 
 
 def test_the_dense_matrix_itself_is_at_no_distance():
     inner, outer = tokens()
     truth, gradient = dense(inner, outer), torch.einsum("ti,tj->ij", inner, outer).flatten()
-    exact = fisher_distance.natural(truth, gradient)
-    told = fisher_distance.compare(3 * truth, truth, gradient, exact)
+    exact = fisher_dense.natural(truth, gradient)
+    told = fisher_dense.compare(3 * truth, truth, gradient, exact)
     assert told["distance"] == pytest.approx(0, abs=1e-7)
     assert told["cosine"] == pytest.approx(1)

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from benchmarks.__main__ import make_parser
 from benchmarks.core.files import REPOSITORY, write_json
-from benchmarks.gpu_summary import __main__ as gpu_summary
+from benchmarks.gpu_summary import machine, summary
 
 SCRIPT = REPOSITORY / "benchmarks" / "gpu.sh"
 
@@ -42,8 +43,6 @@ def test_a_dry_run_names_every_part_and_writes_nothing(tmp_path):
 
 
 def test_every_command_of_it_is_understood():
-    from benchmarks.__main__ import make_parser
-
     for device in ("cuda", "cpu"):
         text = run("--dry-run", "out", GPU_SH_DEVICE=device).stdout
         commands = re.findall(r"-m benchmarks ((?:cost|report) .*)", text)
@@ -93,12 +92,12 @@ def test_the_summary_holds_everything(tmp_path):
     )
     (tmp_path / "tests.log").write_text("\n".join(f"line {i}" for i in range(99)))
     (tmp_path / "tests.xml").write_text(JUNIT)
-    write_json(tmp_path / "environment.json", gpu_summary.describe())
-    text = gpu_summary.summary(tmp_path)
+    write_json(tmp_path / "environment.json", machine.describe())
+    text = summary.summary(tmp_path)
     found = json.loads((tmp_path / "summary.json").read_text())
     assert [part["outcome"] for part in found["parts"]] == ["done", "out of time", "left out: no package"]
     assert found["parts"][1]["log"][-1] == "line 98"
-    assert len(found["parts"][1]["log"]) == gpu_summary.LOG_LINES
+    assert len(found["parts"][1]["log"]) == summary.LOG_LINES
     assert found["tests"]["passed"] == 1
     assert "Tests: 1 passed, 1 failed, 1 skipped." in text
     assert "- failed: tests.test_devices::test_b[cuda]: AssertionError: 1 < 0" in text
@@ -107,9 +106,9 @@ def test_the_summary_holds_everything(tmp_path):
 
 def test_what_is_not_installed_is_named_and_left_out(monkeypatch):
     there = {"torch": "2.11.0", "peft": "0.21.2"}
-    monkeypatch.setattr(gpu_summary.environment, "installed_version", there.get)
-    assert gpu_summary.optimizers() == ["grit", "riemannian", "muon", "grit-eigenbasis", "grit-paper"]
-    assert {"bitsandbytes", "pytorch_optimizer", "heavyball"} <= set(gpu_summary.missing())
+    monkeypatch.setattr(machine.environment, "installed_version", there.get)
+    assert machine.optimizers() == ["grit", "riemannian", "muon", "grit-eigenbasis", "grit-paper"]
+    assert {"bitsandbytes", "pytorch_optimizer", "heavyball"} <= set(machine.missing())
 
 
 @pytest.mark.slow
@@ -122,5 +121,5 @@ def test_a_whole_run_without_a_gpu(tmp_path):
     )
     assert found["tests"]["failed"] == {}
     assert found["tests"]["passed"] > 40
-    assert {result["optimizer"] for result in found["cost"]} == set(gpu_summary.optimizers())
+    assert {result["optimizer"] for result in found["cost"]} == set(machine.optimizers())
     assert len(found["scaling"]) == 1

@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from benchmarks.core.environment import installed_version, pinned_versions
 from benchmarks.core.files import REPOSITORY, BenchmarkError
 from benchmarks.core.settings import Settings
-from benchmarks.peers import LR_CENTRES, PEERS
 from benchmarks.peers.construct import lora_pairs, rank_side
+from benchmarks.peers.registry import LR_CENTRES, PEERS
 from benchmarks.training.optimizers import (
     OPTIMIZERS,
     make_optimizer,

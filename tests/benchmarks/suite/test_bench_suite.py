@@ -7,17 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.comparison.report import report
 from benchmarks.comparison.summary import loss_surroundings
 from benchmarks.core.files import BenchmarkError, write_json
 from benchmarks.core.results import write_result
 from benchmarks.suite import figures as suite_figures
-from benchmarks.suite import suite
-from benchmarks.suite.report import data, read_costs
-from benchmarks.suite.settings import PHASES, Contender, SuiteSettings, cost_name
-from benchmarks.suite.suite import FAILED, Suite, open_suite, read_ledger, read_suite, run_suite
+from benchmarks.suite import run as suite_run
+from benchmarks.suite.contenders import PHASES, Contender, SuiteSettings, cost_name
+from benchmarks.suite.folder import FAILED, Suite, open_suite, read_ledger, read_suite
+from benchmarks.suite.report import data, read_costs, report
+from benchmarks.suite.run import run_suite
 from benchmarks.suite.summary import entries
-from benchmarks.tasks import TASKS
+from benchmarks.tasks.registry import TASKS
 from benchmarks.training import runner
 
 ADAMW, SLOW, GRIT = (
@@ -86,7 +86,7 @@ def pretend(monkeypatch, made_up_result):
         monkeypatch.setattr(runner, "execute_all", execute_all)
         monkeypatch.setattr(runner, "in_process", timed)
         monkeypatch.setattr(runner, "fingerprint", lambda task, data=None: "f" * 64)
-        monkeypatch.setattr(suite, "_now", lambda device: loss_surroundings(made_up_result()))
+        monkeypatch.setattr(suite_run, "conditions", lambda device: loss_surroundings(made_up_result()))
         return done
 
     return install
@@ -370,5 +370,5 @@ def test_an_empty_suite_has_no_report(tmp_path):
 
 def test_training_curves_are_means_over_seeds_and_steps(made_up_result):
     runs = [made_up_result(train_losses=[base + step for step in range(8)]) for base in (0.0, 2.0)]
-    assert suite_figures._curve(SimpleNamespace(runs=runs)) == [(6, 3.5), (7, 4.5), (8, 5.5)]
-    assert suite_figures._curve(SimpleNamespace(runs=[])) == []
+    assert suite_figures.training_curve(SimpleNamespace(runs=runs)) == [(6, 3.5), (7, 4.5), (8, 5.5)]
+    assert suite_figures.training_curve(SimpleNamespace(runs=[])) == []

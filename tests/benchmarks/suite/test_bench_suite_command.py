@@ -5,10 +5,11 @@ import json
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.suite.settings import cost_name
-from benchmarks.suite.suite import read_ledger, read_suite
-from benchmarks.tasks import Task
-from benchmarks.training import runner
+from benchmarks.cost import on_task
+from benchmarks.suite.contenders import cost_name
+from benchmarks.suite.folder import read_ledger, read_suite
+from benchmarks.tasks.task import Task
+from benchmarks.training import runner, train
 
 SUITE = ["run", "--suite", "peers", "--out", "never"]
 
@@ -43,15 +44,11 @@ def test_bad_arguments_are_named(arguments, message, refusal):
 @pytest.fixture
 def in_this_process(monkeypatch, naming_task):
     """The real command on a task of few examples, without processes of its own."""
-    from benchmarks import tasks
-    from benchmarks.cost import measure as cost
-    from benchmarks.training import train
-
     few = sorted(naming_task.train, key=len)
     small = Task("naming", tuple(few[:32]), tuple(few[32:40]), "small")
-    monkeypatch.setattr(cost, "WARMUP", 1)
-    monkeypatch.setattr(train, "load_task", lambda name, tokenizer, data=None: small)
-    monkeypatch.setattr(tasks, "load_task", lambda name, tokenizer, data=None: small)
+    monkeypatch.setattr(on_task, "WARMUP", 1)
+    for module in (on_task, runner, train):
+        monkeypatch.setattr(module, "load_task", lambda name, tokenizer, data=None: small)
     monkeypatch.setattr(runner, "in_process", lambda call, *arguments: call(*arguments))
     runner.fingerprint.cache_clear()
     yield

@@ -6,8 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from benchmarks.core.files import BenchmarkError
-from benchmarks.suite.outlook import duration, expected, outlook
-from benchmarks.suite.settings import (
+from benchmarks.suite.contenders import (
     PHASES,
     QUICK_CONTENDERS,
     QUICK_SETTINGS,
@@ -17,6 +16,7 @@ from benchmarks.suite.settings import (
     check_settings,
     choose,
 )
+from benchmarks.suite.outlook import duration, expected, outlook
 from benchmarks.suite.sweep import Ledger, bracket, make_trials, plan, shortest_budget, targets
 from benchmarks.training.optimizers import OPTIMIZERS
 

@@ -9,7 +9,8 @@ import pytest
 from benchmarks.base_model.load import ANSWER
 from benchmarks.core import environment
 from benchmarks.core.files import BenchmarkError
-from benchmarks.tasks import TASKS, describe, embedded, naming, packages, prose, signature
+from benchmarks.tasks import describe, embedded, naming, packages, prose, signature
+from benchmarks.tasks.registry import TASKS
 
 RECIPES = [naming.RECIPE, packages.RECIPE, prose.RECIPE, signature.RECIPE]
 

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from public_rows import rows
 
-from benchmarks.base_model.load import EOS
+from benchmarks.base_model.load import EOS, load_tokenizer
 from benchmarks.core.files import REPOSITORY, BenchmarkError
 from benchmarks.core.results import read_results
-from benchmarks.tasks import external, formats, load_task
+from benchmarks.tasks import external, formats
 from benchmarks.tasks.external import DATA, DataOptions
+from benchmarks.tasks.registry import load_task
 
 
 def write(folder, name, **splits):
@@ -133,15 +134,13 @@ def test_what_is_left_out_is_counted(tmp_path, tokenizer):
 @settings(max_examples=25, deadline=None)
 @given(lengths=st.lists(st.integers(0, 60), min_size=1, max_size=12), most=st.integers(1, 80))
 def test_length_limit_keeps_exactly_what_fits(lengths, most):
-    from benchmarks.base_model.load import load_tokenizer
-
     tokenizer = load_tokenizer()
     texts = [external.Text("x" * n + "\n", "y") for n in lengths]
     sizes = [
         len(tokenizer.encode(text.prompt).ids) + len(tokenizer.encode(text.answer + EOS).ids)
         for text in texts
     ]
-    kept, left_out = external._encode(texts, tokenizer, most)
+    kept, left_out = external.encode(texts, tokenizer, most)
     fitting = [size for size in sizes if size <= most]
     assert [len(example) for example in kept] == fitting
     assert left_out == (

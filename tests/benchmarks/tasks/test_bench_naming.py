@@ -7,8 +7,10 @@ import pytest
 
 from benchmarks.base_model.load import BLANK
 from benchmarks.core.files import BenchmarkError
-from benchmarks.tasks import Example, Task, load_task, naming
+from benchmarks.tasks import naming
 from benchmarks.tasks.embedded import HELDOUT_SIZE
+from benchmarks.tasks.registry import load_task
+from benchmarks.tasks.task import Example, Task
 
 
 def split(rows, name):

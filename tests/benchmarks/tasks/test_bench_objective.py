@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.tasks import Example
+from benchmarks.base_model.load import load_base_model
 from benchmarks.tasks.objective import IGNORED, answer_loss, collate, evaluate
+from benchmarks.tasks.task import Example
 
 END = 1
 EXAMPLES = [
@@ -82,8 +83,6 @@ def test_exact_match_is_what_greedy_generation_gives(model):
 
 
 def test_exact_match_of_the_real_task_agrees_with_generation(naming_task):
-    from benchmarks.base_model.load import load_base_model
-
     model, _ = load_base_model()
     some = naming_task.heldout[:6]
     generated = [Example(e.prompt, greedy(model, e.prompt, 6)) for e in some]

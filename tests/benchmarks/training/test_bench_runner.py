@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from benchmarks.training import runner
 
-runner._HEAVY.clear()  # nothing to load before the fork
+runner.PRELOADED.clear()  # nothing to load before the fork
 
 def work(path):
     import os, time

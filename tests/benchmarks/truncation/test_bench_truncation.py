@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.tasks import Example, Task
+from benchmarks.tasks.task import Example, Task
 from benchmarks.truncation import measure as truncation
 from benchmarks.truncation import report as truncation_report
 from grit_optim.rank import RankPolicy
@@ -109,7 +109,7 @@ def test_cuts_are_written_and_report_draws_them(small_task, tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 0
     assert "| 8 |" in capsys.readouterr().out
     assert (tmp_path / "scatter.png").stat().st_size > 10_000
-    assert truncation_report.is_folder(tmp_path)
+    assert truncation_report.holds(tmp_path)
 
 
 def test_dropping_every_direction_is_refused(capsys):

@@ -1,4 +1,4 @@
-"""The command line of `train`."""
+"""The command `train`, and the table of its runs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from ..core import arguments as read
+from ..core.command import Command, Study
+from ..core.environment import resolve_device
 from ..core.files import BenchmarkError
 from ..tasks.external import DATA
 from ..training.optimizers import OPTIMIZERS
+from .command import Order, finetune
 from .config import MAX_LENGTH, PRECISIONS, QUANTIZATIONS, RECIPES, SCHEDULES, TRAINERS, FinetuneConfig
+from .data import parse_origin
+from .model import Source, check_source
+from .report import holds, report
 
 _SETTINGS = (
     "train_examples",
@@ -143,7 +149,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     group.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    read.add_device(group)
     group.add_argument(
         "--threads", type=read.positive_int, help="torch threads; by default torch's own choice"
     )
@@ -152,20 +158,15 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 def _setting(group: Any, name: str, kind: Any, text: str, **more: Any) -> None:
     """An option for a field of the configuration; left out, it keeps the field's default, which the help names."""
     default = getattr(FinetuneConfig, name)
-    group.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{text}; by default {default}", **more)
+    group.add_argument(read.flag(name), type=kind, help=f"{text}; by default {default}", **more)
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "train", help="fine-tune a model with LoRA or QLoRA: hub or local model, public or own data"
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     for part in (_add_what, _add_adapter, _add_training, _add_output):
         part(parser)
-    parser.set_defaults(call=call)
 
 
-def _fill_in(arguments: argparse.Namespace) -> None:
+def fill_in(arguments: argparse.Namespace) -> None:
     """Give what was left out the recipe's value."""
     for name, value in RECIPES.get(arguments.recipe, {}).items():
         if (
@@ -176,7 +177,8 @@ def _fill_in(arguments: argparse.Namespace) -> None:
             setattr(arguments, name, value)
 
 
-def _config(arguments: argparse.Namespace, model: str, dataset: str, device: str) -> FinetuneConfig:
+def make_config(arguments: argparse.Namespace, model: str, dataset: str, device: str) -> FinetuneConfig:
+    """The configuration that the command line asks for, once :func:`fill_in` has put the recipe's values in."""
     given = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
     given.setdefault("alpha", given.get("rank", FinetuneConfig.rank))
     precision = arguments.precision or ("bf16" if device == "cuda" else "fp32")
@@ -191,14 +193,8 @@ def _config(arguments: argparse.Namespace, model: str, dataset: str, device: str
     )
 
 
-def call(arguments: argparse.Namespace) -> None:
-    """Check the arguments and run the command."""
-    from ..training.runner import resolve_device
-    from .command import Order, finetune
-    from .data import parse_origin
-    from .model import Source, check_source
-
-    _fill_in(arguments)
+def _run(arguments: argparse.Namespace) -> None:
+    fill_in(arguments)
     source = Source(arguments.model, arguments.revision, arguments.trust_remote_code)
     check_source(source)
     origin = parse_origin(arguments.dataset, arguments.eval_data)
@@ -216,5 +212,14 @@ def call(arguments: argparse.Namespace) -> None:
         arguments.threads,
         RECIPES.get(arguments.recipe, {}).get("default_length", MAX_LENGTH),
     )
-    config = _config(arguments, source.name, origin.name, resolve_device(arguments.device))
+    config = make_config(arguments, source.name, origin.name, resolve_device(arguments.device))
     print(f"metrics: {finetune(config, order)}; adapter, tokenizer and model card beside it")
+
+
+TRAIN = Command(
+    "train",
+    "fine-tune a model with LoRA or QLoRA: hub or local model, public or own data",
+    _add_arguments,
+    _run,
+)
+STUDY = Study((TRAIN,), holds, report)

@@ -1,4 +1,4 @@
-"""The commands `cost` and `count`: their arguments, and what is done with them."""
+"""The commands `cost` and `count`, and the report of a folder of costs."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from ..core import arguments as read
+from ..core.command import Command, Study
+from ..core.environment import resolve_device
 from ..core.files import REPOSITORY, BenchmarkError
 from ..core.results import RunConfig
-from ..tasks import TASKS, check_task
+from ..core.settings import REFERENCE
+from ..tasks.registry import TASKS, check_task
 from ..training.optimizers import OPTIMIZERS, check_optimizer
-from .shapes import QUANTIZATIONS, SHAPES, Workload, check_model
+from .compare import Plan
+from .count import KIND, count
+from .on_shape import cost_on_shape
+from .on_task import cost
+from .report import holds, report
+from .scaling import Sweep, scale
+from .shapes import QUANTIZATIONS, SHAPE_LR, SHAPES, Workload, check_model
 
 EMBEDDED_STEPS, EMBEDDED_LR, SHAPE_STEPS, BLOCK = 80, 5e-3, 20, 5
 _WORKLOAD = ("quantize", "rank", "layers", "batch_size", "length", "accumulation", "checkpointing")
 _SHAPE_ONLY = (*_WORKLOAD, "base", "trace", "block", "seconds", "scale", "scale_tokens", "scale_layers")
 TOKENS, LAYERS = (512, 1024, 2048, 4096), (2, 4, 8, 16)
-
-
-def add(commands: argparse._SubParsersAction) -> None:
-    """Put both commands to the others."""
-    _add_cost(commands)
-    _add_count(commands)
 
 
 def _add_workload(parser: argparse._ActionsContainer) -> None:
@@ -52,13 +55,7 @@ def _workload(arguments: argparse.Namespace, device: str) -> Workload:
     return Workload(check_model(arguments.model), device=device, **given)
 
 
-def _add_cost(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "cost",
-        help="step time, memory and kernels of optimizers against plain AdamW, in turns",
-        description="On the embedded model with a task's data, each optimizer on a model of its own; or, with --model, on a "
-        "model of that shape with random weights, which all optimizers share.",
-    )
+def _add_cost(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task", help=f"for the embedded model; known: {', '.join(TASKS)}; by default naming"
     )
@@ -78,7 +75,7 @@ def _add_cost(commands: argparse._SubParsersAction) -> None:
         "--lr", type=read.positive, help=f"by default {EMBEDDED_LR:g}, with --model so low that none diverges"
     )
     parser.add_argument("--threads", type=read.positive_int)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    read.add_device(parser)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "cost")
     shape = parser.add_argument_group("with --model")
     _add_workload(shape)
@@ -105,7 +102,6 @@ def _add_cost(commands: argparse._SubParsersAction) -> None:
     for name, default in (("tokens", TOKENS), ("layers", LAYERS)):
         text = ",".join(map(str, default))
         shape.add_argument(f"--scale-{name}", type=lists, metavar="N,N", help=f"by default {text}")
-    parser.set_defaults(call=_cost)
 
 
 def _interrupt(*_: Any) -> None:
@@ -123,13 +119,10 @@ def _cost(arguments: argparse.Namespace) -> None:
 
 
 def _cost_embedded(arguments: argparse.Namespace) -> None:
-    from ..training.runner import resolve_device
-    from .measure import cost
-
     for name in _SHAPE_ONLY:
         if getattr(arguments, name) is not None:
             raise BenchmarkError(
-                f"--{name.replace('_', '-')} is for --model {' or '.join(SHAPES)}; the embedded model has a task"
+                f"{read.flag(name)} is for --model {' or '.join(SHAPES)}; the embedded model has a task"
             )
     task = check_task(arguments.task or "naming")
     lr, device = arguments.lr or EMBEDDED_LR, resolve_device(arguments.device)
@@ -144,11 +137,6 @@ def _cost_embedded(arguments: argparse.Namespace) -> None:
 
 
 def _cost_on_shape(arguments: argparse.Namespace) -> None:
-    from ..training.runner import resolve_device
-    from .compare import Plan
-    from .measure import REFERENCE, SHAPE_LR, cost_on_shape
-    from .scaling import Sweep, scale
-
     check_model(arguments.model)
     if arguments.task:
         raise BenchmarkError(
@@ -171,22 +159,32 @@ def _cost_on_shape(arguments: argparse.Namespace) -> None:
         raise BenchmarkError(f"{len(failures)} optimizers failed; the others are done:\n" + "\n".join(lines))
 
 
-def _add_count(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "count",
-        help="operations, bytes, kernels and memory of a step at a model's true shapes, without computing it",
-    )
+def _add_count(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="llama-3-8b-shape", help=f"known: {', '.join(SHAPES)}")
     parser.add_argument("--optimizer", default="grit", help=f"known: {', '.join(OPTIMIZERS)}")
     parser.add_argument("--option", type=read.option, action="append", metavar="KEY=VALUE")
     _add_workload(parser)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "cost")
-    parser.set_defaults(call=_count)
 
 
 def _count(arguments: argparse.Namespace) -> None:
-    from .count import KIND, count
-
     workload = _workload(arguments, "meta")
     name = f"{KIND}-{workload.label()}-{check_optimizer(arguments.optimizer)}.json"
     count(workload, arguments.optimizer, arguments.out / name, dict(arguments.option or []))
+
+
+COST = Command(
+    "cost",
+    "step time, memory and kernels of optimizers against plain AdamW, in turns",
+    _add_cost,
+    _cost,
+    "On the embedded model with a task's data, each optimizer on a model of its own; or, with --model, on a "
+    "model of that shape with random weights, which all optimizers share.",
+)
+COUNT = Command(
+    "count",
+    "operations, bytes, kernels and memory of a step at a model's true shapes, without computing it",
+    _add_count,
+    _count,
+)
+STUDY = Study((COST, COUNT), holds, report)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..core.files import BenchmarkError
-from ..peers import LR_CENTRES
+from ..peers.registry import LR_CENTRES
 
 DEFAULT_CENTRE = 5e-3
 PHASES = ("explore", "narrow", "budgets", "cost")

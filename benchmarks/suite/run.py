@@ -1,83 +1,25 @@
-"""A suite on disk: what its folder says it is, what has been run, and the loop that runs the rest."""
+"""Runs what a suite still needs, until nothing is left: trainings, and the timing of every contender's step."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..comparison.summary import REFERENCE, Result, loss_surroundings
+from ..comparison.summary import Result, loss_surroundings
 from ..core import environment
 from ..core.files import BenchmarkError, write_json
-from ..core.results import RunConfig, read_result
-from .settings import FIXED_SETTINGS, Contender, SuiteSettings, check_settings, cost_name
-from .sweep import Ledger, Trial, make_trials, plan, targets
-
-RECORD, FAILED = "suite.json", "failed"
-
-
-@dataclass(frozen=True)
-class Suite:
-    """What a folder's runs belong to: sizes, tasks and contenders."""
-
-    settings: SuiteSettings
-    tasks: tuple[str, ...]
-    contenders: tuple[Contender, ...]
-
-    def trials(self, ledger: Ledger) -> list[Trial]:
-        """Every contender on every task."""
-        return make_trials(self.tasks, self.contenders, self.settings, ledger)
-
-
-def read_suite(folder: Path) -> Suite:
-    """The suite that a folder holds."""
-    path = folder / RECORD
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        settings = SuiteSettings(**{**found["settings"], "seeds": tuple(found["settings"]["seeds"])})
-        return Suite(settings, tuple(found["tasks"]), tuple(Contender(**one) for one in found["contenders"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BenchmarkError(
-            f"{path} is no record of a suite ({error}); delete it and run the suite again"
-        ) from error
-
-
-def _united(old: Suite, new: Suite, folder: Path) -> Suite:
-    """Both suites in one; an error where they cannot stand in one folder."""
-    for name in FIXED_SETTINGS:
-        before, now = getattr(old.settings, name), getattr(new.settings, name)
-        if before != now:
-            raise BenchmarkError(
-                f"{folder} holds a suite with {name} {before}, asked for is {now}; choose another --out"
-            )
-    contenders = {one.label: one for one in old.contenders}
-    for one in new.contenders:
-        if contenders.setdefault(one.label, one) != one:
-            raise BenchmarkError(
-                f"{folder} holds a contender {one.label!r} with other settings ({contenders[one.label]}, now {one}); "
-                "choose another --out"
-            )
-    return Suite(new.settings, tuple(dict.fromkeys((*old.tasks, *new.tasks))), tuple(contenders.values()))
-
-
-def open_suite(folder: Path, suite: Suite) -> Suite:
-    """Record the suite in its folder; returns it together with what the folder's record held before."""
-    whole = _united(read_suite(folder), suite, folder) if (folder / RECORD).exists() else suite
-    write_json(folder / RECORD, asdict(whole))
-    return whole
-
-
-def read_ledger(folder: Path) -> Ledger:
-    """All results of the folder, and the failures that no later result made good."""
-    results = [read_result(path) for path in sorted(folder.glob("*-seed*.json"))]
-    by_name = {RunConfig(**result["config"]).file_name(): result for result in results}
-    notes = {
-        path.name: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted((folder / FAILED).glob("*.json"))
-    }
-    return Ledger(by_name, {name: note["error"] for name, note in notes.items() if name not in by_name})
+from ..core.results import RunConfig
+from ..core.settings import REFERENCE
+from ..cost import on_task
+from ..tasks.registry import check_task
+from ..training import runner
+from ..training.optimizers import check_optimizer
+from .contenders import check_settings, cost_name
+from .folder import FAILED, Suite, open_suite, read_ledger
+from .outlook import outlook
+from .sweep import Ledger, Trial, plan, targets
 
 
 def _check_surroundings(results: Sequence[Result], now: Mapping[str, str]) -> None:
@@ -93,7 +35,8 @@ def _check_surroundings(results: Sequence[Result], now: Mapping[str, str]) -> No
             )
 
 
-def _now(device: str) -> dict[str, str]:
+def conditions(device: str) -> dict[str, str]:
+    """The accelerator and the versions here and now, which losses depend on."""
     return loss_surroundings({"hardware": environment.hardware(device), "versions": environment.versions()})
 
 
@@ -137,9 +80,6 @@ def _say_where_no_target_is(stay: Stay, target: Mapping[str, float | None]) -> N
 
 def _train(stay: Stay) -> dict[str, str]:
     """Plan and run until nothing is left; returns the failures of this call, none of which is tried twice."""
-    from ..training.runner import execute_all, pending
-    from .outlook import outlook
-
     failures: dict[str, str] = {}
     while True:
         trials, target = stay.trials(failures)
@@ -147,21 +87,19 @@ def _train(stay: Stay) -> dict[str, str]:
         if not planned:
             _say_where_no_target_is(stay, target)
             return failures
-        runs = pending(planned, stay.folder)
+        runs = runner.pending(planned, stay.folder)
         if not runs:
             raise BenchmarkError(
                 f"{stay.folder} changed while it was being read; start the same command again"
             )
         print(outlook(trials, runs, stay.phases, target, stay.jobs))
-        found = execute_all(runs, stay.folder, stay.jobs, stay.threads)
+        found = runner.execute_all(runs, stay.folder, stay.jobs, stay.threads)
         failures |= found
         _note_failures(stay.folder, runs, found)
 
 
 def _time_steps(stay: Stay) -> dict[str, str]:
     """Time every contender's step on the first task against AdamW's, one after another; returns what failed."""
-    from ..training.runner import in_process
-
     failures: dict[str, str] = {}
     for trial in stay.trials({})[0]:
         path = stay.folder / cost_name(trial.task, trial.contender.label)
@@ -169,7 +107,7 @@ def _time_steps(stay: Stay) -> dict[str, str]:
             continue
         config = trial.config(trial.best, trial.settings.seeds[0], trial.settings.steps)
         try:
-            in_process(_cost, config, trial.settings.cost_steps, path, trial.contender.label)
+            runner.in_process(_cost, config, trial.settings.cost_steps, path, trial.contender.label)
         except Exception as error:  # whatever the contender does wrong; the others are still to be timed
             failures[path.name] = f"{type(error).__name__}: {error}"
             print(f"failed: {path.name}: {failures[path.name]}", file=sys.stderr)
@@ -182,25 +120,19 @@ def _time_steps(stay: Stay) -> dict[str, str]:
 
 
 def _cost(config: RunConfig, steps: int, path: Path, label: str) -> None:
-    from ..cost.measure import cost
-
-    cost(config, steps, path, contender=label)
+    on_task.cost(config, steps, path, contender=label)
 
 
 def run_suite(
     folder: Path, suite: Suite, phases: Collection[str], jobs: int = 1, threads: int | None = None
 ) -> None:
     """Run what the suite still needs in these phases; an error at the end that names the runs that failed."""
-    from ..tasks import check_task
-    from ..training.optimizers import check_optimizer
-    from ..training.runner import fingerprint
-
     suite = replace(suite, settings=check_settings(suite.settings))
     for contender in suite.contenders:
         check_optimizer(contender.optimizer)
     for task in suite.tasks:
-        fingerprint(check_task(task))  # makes the data once, before several processes want them
-    _check_surroundings(list(read_ledger(folder).results.values()), _now(suite.settings.device))
+        runner.fingerprint(check_task(task))  # makes the data once, before several processes want them
+    _check_surroundings(list(read_ledger(folder).results.values()), conditions(suite.settings.device))
     stay = Stay(folder, suite, open_suite(folder, suite), phases, jobs, threads)
     failures = _train(stay)
     if "cost" in phases:
