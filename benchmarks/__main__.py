@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks {pretrain,run,train,report,tasks,cost,count,truncation,sizes,main}`."""
+"""Command line: `python -m benchmarks COMMAND`; `--help` names the commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import arguments as read
-from . import cost_arguments, suite_arguments
+from . import cost_arguments, packing, suite_arguments
 from .files import REPOSITORY, BenchmarkError
 from .finetune import arguments as finetune_arguments
 from .optimizers import OPTIMIZERS, check_optimizer
@@ -311,6 +311,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_pretrain,
         _add_run,
         _add_report,
+        packing.add,
         _add_tasks,
         cost_arguments.add,
         _add_truncation,

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import environment, memory
+from . import environment, memory, packing
 from .base_model import load_base_model, load_tokenizer
 from .files import BenchmarkError, write_json
 from .objective import answer_loss, collate, evaluate
@@ -245,7 +245,7 @@ def adapter_sizes(
     code, fingerprint = environment.commit(), data_fingerprint(task)
     for config in plan(template, ways, budgets, lrs, seeds):
         path = result_path(folder, config)
-        if path.exists():
+        if packing.exists(path):
             print(f"{path} is there already and is left as it is")
             continue
         begun = time.perf_counter()

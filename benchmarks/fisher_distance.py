@@ -13,13 +13,12 @@ says nothing about it:
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import environment
+from . import environment, packing
 from .files import write_json, write_text
 from .results import RunConfig
 
@@ -196,7 +195,7 @@ def measure(config: RunConfig, examples: int) -> dict[str, Any]:
 
 def read(path: Path) -> dict[str, Any]:
     """A result of `main`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return packing.read(path)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from . import environment
+from . import environment, packing
 from .files import BenchmarkError, write_json
 from .results import RunConfig, read_result
 from .suites import FIXED_SETTINGS, Contender, SuiteSettings, check_settings, cost_name
@@ -71,7 +71,7 @@ def open_suite(folder: Path, suite: Suite) -> Suite:
 
 def read_ledger(folder: Path) -> Ledger:
     """All results of the folder, and the failures that no later result made good."""
-    results = [read_result(path) for path in sorted(folder.glob("*-seed*.json"))]
+    results = [read_result(path) for path in packing.paths(folder, "*-seed*.json")]
     by_name = {RunConfig(**result["config"]).file_name(): result for result in results}
     notes = {
         path.name: json.loads(path.read_text(encoding="utf-8"))
@@ -165,7 +165,7 @@ def _time_steps(stay: Stay) -> dict[str, str]:
     failures: dict[str, str] = {}
     for trial in stay.trials({})[0]:
         path = stay.folder / cost_name(trial.task, trial.contender.label)
-        if trial.task != stay.whole.tasks[0] or trial.best is None or path.exists():
+        if trial.task != stay.whole.tasks[0] or trial.best is None or packing.exists(path):
             continue
         config = trial.config(trial.best, trial.settings.seeds[0], trial.settings.steps)
         try:

@@ -1,14 +1,13 @@
 """What the README says is what the code does and what the results files hold."""
 
 import inspect
-import json
 import re
 import statistics
 from pathlib import Path
 
 import pytest
 
-from benchmarks import adapter_sizes_report, suite_tables, truncation_report
+from benchmarks import adapter_sizes_report, packing, suite_tables, truncation_report
 from benchmarks.report import table
 from benchmarks.results import read_results
 from benchmarks.suite import read_ledger, read_suite
@@ -96,9 +95,7 @@ def test_nothing_need_be_retuned():
 
 
 def test_the_cost_is_the_one_that_was_measured():
-    ratio = json.loads((ROOT / "benchmarks" / "results" / "cost" / "cost-naming-grit.json").read_text())[
-        "ratio"
-    ]
+    ratio = packing.read(ROOT / "benchmarks" / "results" / "cost" / "cost-naming-grit.json")["ratio"]
     measured = f"**{ratio['median']:.3f}×** step by step (quartiles {ratio['q1']:.3f} to {ratio['q3']:.3f})"
     assert measured in README
 
