@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks COMMAND`. Each study brings its own commands; `report` asks whose results a folder holds."""
+"""The command line, `python -m benchmarks COMMAND`: every study brings its commands and the report of its results."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 from .adapter_size import study as adapter_size
 from .base_model import study as base_model
 from .comparison import study as comparison
-from .core.command import Command, Study, call
-from .core.command import make_parser as make_parser_of
+from .core import command, packing_study
 from .cost import study as cost
 from .curvature import study as curvature
 from .finetune import study as finetune
@@ -20,13 +19,21 @@ from .suite import study as suite
 from .tasks import study as tasks
 from .truncation import study as truncation
 
-# The first study that holds a folder reports on it: a suite's folder has cost files too, and any folder is a comparison's.
-STUDIES: tuple[Study, ...] = tuple(
-    one.STUDY
-    for one in (
-        base_model, tasks, suite, cost, truncation, adapter_size, fisher_distance, curvature, finetune, comparison,
-    )
-)  # fmt: skip
+# The first study that holds a folder reports on it. A suite's folder has cost files too, so suite comes before
+# cost; comparison takes every folder that is left.
+STUDIES: tuple[command.Study, ...] = (
+    base_model.STUDY,
+    tasks.STUDY,
+    suite.STUDY,
+    cost.STUDY,
+    truncation.STUDY,
+    adapter_size.STUDY,
+    fisher_distance.STUDY,
+    curvature.STUDY,
+    finetune.STUDY,
+    packing_study.STUDY,
+    comparison.STUDY,
+)
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -36,7 +43,7 @@ def _report(arguments: argparse.Namespace) -> None:
             return
 
 
-REPORT = Command(
+REPORT = command.Command(
     "report",
     "table and figures from the results in a folder",
     lambda parser: parser.add_argument("folder", type=Path),
@@ -46,13 +53,13 @@ REPORT = Command(
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    commands = [command for study in STUDIES for command in study.commands]
-    return make_parser_of([*commands, REPORT], "python -m benchmarks", __doc__)
+    commands = [REPORT, *(one for study in STUDIES for one in study.commands)]
+    return command.make_parser(commands, "python -m benchmarks", __doc__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    return call(make_parser(), argv)
+    return command.call(make_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """What the page on costs says is what the results files hold, and its commands exist."""
 
-import json
 import re
 
 import pytest
 
 from benchmarks.__main__ import make_parser
+from benchmarks.core import packing
 from benchmarks.core.files import REPOSITORY
 from benchmarks.cost.report import read, table
 from benchmarks.cost.tables import count_sentence, count_table, sizes_table
@@ -52,7 +52,7 @@ def test_what_the_readme_says_of_it(large):
 
 
 def test_the_measured_row_is_the_one_of_the_file():
-    ratio = json.loads((RESULTS / "cost-naming-grit.json").read_text())["ratio"]
+    ratio = packing.read(RESULTS / "cost-naming-grit.json")["ratio"]
     assert (
         f"GRIT {ratio['median']:.3f}× AdamW's step (quartiles {ratio['q1']:.3f} to {ratio['q3']:.3f})" in PAGE
     )

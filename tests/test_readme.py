@@ -1,7 +1,6 @@
 """What the README says is what the code does and what the results files hold."""
 
 import inspect
-import json
 import re
 import statistics
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from benchmarks.adapter_size import report as adapter_sizes_report
 from benchmarks.comparison.report import table
 from benchmarks.comparison.summary import comparable
+from benchmarks.core import packing
 from benchmarks.core.results import read_results
 from benchmarks.suite import tables as suite_tables
 from benchmarks.suite.folder import read_ledger, read_suite
@@ -98,9 +98,7 @@ def test_nothing_need_be_retuned():
 
 
 def test_the_cost_is_the_one_that_was_measured():
-    ratio = json.loads((ROOT / "benchmarks" / "results" / "cost" / "cost-naming-grit.json").read_text())[
-        "ratio"
-    ]
+    ratio = packing.read(ROOT / "benchmarks" / "results" / "cost" / "cost-naming-grit.json")["ratio"]
     measured = f"**{ratio['median']:.3f}×** step by step (quartiles {ratio['q1']:.3f} to {ratio['q3']:.3f})"
     assert measured in README
 

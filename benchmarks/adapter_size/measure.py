@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..base_model.load import load_base_model, load_tokenizer
-from ..core import environment, memory
+from ..core import environment, memory, packing
 from ..core.files import BenchmarkError, write_json
 from ..core.results import RunConfig, finite
 from ..tasks.objective import evaluate
@@ -105,7 +105,7 @@ def adapter_sizes(
     code, fingerprint = environment.commit(), data_fingerprint(task)
     for config in plan(template, ways, budgets, lrs, seeds):
         path = result_path(folder, config)
-        if path.exists():
+        if packing.exists(path):
             print(f"{path} is there already and is left as it is")
             continue
         begun = time.perf_counter()

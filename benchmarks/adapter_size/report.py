@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core import packing
 from ..core.files import BenchmarkError, write_text
 from ..core.plots import panels, save, styles
 from .measure import FORMAT, KIND
@@ -35,17 +35,18 @@ SLACK = 1.03
 
 def holds(folder: Path) -> bool:
     """Whether the folder holds such files."""
-    return any(folder.glob(f"{KIND}-*.json"))
+    return bool(packing.paths(folder, f"{KIND}-*.json"))
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
     """All results of a folder, in the order of their names."""
     found = []
-    for path in sorted(folder.glob(f"{KIND}-*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    for path in packing.paths(folder, f"{KIND}-*.json"):
+        result = packing.read(path)
         if result.get("format") != FORMAT:
             raise BenchmarkError(
-                f"{path} has format {result.get('format')}, this program reads {FORMAT}; run again"
+                f"{packing.place(path)} has format {result.get('format')}, "
+                f"this program reads {FORMAT}; run again"
             )
         found.append(result)
     for task in {result["config"]["task"] for result in found}:

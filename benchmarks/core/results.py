@@ -1,4 +1,4 @@
-"""One JSON file per run: its name, its writing, its reading."""
+"""One JSON file per run, packed with the others or not: its name, its writing, its reading."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import packing
 from .files import BenchmarkError, sha256, write_json
 
 FORMAT = 1
@@ -66,26 +67,27 @@ def write_result(folder: Path, result: dict[str, Any]) -> Path:
 def read_result(path: Path) -> dict[str, Any]:
     """Read one result; an error names the file and what is wrong with it."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = packing.read(path)
     except ValueError as error:
         raise BenchmarkError(f"{path} is no JSON ({error}); delete it and run again") from error
     missing = [key for key in _REQUIRED if not isinstance(result, dict) or key not in result]
     if missing:
         raise BenchmarkError(
-            f"{path} is no result of a run: {', '.join(missing)} missing; move it out of the folder"
+            f"{packing.place(path)} is no result of a run: {', '.join(missing)} missing; "
+            "move it out of the folder"
         )
     if result.get("format") != FORMAT:
         raise BenchmarkError(
-            f"{path} has format {result.get('format')}, this program reads {FORMAT}; run again"
+            f"{packing.place(path)} has format {result.get('format')}, this program reads {FORMAT}; run again"
         )
     return result
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """All results of a folder, sorted by file name."""
-    if not folder.is_dir():
+    results = [read_result(path) for path in packing.paths(folder, "*-seed*.json")]
+    if not results and not folder.is_dir():
         raise BenchmarkError(f"no such folder: {folder}; run first: python -m benchmarks run --out {folder}")
-    results = [read_result(path) for path in sorted(folder.glob("*-seed*.json"))]
     if not results:
         raise BenchmarkError(f"no results in {folder}; run first: python -m benchmarks run --out {folder}")
     return results
@@ -94,16 +96,17 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 def is_done(folder: Path, config: RunConfig, fingerprint: str) -> bool:
     """Whether the folder already holds this very run; an error if it holds it with other data or model."""
     path = folder / config.file_name()
-    if not path.exists():
+    if not packing.exists(path):
         return False
     found = read_result(path)
     if found["config"] != asdict(config):
         raise BenchmarkError(
-            f"{path} holds another configuration than its name says; move it away and run again"
+            f"{packing.place(path)} holds another configuration than its name says; "
+            "move it away and run again"
         )
     if found["fingerprint"] != fingerprint:
         raise BenchmarkError(
-            f"{path} was run on other data or another base model (fingerprint {found['fingerprint'][:12]}, now "
-            f"{fingerprint[:12]}); choose another --out, or delete it"
+            f"{packing.place(path)} was run on other data or another base model (fingerprint "
+            f"{found['fingerprint'][:12]}, now {fingerprint[:12]}); choose another --out, or delete it"
         )
     return True

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core import packing
 from ..core.files import write_text
 from ..core.plots import panels, save, styles
 from .tables import cost_table, count_table, scaling_table, sizes_table
@@ -15,7 +15,7 @@ KINDS = ("cost", "count", "scaling")
 
 
 def _paths(folder: Path, kind: str) -> list[Path]:
-    return sorted(folder.glob(f"{kind}-*.json"))
+    return packing.paths(folder, f"{kind}-*.json")
 
 
 def holds(folder: Path) -> bool:
@@ -25,7 +25,7 @@ def holds(folder: Path) -> bool:
 
 def read(folder: Path, kind: str) -> list[dict[str, Any]]:
     """All results of one kind, by file name."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in _paths(folder, kind)]
+    return [packing.read(path) for path in _paths(folder, kind)]
 
 
 def table(folder: Path) -> str:
@@ -77,9 +77,6 @@ def report(folder: Path) -> None:
     """Write `table.md` and a figure of every scaling, and print the table."""
     text = table(folder)
     write_text(folder / "table.md", text)
-    drawn = [
-        figure(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
-        for path in _paths(folder, "scaling")
-    ]
+    drawn = [figure(packing.read(path), path.with_suffix(".png")) for path in _paths(folder, "scaling")]
     print(text)
     print("\n".join(["written:", *(f"  {path}" for path in [folder / "table.md", *drawn])]))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
+
+from ..core import packing
 
 LABELS = {
     "none": "none: the identity",
@@ -24,7 +25,7 @@ STATE = {
 
 def read(path: Path) -> dict[str, Any]:
     """A result of `fisher-distance`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return packing.read(path)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import environment
+from ..core import environment, packing
 from ..core.command import Command, Study
 from ..core.files import write_json, write_text
 from ..core.results import RunConfig
@@ -60,4 +60,4 @@ DISTANCE = Command(
     "The embedded model with an adapter that is trained for a few steps: some of its sites, thousands of answer "
     "tokens, all in float64.",
 )
-STUDY = Study((DISTANCE,), lambda folder: (folder / RESULT).exists(), report)
+STUDY = Study((DISTANCE,), lambda folder: packing.exists(folder / RESULT), report)

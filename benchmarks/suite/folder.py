@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..core import packing
 from ..core.files import BenchmarkError, write_json
 from ..core.results import RunConfig, read_result
 from .contenders import FIXED_SETTINGS, Contender, SuiteSettings
@@ -67,7 +68,7 @@ def open_suite(folder: Path, suite: Suite) -> Suite:
 
 def read_ledger(folder: Path) -> Ledger:
     """All results of the folder, and the failures that no later result made good."""
-    results = [read_result(path) for path in sorted(folder.glob("*-seed*.json"))]
+    results = [read_result(path) for path in packing.paths(folder, "*-seed*.json")]
     by_name = {RunConfig(**result["config"]).file_name(): result for result in results}
     notes = {
         path.name: json.loads(path.read_text(encoding="utf-8"))

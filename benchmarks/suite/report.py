@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison.summary import Result, comparable, loss_surroundings, sections
+from ..core import packing
 from ..core.bootstrap import Interval
 from ..core.files import BenchmarkError, write_json, write_text
 from ..core.results import RunConfig
@@ -108,9 +108,7 @@ def _groups(ledger: Ledger) -> list[tuple[dict[str, str], Ledger]]:
 def read_costs(folder: Path, suite: Suite) -> dict[str, Any]:
     """Step times by contender, of those that have been measured."""
     paths = {one.label: folder / cost_name(suite.tasks[0], one.label) for one in suite.contenders}
-    return {
-        label: json.loads(path.read_text(encoding="utf-8")) for label, path in paths.items() if path.exists()
-    }
+    return {label: packing.read(path) for label, path in paths.items() if packing.exists(path)}
 
 
 def report(folder: Path) -> str:

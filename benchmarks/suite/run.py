@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..comparison.summary import Result, loss_surroundings
-from ..core import environment
+from ..core import environment, packing
 from ..core.files import BenchmarkError, write_json
 from ..core.results import RunConfig
 from ..core.settings import REFERENCE
@@ -103,7 +103,7 @@ def _time_steps(stay: Stay) -> dict[str, str]:
     failures: dict[str, str] = {}
     for trial in stay.trials({})[0]:
         path = stay.folder / cost_name(trial.task, trial.contender.label)
-        if trial.task != stay.whole.tasks[0] or trial.best is None or path.exists():
+        if trial.task != stay.whole.tasks[0] or trial.best is None or packing.exists(path):
             continue
         config = trial.config(trial.best, trial.settings.seeds[0], trial.settings.steps)
         try:

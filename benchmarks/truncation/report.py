@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core import packing
 from ..core.files import BenchmarkError, write_text
 from ..core.plots import panels, save, styles
 from .measure import COMMON_BUDGET, FORMAT, KIND, METHODS
@@ -21,18 +21,17 @@ _ALONE = "one site, balanced"
 
 def holds(folder: Path) -> bool:
     """Whether the folder holds such files."""
-    return any(folder.glob(f"{KIND}-*.json"))
+    return bool(packing.paths(folder, f"{KIND}-*.json"))
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """All measurements of a folder, sorted by name."""
-    found = [
-        (path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob(f"{KIND}-*.json"))
-    ]
+    found = [(path, packing.read(path)) for path in packing.paths(folder, f"{KIND}-*.json")]
     for path, result in found:
         if result.get("format") != FORMAT:
             raise BenchmarkError(
-                f"{path} has format {result.get('format')}, this program reads {FORMAT}; run again"
+                f"{packing.place(path)} has format {result.get('format')}, "
+                f"this program reads {FORMAT}; run again"
             )
     return [result for _, result in found]
 
