@@ -5,17 +5,20 @@ from functools import cache
 
 from pages import ROOT
 
-from benchmarks import adapter_sizes_report as sizes
-from benchmarks import cost_report, cost_tables, fisher_distance, suite_tables
-from benchmarks import truncation_report as truncation
 from benchmarks.__main__ import make_parser
+from benchmarks.adapter_size import report as sizes
+from benchmarks.comparison.report import table as comparison_table
+from benchmarks.comparison.summary import comparable
+from benchmarks.core.results import read_results
+from benchmarks.cost import report as cost_report
+from benchmarks.cost import tables as cost_tables
 from benchmarks.finetune import report as finetuning
-from benchmarks.report import table as comparison_table
-from benchmarks.results import read_results
-from benchmarks.suite import read_ledger, read_suite
-from benchmarks.suite_report import read_costs
-from benchmarks.summary import comparable
-from benchmarks.sweep import targets
+from benchmarks.fisher_distance import report as fisher_distance
+from benchmarks.suite import tables as suite_tables
+from benchmarks.suite.folder import read_ledger, read_suite
+from benchmarks.suite.report import read_costs
+from benchmarks.suite.sweep import targets
+from benchmarks.truncation import report as truncation
 
 __all__ = [
     "PEERS",
