@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..objective import IGNORED
-from ..tasks import Example
+from ..tasks.objective import IGNORED
+from ..tasks.task import Example
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import environment, memory
-from ..files import BenchmarkError, write_json
-from ..optimizers import check_base, check_optimizer, package_version, state_bytes
-from ..train import plain
-from . import card, output
+from ..core import environment, memory
+from ..core.files import BenchmarkError, write_json
+from ..training.optimizers import check_base, check_optimizer, package_version, state_bytes
+from ..training.train import plain
+from . import card, hf, loop, output
 from .config import MAX_LENGTH, FinetuneConfig, check, steps_of
 from .data import FinetuneData, Origin, load
 from .model import Source, load_model, load_tokenizer, model_fingerprint, positions
@@ -148,15 +148,11 @@ def _train(session: Session, order: Order, checkpoint: Path | None) -> None:
 def _trainer(name: str) -> Callable[[Session, Path, int, Path | None], None]:
     """The trainer of that name; only the chosen one is loaded."""
     if name == "loop":
-        from . import loop
-
         return loop.train
     if environment.installed_version("accelerate") is None:
         raise BenchmarkError(
             "--trainer hf needs accelerate: pip install -e '.[finetune]'; or take --trainer loop"
         )
-    from . import hf
-
     return hf.train
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..files import BenchmarkError
+from ..core.files import BenchmarkError
 
 TRAINERS = ("hf", "loop")
 QUANTIZATIONS = ("none", "nf4")

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ..files import BenchmarkError
-from ..tasks import Example, Task
+from ..core.files import BenchmarkError
 from ..tasks.external import DATA, Text, fingerprint, in_words, read_splits, split_off, without_prompts_of
+from ..tasks.task import Example, Task
+from .config import FinetuneConfig
 from .rows import Turn, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from .config import FinetuneConfig
 
 _CHUNK = 512  # texts tokenized at a time
 _SELECTION_SEED = (

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from ..results import finite
-from ..tasks import Example
+from ..core.results import finite
+from ..tasks.task import Example
 from .batches import Collator, losses
 from .config import FinetuneConfig
 from .data import FinetuneData

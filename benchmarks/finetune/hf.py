@@ -1,26 +1,20 @@
-"""The same run under transformers' Trainer."""
+"""The run under transformers' Trainer, which is imported when it is asked for: it takes seconds, and needs accelerate."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer import OPTIMIZER_NAME
 
-from ..tasks import Example
+from ..tasks.task import Example
 from .batches import token_mean
 from .output import KEPT
 from .session import Session
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class _InOrder(Dataset[Example]):
@@ -36,33 +30,41 @@ class _InOrder(Dataset[Example]):
         return self._examples[place]
 
 
-class _Bridge(TrainerCallback):
-    """Tells the session where the Trainer is."""
+def _bridge(session: Session, save_every: int) -> TrainerCallback:
+    """A callback that tells the session where the Trainer is."""
+    from transformers import TrainerCallback
+    from transformers.trainer import OPTIMIZER_NAME
 
-    def __init__(self, session: Session, save_every: int) -> None:
-        self._session, self._save_every = session, save_every
+    class Bridge(TrainerCallback):
+        """Starts and stops the session's steps, and completes the Trainer's checkpoints."""
 
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start the step's clock."""
-        self._session.begin_step()
+        def on_step_begin(
+            self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> None:
+            """Start the step's clock."""
+            session.begin_step()
 
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Keep what the step gave, evaluate and save where it is due, stop a run that has diverged."""
-        diverged = self._session.end_step()
-        control.should_training_stop |= diverged
-        control.should_save = not diverged and self._session.is_due(self._save_every)
-        return control
+        def on_step_end(
+            self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> TrainerControl:
+            """Keep what the step gave, evaluate and save where it is due, stop a run that has diverged."""
+            diverged = session.end_step()
+            control.should_training_stop |= diverged
+            control.should_save = not diverged and session.is_due(save_every)
+            return control
 
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Complete the checkpoint with the record."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self._session.record.save(folder)
-        self._session.saved(folder / OPTIMIZER_NAME)
+        def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+            """Complete the checkpoint with the record."""
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            session.record.save(folder)
+            session.saved(folder / OPTIMIZER_NAME)
+
+    return Bridge()
 
 
 def _arguments(session: Session, folder: Path) -> TrainingArguments:
+    from transformers import TrainingArguments
+
     config = session.config
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -87,6 +89,8 @@ def _arguments(session: Session, folder: Path) -> TrainingArguments:
 
 
 def _make(session: Session, folder: Path, save_every: int) -> Trainer:
+    from transformers import PrinterCallback, Trainer
+
     def share_of_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
         """The micro-batch's share of the step's loss, which the session is told as well."""
         loss = token_mean(outputs, labels, num_items_in_batch)
@@ -100,7 +104,7 @@ def _make(session: Session, folder: Path, save_every: int) -> Trainer:
         train_dataset=_InOrder(session),
         compute_loss_func=share_of_loss,
         optimizers=(session.optimizer, session.schedule),
-        callbacks=[_Bridge(session, save_every)],
+        callbacks=[_bridge(session, save_every)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

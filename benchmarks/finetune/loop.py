@@ -6,18 +6,15 @@ import itertools
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..files import BenchmarkError
-from ..settings import trainable
-from .batches import answer_tokens, token_mean
+from ..core.files import BenchmarkError
+from ..core.settings import trainable
+from .batches import Inputs, answer_tokens, token_mean
 from .output import KEPT, checkpoints
 from .session import Session
-
-if TYPE_CHECKING:
-    from .batches import Inputs
 
 _STATE = "state.pt"
 

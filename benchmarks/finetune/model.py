@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import base_model
-from ..environment import installed_version
-from ..files import BenchmarkError, sha256, sha256_of_file
+from ..base_model import load as base_model
+from ..core.environment import installed_version
+from ..core.files import BenchmarkError, sha256, sha256_of_file
 from .config import ALL_LINEAR, FinetuneConfig
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..files import BenchmarkError, write_json
+from ..core import packing
+from ..core.files import BenchmarkError, write_json
 from .config import FinetuneConfig
 
 RUN, METRICS, RECORD = "run.json", "metrics.json", "progress.json"
@@ -26,7 +27,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def is_finished(folder: Path) -> bool:
     """Whether the run there has ended."""
-    return (folder / METRICS).exists()
+    return packing.exists(folder / METRICS)
 
 
 def check(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -40,6 +41,8 @@ def check(folder: Path, resume: bool, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise BenchmarkError(f"--out {folder} is a file; name a folder")
     if not folder.exists() or not any(folder.iterdir()):
+        if is_finished(folder):
+            raise BenchmarkError(f"{packing.place(folder / METRICS)} is a finished run; choose another --out")
         return
     if not (folder / RUN).exists():
         raise BenchmarkError(f"{folder} is not empty and holds no run of this command; choose another --out")

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from ..files import BenchmarkError, write_text
+from ..core import packing
+from ..core.files import BenchmarkError, write_text
 from .output import METRICS
 
 _VARIES = ("lr", "optimizer", "base", "options", "seed")
 
 
-def is_folder(folder: Path) -> bool:
+def holds(folder: Path) -> bool:
     """Whether the folder holds folders of runs of `train`."""
-    return any(folder.glob(f"*/{METRICS}"))
+    return bool(packing.paths(folder, f"*/{METRICS}"))
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -23,7 +23,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     Raises:
         BenchmarkError: Runs that differ in more than optimizer, learning rate and seed, or in data or model.
     """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*/{METRICS}"))]
+    found = [packing.read(path) for path in packing.paths(folder, f"*/{METRICS}")]
     for metrics in found[1:]:
         ours, theirs = _shared(found[0]), _shared(metrics)
         differing = sorted(name for name in ours if ours[name] != theirs.get(name))

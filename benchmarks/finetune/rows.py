@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import BenchmarkError
+from ..core.files import BenchmarkError
 from ..tasks import formats
 from ..tasks.external import Text, read_jsonl
 

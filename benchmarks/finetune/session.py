@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from ..files import BenchmarkError, write_json
-from ..optimizers import make_optimizer
-from ..results import finite
-from ..settings import Settings
-from ..tasks import Example
+from ..core.files import BenchmarkError, write_json
+from ..core.results import finite
+from ..core.settings import Settings
+from ..tasks.task import Example
+from ..training.optimizers import make_optimizer
 from .batches import collator
 from .config import SCHEDULES, FinetuneConfig
 from .data import FinetuneData

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..files import BenchmarkError
-from ..settings import Settings
+import torch
+
+from ..core.files import BenchmarkError
+from ..core.settings import Settings
 from .construct import construct, matrices
-
-if TYPE_CHECKING:
-    import torch
 
 # The value that the method's paper recommends and peft's manual uses (2**4, arXiv 2402.12354); a peer is
 # shown as its authors advise. On the naming task 4 did well in a first study: `--option loraplus_lr_ratio=4`
@@ -23,7 +22,6 @@ def _adamw_options() -> set[str]:
 
 def loraplus(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """LoRA+ (peft) over AdamW: B's rate is `loraplus_lr_ratio` times A's, which is the settings' rate."""
-    import torch
     from peft.optimizers import create_loraplus_optimizer
 
     return construct(
@@ -62,7 +60,6 @@ def lorafa(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
 
 def riemannian(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """Riemannian preconditioning (peft): AdamW on ∇A times (BᵀB + reg)⁻¹ and ∇B times (A Aᵀ + reg)⁻¹."""
-    import torch
     from peft.optimizers import create_riemannian_optimizer
 
     return construct(

@@ -6,11 +6,11 @@ import inspect
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from ..files import BenchmarkError
+import torch
+
+from ..core.files import BenchmarkError
 
 if TYPE_CHECKING:
-    import torch
-
     Pair = tuple[torch.nn.Parameter, torch.nn.Parameter]
 
 

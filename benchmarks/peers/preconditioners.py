@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..settings import Factory, Settings, trainable
+import torch
+
+from ..core.settings import Factory, Settings, trainable
 from .construct import construct, lora_pairs, matrices, rank_side
-
-if TYPE_CHECKING:
-    import torch
 
 
 def soap_rank(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -111,8 +110,6 @@ def muon(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
 
     It has one momentum (0.95, `--option momentum=`) and no betas.
     """
-    import torch
-
     return construct(
         torch.optim.Muon,
         matrices(model),

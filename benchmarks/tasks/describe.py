@@ -6,8 +6,11 @@ import itertools
 import statistics
 from collections.abc import Sequence
 
-from ..results import RunConfig
-from . import Task, load_task
+from ..base_model.load import load_base_model, load_tokenizer
+from ..core.results import RunConfig
+from .objective import collate, evaluate
+from .registry import load_task
+from .task import Task
 
 _COLUMNS = (
     "task", "training examples", "held-out examples", "tokens per example", "answer tokens", "padding",
@@ -17,16 +20,11 @@ _COLUMNS = (
 
 def padding_share(task: Task, batches: int = 100) -> float:
     """Share of positions that are padding, mean over the first training batches of seed 0."""
-    from ..objective import collate
-
     some = itertools.islice(task.batches(0, RunConfig.batch_size), batches)
     return statistics.fmean(collate(batch).padding for batch in some)
 
 
 def _fields(task: Task) -> tuple[str, ...]:
-    from ..base_model import load_base_model
-    from ..objective import evaluate
-
     score = evaluate(load_base_model()[0], task.heldout)
     return (
         task.name,
@@ -44,8 +42,6 @@ def describe(names: Sequence[str]) -> None:
     """Print a table of the tasks; lengths are means over the training split."""
     from rich.console import Console
     from rich.table import Table
-
-    from ..base_model import load_tokenizer
 
     table, tokenizer = Table(*_COLUMNS), load_tokenizer()
     for name in names:

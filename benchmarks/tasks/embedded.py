@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import environment
-from ..corpus import SourceFile, is_held_out, package_sources, stdlib_sources
-from ..files import REPOSITORY, sha256, write_text
-from . import Example, Task
+from ..base_model.corpus import SourceFile, is_held_out, package_sources, stdlib_sources
+from ..core import environment
+from ..core.files import REPOSITORY, sha256, write_text
+from .task import Example, Task
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

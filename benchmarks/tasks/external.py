@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..base_model import EOS, MAX_POSITIONS
-from ..files import BenchmarkError, in_share, sha256
-from . import Example, Task, formats
+from ..base_model.load import EOS, MAX_POSITIONS
+from ..core.files import BenchmarkError, in_share, sha256
+from . import formats
+from .task import Example, Task
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -173,7 +174,7 @@ def without_prompts_of(held: Sequence[Text], train: Sequence[Text]) -> list[Text
     return [text for text in train if text.key not in asked]
 
 
-def _encode(texts: Sequence[Text], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], list[str]]:
+def encode(texts: Sequence[Text], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], list[str]]:
     """Examples, and in words what was left out."""
     prompts = tokenizer.encode_batch([text.prompt for text in texts])
     answers = tokenizer.encode_batch([text.answer + EOS for text in texts])
@@ -208,10 +209,10 @@ def load(name: str, tokenizer: Tokenizer, options: DataOptions) -> Task:
         )
     train, test = read_splits(check_data(name), options.folder)
     apart = without_prompts_of(test, train)
-    training, left_out = _encode(apart, tokenizer, options.max_length)
+    training, left_out = encode(apart, tokenizer, options.max_length)
     if len(apart) < len(train):
         left_out.append(f"{len(train) - len(apart):,} that the held-out split asks too")
-    heldout, left_out_of_test = _encode(test, tokenizer, options.max_length)
+    heldout, left_out_of_test = encode(test, tokenizer, options.max_length)
     note = f"{name}: {in_words('training', training, left_out)}; {in_words('held-out', heldout, left_out_of_test)}"
     if not training or not heldout:
         raise BenchmarkError(f"{note}: a split is empty; give a larger --max-length, or more data")

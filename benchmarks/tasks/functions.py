@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..base_model import BLANK
-from ..corpus import SourceFile
+from ..base_model.corpus import SourceFile
+from ..base_model.load import BLANK
 
 MIN_LINES, MAX_LINES, MIN_NAME = 4, 20, 3
 Definition = ast.FunctionDef | ast.AsyncFunctionDef

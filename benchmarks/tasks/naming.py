@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..base_model import ANSWER, EOS
-from ..corpus import SourceFile
+from ..base_model.corpus import SourceFile
+from ..base_model.load import ANSWER, EOS
 from .embedded import (
     HELDOUT_SIZE,
     Files,

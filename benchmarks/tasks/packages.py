@@ -11,8 +11,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..base_model import ANSWER, EOS
-from ..corpus import SourceFile
+from ..base_model.corpus import SourceFile
+from ..base_model.load import ANSWER, EOS
 from .embedded import (
     HELDOUT_SIZE,
     Groups,

@@ -12,10 +12,11 @@ import ast
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pydoc_data.topics import topics as pydoc_topics
 from typing import TYPE_CHECKING
 
-from ..corpus import SourceFile
-from ..files import sha256
+from ..base_model.corpus import SourceFile
+from ..core.files import sha256
 from .embedded import HELDOUT_SIZE, STDLIB, Recipe, Row, choose, sources
 from .functions import parse
 
@@ -55,9 +56,7 @@ def normal(paragraph: str) -> str:
 
 def topics() -> list[Document]:
     """Python's documentation topics, sorted by name."""
-    from pydoc_data.topics import topics as found
-
-    return [Document(STDLIB, name, (paragraphs(found[name]),)) for name in sorted(found)]
+    return [Document(STDLIB, name, (paragraphs(pydoc_topics[name]),)) for name in sorted(pydoc_topics)]
 
 
 def held_out_topics(found: Iterable[Document]) -> list[Document]:

@@ -1,10 +1,15 @@
 """The real task and a small model, made once for the folder."""
 
+from dataclasses import asdict
 from functools import cache
 
 import pytest
 
-from benchmarks import base_model
+from benchmarks.__main__ import main
+from benchmarks.base_model import load as base_model
+from benchmarks.core.results import RunConfig
+from benchmarks.tasks import embedded, naming
+from benchmarks.tasks.task import Task
 
 
 @pytest.fixture
@@ -12,8 +17,6 @@ def refusal(capsys):
     """A function that gives what a command line that must be refused prints as its error."""
 
     def run(arguments):
-        from benchmarks.__main__ import main
-
         try:
             status = main(arguments)
         except SystemExit as stop:
@@ -32,7 +35,6 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def rows_of(tokenizer):
     """A function that gives the rows of an embedded task, without a warning where versions are not the pinned ones."""
-    from benchmarks.tasks import embedded
 
     @cache
     def load(recipe):
@@ -45,18 +47,20 @@ def rows_of(tokenizer):
 
 @pytest.fixture(scope="session")
 def rows(rows_of):
-    from benchmarks.tasks import naming
-
     return rows_of(naming.RECIPE)
 
 
 @pytest.fixture(scope="session")
 def naming_task(rows, tokenizer):
-    from benchmarks.tasks import embedded, naming
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedded, "load_rows", lambda recipe, tokenizer: rows)
         return embedded.load(naming.RECIPE, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def small_task(naming_task):
+    """Some examples of naming."""
+    return Task("naming", naming_task.train[:64], naming_task.heldout[:16], "small")
 
 
 @pytest.fixture
@@ -70,10 +74,6 @@ def made_up_result():
         curve=((0, 0.0, 5.0), (50, 10.0, 3.0), (100, 20.0, 2.0)),
         **changes,
     ):
-        from dataclasses import asdict
-
-        from benchmarks.results import RunConfig
-
         config = asdict(RunConfig("naming", optimizer, lr, seed, steps=100, eval_every=50))
         config |= changes.pop("config", {})
         result = {
@@ -95,11 +95,3 @@ def made_up_result():
         return result | changes
 
     return make
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    """The folder of a tiny Llama with its tokenizer."""
-    from finetuning import save_model
-
-    return save_model(tmp_path_factory.mktemp("tiny_llama"))

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.kernels import profiled
-from benchmarks.shapes import Workload, adapted_model, batches
+from benchmarks.cost.kernels import profiled
+from benchmarks.cost.shapes import Workload, adapted_model, batches
 from grit_optim import GritOptimizer, Site, linalg
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)

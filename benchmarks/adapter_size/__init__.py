@@ -1,0 +1,1 @@
+"""Held-out loss against the bytes of the saved adapter."""

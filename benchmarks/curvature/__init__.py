@@ -1,0 +1,1 @@
+"""The curvature of the main job, recorded while it trains."""

@@ -1,0 +1,1 @@
+"""How far each Fisher approximation is from the dense per-token one."""

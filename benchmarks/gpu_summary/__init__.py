@@ -1,0 +1,1 @@
+"""What `gpu.sh` measured on a GPU, on one page."""

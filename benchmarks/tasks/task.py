@@ -1,0 +1,60 @@
+"""A task: its examples, and the order in which a run meets them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..core.files import BenchmarkError
+
+_GROUP = 16  # batches that are sorted by length together: padding falls below a tenth, the order stays random
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a prompt and of its answer; the loss is on the answer alone."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Training and held-out examples, the sha256 of both, and what the share of exactly right answers is called.
+
+    `metric` is None where that share means nothing (free text); `note` says what was left out of the data.
+    """
+
+    name: str
+    train: tuple[Example, ...]
+    heldout: tuple[Example, ...]
+    fingerprint: str
+    metric: str | None = "exact match"
+    note: str = ""
+
+    def batches(self, seed: int, batch_size: int) -> Iterator[list[Example]]:
+        """Endless training batches in an order that depends on `seed` and `batch_size` alone.
+
+        Every epoch is a new permutation; batches hold examples of like length, so that little is padding.
+        """
+        if not 1 <= batch_size <= len(self.train):
+            raise BenchmarkError(
+                f"batch size {batch_size} is not between 1 and the {len(self.train)} training examples"
+            )
+        generator = random.Random(seed)
+        while True:
+            yield from self._epoch(generator, batch_size)
+
+    def _epoch(self, generator: random.Random, size: int) -> Iterator[list[Example]]:
+        """One pass over whole batches; what does not fill a batch is left out of this pass."""
+        order = generator.sample(range(len(self.train)), len(self.train) // size * size)
+        for start in range(0, len(order), size * _GROUP):
+            group = sorted(order[start : start + size * _GROUP], key=lambda index: len(self.train[index]))
+            batches = [group[place : place + size] for place in range(0, len(group), size)]
+            generator.shuffle(batches)
+            for batch in batches:
+                yield [self.train[index] for index in batch]

@@ -1,0 +1,1 @@
+"""One training run, and many of them in processes of their own."""

@@ -1,0 +1,150 @@
+"""Plans runs, leaves out what is done, and carries out the rest, each in a process of its own."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import queue
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..base_model.load import load_tokenizer
+from ..core import environment
+from ..core.files import BenchmarkError
+from ..core.results import RunConfig, is_done
+from ..tasks.external import DataOptions
+from ..tasks.registry import load_task
+from .optimizers import check_optimizer
+from .train import data_fingerprint, execute
+
+T = TypeVar("T")
+PRELOADED = ["torch", "transformers", "peft", "benchmarks.training.train"]
+
+
+def plan(
+    template: RunConfig, optimizers: Sequence[str], lrs: Sequence[float], seeds: Sequence[int]
+) -> list[RunConfig]:
+    """Every combination; seeds outermost, so that a job stopped half-way has all methods at the first seeds."""
+    combinations = itertools.product(seeds, map(check_optimizer, optimizers), lrs)
+    return [replace(template, optimizer=name, lr=lr, seed=seed) for seed, name, lr in combinations]
+
+
+@cache
+def fingerprint(task: str, data: DataOptions | None = None) -> str:
+    """What identifies the task's data and the base model; makes the data where needed and says what they leave out."""
+    loaded = load_task(task, load_tokenizer(), data)
+    if loaded.note:
+        print(loaded.note)
+    return data_fingerprint(loaded)
+
+
+def pending(runs: Sequence[RunConfig], folder: Path, data: DataOptions | None = None) -> list[RunConfig]:
+    """The runs that the folder does not hold yet; makes the tasks' data on the way."""
+    return [run for run in runs if not is_done(folder, run, fingerprint(run.task, data))]
+
+
+def _child(
+    config: RunConfig, folder: Path, threads: int, jobs: int, slot: int, data: DataOptions | None
+) -> Path:
+    warnings.simplefilter("ignore", UserWarning)  # the parent has printed those about versions
+    return execute(config, folder, threads, jobs, slot, data)
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Processes forked from a clean server that has the libraries loaded; fresh ones where there is no fork."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def threads_per_run(jobs: int, threads: int | None = None) -> int:
+    """Threads of one of `jobs` runs at a time: an equal share of the cores unless `threads` says otherwise."""
+    return threads or max(1, (os.cpu_count() or 1) // jobs)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it does: killed, that one could not stop a run, which would go on unseen."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        """Wait for the parent's end; the thread that trains would notice it only after its last step."""
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def in_process(call: Callable[..., T], *arguments: Any) -> T:
+    """The result of a call in a fresh process of its own, which ends with this one."""
+    with ProcessPoolExecutor(1, mp_context=_context(), initializer=_end_with_parent) as executor:
+        return executor.submit(call, *arguments).result()
+
+
+def execute_all(
+    runs: Sequence[RunConfig],
+    folder: Path,
+    jobs: int,
+    threads: int | None = None,
+    data: DataOptions | None = None,
+) -> dict[str, str]:
+    """Carry out runs, `jobs` at a time; returns what went wrong with each that failed, by its result's name.
+
+    A process per run: peak memory is the run's own, and nothing that one optimizer changed can reach the
+    next.
+    """
+    for precision, device in sorted({(run.precision, run.device) for run in runs}):
+        environment.warn_if_bf16_is_slow(precision, device)
+    share, failures = threads_per_run(jobs, threads), dict[str, str]()
+    slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for slot in range(jobs):
+        slots.put(slot)
+
+    def in_fresh_process(config: RunConfig) -> Path:
+        """Carry out one run in a process of its own; returns its result's path."""
+        slot = slots.get()
+        try:
+            return in_process(_child, config, folder, share, jobs, slot, data)
+        finally:
+            slots.put(slot)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures: dict[Future[Path], RunConfig] = {pool.submit(in_fresh_process, run): run for run in runs}
+        try:
+            for future in as_completed(futures):
+                if error := future.exception():
+                    name = futures[future].file_name()
+                    failures[name] = f"{type(error).__name__}: {error}"
+                    print(f"failed: {name}: {failures[name]}", file=sys.stderr)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failures
+
+
+def run_all(
+    runs: Sequence[RunConfig],
+    folder: Path,
+    jobs: int = 1,
+    threads: int | None = None,
+    data: DataOptions | None = None,
+) -> None:
+    """Carry out what is pending; an error at the end if a run failed (diverging is a result, not a failure)."""
+    todo = pending(runs, folder, data)
+    if len(todo) < len(runs):
+        print(f"{len(runs) - len(todo)} of {len(runs)} runs are in {folder} already and are left as they are")
+    failures = execute_all(todo, folder, jobs, threads, data) if todo else {}
+    if failures:
+        lines = [f"{name}: {error}" for name, error in failures.items()]
+        raise BenchmarkError(f"{len(failures)} of {len(todo)} runs failed:\n" + "\n".join(lines))

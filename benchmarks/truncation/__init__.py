@@ -1,0 +1,1 @@
+"""What dropping directions of a trained adapter costs: predicted, and measured."""

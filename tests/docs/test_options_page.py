@@ -1,0 +1,24 @@
+"""The page of options has every option with its default."""
+
+import inspect
+
+from pages import page, rows
+
+from grit_optim import GritOptimizer
+
+PAGE = page("docs/options.md")
+
+
+def options():
+    parameters = inspect.signature(GritOptimizer.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "sites"}
+
+
+def test_every_option_is_in_a_table_with_its_default():
+    found = {cells[0].strip("`"): cells[1:] for cells in rows(PAGE) if cells[0].startswith("`")}
+    assert set(found) == set(options())
+    for name, default in options().items():
+        assert found[name][0].strip("`") == (f'"{default}"' if isinstance(default, str) else str(default)), (
+            name
+        )
+        assert len(found[name][1]) > 20, name

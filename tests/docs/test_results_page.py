@@ -1,0 +1,124 @@
+"""The page of results shows the tables that were printed, and what it says of them follows from the runs."""
+
+import statistics
+
+import pytest
+from evidence import (
+    PEERS,
+    RESULTS,
+    TASKS,
+    comparable,
+    comparison_table,
+    final,
+    loss,
+    main_table,
+    part,
+    read_results,
+    target,
+    trials,
+)
+from pages import page, row, rows, words
+
+PAGE = page("docs/results.md")
+TEXT = words(PAGE)
+GAPS = part("Loss less that of AdamW's best, seed by seed:")
+STEPS = part("Steps to AdamW's best, task by task:")
+
+
+def gaps(label):
+    """Mean and standard deviation of the differences from AdamW's best, by task."""
+    cells = [cell.replace("−", "-").split(" ± ") for cell in row(GAPS, label)[1:]]
+    return [(float(mean), float(deviation)) for mean, deviation in cells]
+
+
+def test_the_tables_are_the_ones_that_were_printed():
+    assert main_table() in PAGE
+    assert part("Targets (AdamW's best):") in PAGE
+    for table, least in ((GAPS, 6), (STEPS, 8)):
+        shown = [line for line in table.splitlines()[2:] if line in PAGE]
+        assert len(shown) >= least
+        assert "\n".join([*table.splitlines()[:2], *shown]) in PAGE
+
+
+def test_the_main_jobs_table_is_the_one_that_was_printed():
+    folder = RESULTS / "main"
+    ((_, results),) = comparable(read_results(folder))
+    printed = comparison_table(results).strip()
+    assert (folder / "table.md").read_text(encoding="utf8").strip() == printed
+    assert printed.partition("\n\n")[0] in PAGE
+    assert words(printed) in TEXT
+
+
+def test_grit_is_below_every_adamw_by_four_deviations():
+    assert all(mean < 0 and -mean >= 4 * deviation for mean, deviation in gaps("grit"))
+
+
+def test_grit_is_below_every_other_contender_but_for_a_tie():
+    labels = [cells[0] for cells in rows(main_table())[2:] if cells[0] != "grit"]
+    behind = {(label, task): loss(label, task) - loss("grit", task) for label in labels for task in TASKS}
+    nearest = min(behind, key=behind.get)
+    assert nearest == ("muon-0.6", "prose")
+    assert abs(behind.pop(nearest)) < 0.001
+    assert min(behind.values()) > 0.003
+    muon = [behind["muon-0.6", task] for task in TASKS if task != "prose"]
+    assert f"It is {min(muon):.3f} to {max(muon):.3f} nats behind on the other three" in TEXT
+
+
+def test_the_steps_are_the_tables():
+    ratios = dict(zip(TASKS, [cell.partition("×")[0] for cell in row(STEPS, "grit")[1:]], strict=True))
+    assert rows(STEPS)[0][1:] == list(TASKS)
+    whole = row(main_table(), "grit")
+    assert f"in {whole[6].partition('×')[0]} of AdamW's steps" in TEXT
+    assert f"{ratios['packages']} on `packages` to {ratios['signature']} on `signature`" in TEXT
+    assert (min(ratios.values()), max(ratios.values())) == (ratios["packages"], ratios["signature"])
+    assert f"In seconds that is {whole[7].partition('×')[0]}." in TEXT
+
+
+def test_nothing_need_be_retuned():
+    """At the rate that is best for AdamW with β₁ = 0.9, GRIT is below AdamW's best of all settings."""
+    there = []
+    for task in TASKS:
+        adamw, grit = trials()["adamw", task], trials()["grit", task]
+        assert grit.contender.rate(adamw.best) == adamw.contender.rate(adamw.best)
+        runs = grit.configs(adamw.best, grit.settings.steps)
+        assert len(runs) == 3
+        there.append((task, grit.ledger.mean(runs)))
+        assert there[-1][1] < target(task)
+    assert ", ".join(f"{found:.3f} on `{task}`" for task, found in there) in TEXT
+
+
+@pytest.mark.parametrize("label", ["soap-rank", "kl-soap", "lorarite"])
+def test_lower_momentum_is_a_gain_of_its_own(label):
+    assert all(mean < 0 for mean, _ in gaps(f"{label}-0.6"))
+    assert not all(mean < 0 for mean, _ in gaps(label))
+
+
+def test_with_the_bases_momentum_grit_needs_more_steps():
+    """The shortest budget whose mean over the seeds reaches AdamW's best, mean of the tasks."""
+    configs, shortest = [run["config"] for run in read_results(RESULTS / "momentum")], []
+    for task in TASKS:
+        kind = {"task": task, "lr": 5e-3 if task == "signature" else 1e-2, "beta1": 0.9, "options": {}}
+        budgets = {config["steps"] for config in configs if kind.items() <= config.items()}
+        reached = [n for n in budgets if final("momentum", (0, 1, 2), steps=n, **kind) <= target(task)]
+        shortest.append(min(reached) / 60)
+    assert f"With the base's 0.9 it needed {statistics.fmean(shortest):.2f} of AdamW's steps" in TEXT
+
+
+def test_the_rank_side_is_enough():
+    plain = [loss("kl-soap", task) - loss("soap-rank", task) for task in TASKS]
+    fresh = {task: loss("kl-soap-0.6", task) - loss("soap-rank-0.6", task) for task in TASKS}
+    assert max(map(abs, plain)) < 0.0055
+    assert f"{-fresh['prose']:.3f} nats below it on `prose`" in TEXT
+    assert f"{fresh['packages']:.3f} above it on `packages`" in TEXT
+    assert max(abs(fresh["naming"]), abs(fresh["signature"])) < 0.005
+    assert all(loss("soap-full", task) > loss("soap-rank", task) for task in TASKS)
+    state = {label: row(main_table(), label)[9] for label in ("soap-full", "kl-soap", "soap-rank")}
+    assert state == {"soap-full": "71.12 MB", "kl-soap": "71.12 MB", "soap-rank": "2.61 MB"}
+    assert "keep 71 MB of state, SOAP on the rank side 2.6 MB" in TEXT
+
+
+def test_no_best_rate_lies_at_the_end_of_its_grid():
+    rates = part("Best learning rates:")
+    assert len(rates.splitlines()) > 20
+    assert "end of the rates tried" not in rates
+    assert PEERS.joinpath("table.md").read_text(encoding="utf8").count(rates) == 1
