@@ -41,7 +41,7 @@ class Job:
     folder: Path
 
     def rank(self, budget: float) -> int:
-        """The rank whose adapter is nearest to that share; at 0.49 a little more than the share, so no way has less."""
+        """The rank whose adapter is nearest to a share of the whole one; 0.49 of rank 16 gives 8, half."""
         return max(1, round(self.config.rank * budget))
 
 

@@ -39,7 +39,7 @@ def _cut_start(axis: Axes, cells: Sequence[Cell]) -> None:
 
 
 def draw_curves(found: Sequence[Method], path: Path) -> Path | None:
-    """Held-out loss against steps and against seconds, every method at its best rate; None if all diverged."""
+    """Held-out loss over steps and over seconds, every method at its best rate; None if all diverged."""
     finished = [(method, method.best) for method in found if method.best is not None]
     if not finished:
         return None
@@ -86,7 +86,7 @@ def _mark_diverged(axis: Axes, found: Sequence[Method]) -> None:
 
 
 def draw_rates(found: Sequence[Method], path: Path) -> Path:
-    """Final held-out loss against the learning rate, with the spread between seeds; diverged runs as crosses."""
+    """Final held-out loss over the learning rate, with the spread between seeds; crosses: diverged runs."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     figure, (axis,) = panels(1, 1, 5.2)

@@ -26,8 +26,10 @@ from grit_optim.telemetry import StageTimes
 
 # Another view of the same memory: nothing is launched, nothing is made.
 _VIEWS = frozenset((
-    "view", "_unsafe_view", "detach", "alias", "expand", "transpose", "t", "permute", "select", "slice", "unsqueeze", "squeeze",
-    "unbind", "split", "split_with_sizes", "diagonal", "as_strided", "_reshape_alias", "lift_fresh", "promote_types",
+    "view", "_unsafe_view", "detach", "alias", "expand", "transpose", "t", "permute", "select", "slice",
+    "unsqueeze", "squeeze",
+    "unbind", "split", "split_with_sizes", "diagonal", "as_strided", "_reshape_alias", "lift_fresh",
+    "promote_types",
     "_record_function_enter_new", "_record_function_exit",
 ))  # fmt: skip
 # Memory without contents.

@@ -31,7 +31,7 @@ _LIBRARIES = ("accelerate", "bitsandbytes", "datasets")
 
 @dataclass(frozen=True)
 class Order:
-    """What is asked for beside the configuration; nothing of it decides the outcome, but for `epochs` and `max_length`.
+    """What is asked for beside the configuration; of it `epochs` and `max_length` alone decide the outcome.
 
     Attributes:
         epochs: passes over the training examples, in place of the configuration's steps.
@@ -165,8 +165,8 @@ def _finish(
     if session.record.diverged:
         write_json(path, metrics)
         raise BenchmarkError(
-            f"the loss was no finite number any more at step {session.record.steps}: no adapter is saved; lower --lr, raise "
-            f"--warmup, or lower --clip. What was measured until then: {path}"
+            f"the loss was no finite number any more at step {session.record.steps}: no adapter is saved; "
+            f"lower --lr, raise --warmup, or lower --clip. What was measured until then: {path}"
         )
     _save_adapter(session, order.out)
     tokenizer.save_pretrained(order.out)

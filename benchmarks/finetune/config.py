@@ -33,7 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # alone.
     "study": {"quantize": "nf4", "batch_size": 2, "clip": 1.0, "seed": 3407},
 }
-"""Defaults that take the place of the configuration's, by name; what is given on the command line goes before both.
+"""Defaults that replace the configuration's, by name; the command line's values come first.
 
 `default_length` stands for `--max-length` where the model reads so many tokens.
 """
@@ -116,6 +116,6 @@ def check(config: FinetuneConfig) -> None:
     """
     if config.warmup >= config.steps:
         raise BenchmarkError(
-            f"--warmup {config.warmup} leaves no step at the full rate in a run of {config.steps} steps; lower it, or "
-            "raise --steps"
+            f"--warmup {config.warmup} leaves no step at the full rate in a run of {config.steps} steps; "
+            "lower it, or raise --steps"
         )

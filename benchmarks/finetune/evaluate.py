@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"####\s*\$?\s*(-?\$?[\d,]*\.?\d+)")  # GSM8K marks its fin
 
 
 def final_number(text: str) -> Decimal | None:
-    """The first number after "####", without thousands' separators and a dollar sign; None if there is none."""
+    """The first number after "####" without thousands' separators and dollar sign; None if there is none."""
     found = _NUMBER.search(text)
     try:
         return Decimal(re.sub(r"[,$]", "", found[1])) if found else None
@@ -155,7 +155,7 @@ class Evaluator:
         return made[:, longest:]
 
     def _ends(self) -> list[int]:
-        """Every token that ends an answer: the tokenizer's, and those of the model itself (a chat model has several)."""
+        """Every token that ends an answer: the tokenizer's, and the model's own, which may be several."""
         own = getattr(self.model.get_base_model().generation_config, "eos_token_id", None)
         ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         return sorted(end for end in ends if end is not None)

@@ -47,7 +47,7 @@ class Source:
 
     @property
     def is_embedded(self) -> bool:
-        """Whether it is the repository's own model, whose folder holds no tokenizer that transformers would find."""
+        """Whether it is the repository's own model, whose tokenizer transformers does not find."""
         return self.folder is not None and self.folder.resolve() == base_model.FOLDER
 
     def keywords(self) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def _unavailable(source: Source, what: str, error: Exception) -> BenchmarkError:
     remedy = (
         f"the folder must hold what save_pretrained writes ({what})"
         if source.folder
-        else "check the name, the network and, for a model that asks for consent, HF_TOKEN; a folder that holds the model "
-        "may be given instead: --model FOLDER"
+        else "check the name, the network and, for a model that asks for consent, HF_TOKEN; a folder that "
+        "holds the model may be given instead: --model FOLDER"
     )
     return BenchmarkError(f"cannot load the {what} of {source.model} ({reason}); {remedy}")
 
@@ -194,7 +194,7 @@ def positions(source: Source) -> int | None:
 
 
 def model_fingerprint(source: Source, model: Any) -> str:
-    """What identifies the base model: the hub's commit, or a hash of the folder's weights and configuration."""
+    """The hub's commit, or a hash of the folder's weights and configuration."""
     if source.folder is None:
         return f"{source.model}@{getattr(model.config, '_commit_hash', None) or source.revision or 'main'}"
     files = sorted(

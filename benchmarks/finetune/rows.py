@@ -115,8 +115,8 @@ def _turns(row: formats.Row, place: str, tokenizer: PreTrainedTokenizerBase) -> 
     """Every message of the assistant as the answer to all before it, as it would be asked for."""
     if not tokenizer.chat_template:
         raise BenchmarkError(
-            f"{place} has {MESSAGES}, but the model's tokenizer has no chat template; use a chat model, or rows with "
-            "prompt and completion"
+            f"{place} has {MESSAGES}, but the model's tokenizer has no chat template; use a chat model, or "
+            "rows with prompt and completion"
         )
     messages, opening = _messages(row, place), ""
     for number, message in enumerate(messages):
@@ -127,8 +127,9 @@ def _turns(row: formats.Row, place: str, tokenizer: PreTrainedTokenizerBase) -> 
         opening = opening or prompt
         if not whole.startswith(prompt):
             raise BenchmarkError(
-                f"{place}: the chat template writes the conversation before message {number + 1} otherwise once that is "
-                "answered, so the answer cannot be told from the prompt; give rows with prompt and completion"
+                f"{place}: the chat template writes the conversation before message {number + 1} otherwise "
+                "once that is answered, so the answer cannot be told from the prompt; give rows with prompt "
+                "and completion"
             )
         yield Turn(prompt, whole[len(prompt) :], opening)
 

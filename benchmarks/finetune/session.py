@@ -1,4 +1,4 @@
-"""What both trainers share of a run: model, optimizer, schedule, batches, and the record of what was measured."""
+"""What both trainers share: model, optimizer, schedule, batches, and the record of what was measured."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _optimizer(model: PeftModel, config: FinetuneConfig) -> torch.optim.Optimize
 
 
 class Session:
-    """One run, whichever trainer drives it: it calls `begin_step`, `tell` for each micro-batch, then `end_step`."""
+    """One run. Its trainer calls `begin_step`, `tell` for each micro-batch, then `end_step`."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class Session:
         self._bar.close()
 
     def begin_step(self) -> None:
-        """Start the clock; what the step draws at random depends on seed and step alone, in a resumed run too."""
+        """Start the clock. Seed and step alone decide what the step draws, in a resumed run too."""
         torch.manual_seed((self.config.seed * 1_000_003 + self.record.steps) % 2**63)
         self._parts = []
         self._synchronize()
@@ -139,7 +139,7 @@ class Session:
             self.optimizer.observe(loss.detach() * self.config.accumulation)
 
     def end_step(self) -> bool:
-        """Stop the clock, show and keep the loss, evaluate where it is due; returns whether the run has diverged."""
+        """Stop the clock, keep the loss, evaluate where it is due; returns whether the run has diverged."""
         loss = float(torch.stack(self._parts).sum())
         self._synchronize()
         self.record.step_seconds.append(time.perf_counter() - self._begun)
@@ -154,11 +154,11 @@ class Session:
         return self.record.diverged
 
     def is_due(self, every: int) -> bool:
-        """Whether a checkpoint is due after the step; the last step always has one, so that nothing is lost after it."""
+        """Whether a checkpoint is due after the step; it always is after the last one."""
         return self.record.steps == self.config.steps or bool(every and self.record.steps % every == 0)
 
     def saved(self, state: Path) -> None:
-        """Say once, when the first checkpoint is written, if its optimizer state will not load: not only when it is needed."""
+        """Say once, at the first checkpoint, if its optimizer state will not load; not only at the resume."""
         if not self._told_of_state:
             self._told_of_state = True
             try:
@@ -179,7 +179,10 @@ class Session:
 
 def unreadable(optimizer: str) -> str:
     """Why runs of some optimizers cannot be resumed."""
-    return f"optimizer {optimizer!r} keeps objects in its state that torch does not load safely, so its runs cannot be resumed"
+    return (
+        f"optimizer {optimizer!r} keeps objects in its state that torch does not load safely, so its runs "
+        "cannot be resumed"
+    )
 
 
 def _told(point: dict[str, Any]) -> list[str]:

@@ -53,8 +53,8 @@ def _united(old: Suite, new: Suite, folder: Path) -> Suite:
     for one in new.contenders:
         if contenders.setdefault(one.label, one) != one:
             raise BenchmarkError(
-                f"{folder} holds a contender {one.label!r} with other settings ({contenders[one.label]}, now {one}); "
-                "choose another --out"
+                f"{folder} holds a contender {one.label!r} with other settings ({contenders[one.label]}, now "
+                f"{one}); choose another --out"
             )
     return Suite(new.settings, tuple(dict.fromkeys((*old.tasks, *new.tasks))), tuple(contenders.values()))
 

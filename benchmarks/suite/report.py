@@ -1,4 +1,4 @@
-"""The report of a suite: table in Markdown and as JSON, and figures, from its folder's files and from nothing else."""
+"""The report of a suite from its folder's files: the table, as Markdown and as JSON, and figures."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def _check_data(results: Sequence[Result]) -> None:
         task, found = result["config"]["task"], result["fingerprint"]
         if first.setdefault(task, found) != found:
             raise BenchmarkError(
-                f"task {task}: results on different data or base models ({first[task][:12]} and {found[:12]}) are in one "
-                "folder; move one kind out"
+                f"task {task}: results on different data or base models ({first[task][:12]} and "
+                f"{found[:12]}) are in one folder; move one kind out"
             )
 
 
@@ -112,7 +112,7 @@ def read_costs(folder: Path, suite: Suite) -> dict[str, Any]:
 
 
 def report(folder: Path) -> str:
-    """Write `table.md`, `table.json` and the figures of a suite into its folder and print the table; returns it.
+    """Write `table.md`, `table.json` and the figures into the suite's folder, and print the table.
 
     Results of different accelerators or versions never share a table: each such group gets its own.
     """

@@ -53,7 +53,7 @@ class Standing:
 
     @property
     def gaps(self) -> list[float]:
-        """Final losses less those of AdamW's best at the same seeds, which have the same initial adapter and batches."""
+        """Final losses less those of AdamW's best at the same seeds, hence the same adapters and batches."""
         if not self.adamw or not self.losses:
             return []
         best = min(self.adamw, key=statistics.fmean)
@@ -66,7 +66,7 @@ class Standing:
 
     @property
     def steps_ratio(self) -> float | None:
-        """The shortest budget that reaches AdamW's best loss over the full one; infinite for none up to the longest."""
+        """The shortest budget that reaches AdamW's best loss, over the full one; infinite where none does."""
         search = self.search
         if search is None or search.missing is not None:
             return None

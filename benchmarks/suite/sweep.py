@@ -41,7 +41,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Bracket:
-    """A search over places of a grid: those looked at, those still to run, and the best once there are none."""
+    """A search over places of a grid: those looked at, those still to run, and at its end the best one."""
 
     places: tuple[int, ...]
     missing: tuple[int, ...] = ()
@@ -87,7 +87,7 @@ class Search:
 def shortest_budget(
     budgets: Sequence[int], lowest: int, full: int, reaches: Callable[[int], bool | None]
 ) -> Search:
-    """Bisect rising `budgets` from `lowest` on for one that reaches the target while the one below it does not.
+    """Bisect rising `budgets` from `lowest` on for one that reaches the target, the one below it not.
 
     Where the loss falls with the budget that is the shortest one that does. A contender that misses the
     target at the `full` budget is tried at the longest first; one that reaches it at `lowest` goes on below
@@ -168,7 +168,7 @@ class Trial:
         return None if start is None else bracket(start, self.mean, self.settings.extensions)
 
     def mean(self, place: int) -> float | None:
-        """Mean final loss over all seeds at the full budget; a rate far behind with the first seed is judged by that seed.
+        """Mean final loss over all seeds at the full budget; of a rate far behind, the first seed's loss.
 
         Seeds shift all rates alike, so a rate that is `margin` behind with one of them would hardly come
         first with more. Where the first seed's loss is below the mean of the rate that is ahead, the other
@@ -241,7 +241,7 @@ class Trial:
         return [] if search is None or search.missing is None else self.at_budget(search.missing)
 
     def needs(self, target: float | None) -> tuple[str, list[RunConfig]]:
-        """The phase this trial is in and the runs it needs now that are not there; "" and none when it is through."""
+        """The phase this trial is in and the runs that it lacks now; "" and none when it is through."""
         phase, runs = self._needs_rates()
         if not phase:
             runs = self._needs_budget(target)
@@ -267,7 +267,7 @@ def make_trials(
 
 
 def reference(trials: Sequence[Trial], task: str) -> Trial | None:
-    """The AdamW trial with the lowest mean loss; None while one of them may still change, or where there is none."""
+    """The AdamW trial with the lowest mean loss; None without any, or while one of them may still change."""
     adamw = [trial for trial in trials if trial.task == task and trial.contender.optimizer == REFERENCE]
     finished = [trial for trial in adamw if trial.loss is not None]
     if not finished or any(trial.rate_is_open for trial in adamw):

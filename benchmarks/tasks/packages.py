@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PACKAGES = (
-    "sympy", "mpmath", "matplotlib", "networkx", "numpy", "fontTools", "huggingface_hub", "pygments", "rich", "fsspec",
+    "sympy", "mpmath", "matplotlib", "networkx", "numpy", "fontTools", "huggingface_hub", "pygments", "rich",
+    "fsspec",
 )  # fmt: skip
 TRAIN_SIZE = 6_000
 MAX_ANSWER = 16  # tokens, <eos> included

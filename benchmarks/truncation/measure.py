@@ -1,4 +1,4 @@
-"""What dropping directions of a trained adapter costs, predicted from its factors and measured: one JSON file.
+"""What dropping directions of a trained adapter costs: predicted from its factors, and measured.
 
 Every way to drop directions replaces h = A x by M h, with M an r×r matrix of each site: the optimal one in
 balanced coordinates, the GRIT paper's projections, the truncated SVD of ΔW, the largest rows and columns. To

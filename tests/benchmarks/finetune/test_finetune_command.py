@@ -1,4 +1,4 @@
-"""The command from its arguments to the folder it writes: what is refused, what is recorded, what can be loaded again."""
+"""The command from arguments to folder: what is refused, what is recorded, what can be loaded again."""
 
 import json
 import re

@@ -40,7 +40,7 @@ def usual(run):
 
 @pytest.fixture
 def drawn():
-    """Named by the tests that look at the figures; the others go without, which takes most of a report's time."""
+    """Tests that look at the figures name it; the others draw none, which takes most of a report's time."""
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def _no_figures(request, monkeypatch):
 
 @pytest.fixture
 def pretend(monkeypatch, made_up_result):
-    """Replaces training by a function of the configuration (None: diverged, an exception: failed) and counts the runs."""
+    """Replaces training by a function of the configuration (None: diverged, error: failed); lists runs."""
 
     def install(loss=usual, **changes):
         done = []
@@ -199,7 +199,8 @@ def test_the_table_says_what_the_results_say(tmp_path, drawn, pretend, capsys):
     # on the grid of 5, 78 on straight lines; the other AdamW is 5 behind. Seeds shift all alike, so the
     # intervals are points.
     assert row(text, "grit") == (
-        "| grit | 0.9, 0.99 | 1.790 ± 0.010 (n=3) | 0.80× (0.78; 0.78 to 0.78) | 0.96× | 1.20× (1.10 to 1.30) | 2.00 MB |  |"
+        "| grit | 0.9, 0.99 | 1.790 ± 0.010 (n=3) | 0.80× (0.78; 0.78 to 0.78) | 0.96× | 1.20× (1.10 to "
+        "1.30) | 2.00 MB |  |"
     )
     assert "| 2.010 ± 0.010 (n=3) | 1.00× (1.00; 1.00 to 1.00) | 1.20× |" in row(text, "adamw")
     assert "| adamw-0.6 | 0.6, 0.99 | 2.060 ± 0.010 (n=3) | 1.05× (1.05;" in text

@@ -70,7 +70,7 @@ LOWEST = 40
 
 
 def bisected(reaching, full=100):
-    """The finished search for the shortest budget of those that reach the target, and the budgets that were run."""
+    """The finished search among budgets of which `reaching` reach the target, and the budgets that it ran."""
     known, run = {full: full in reaching}, []
     while (found := shortest_budget(BUDGETS, LOWEST, full, known.get)).missing is not None:
         assert found.missing not in known, "nothing is asked for twice"
@@ -126,7 +126,7 @@ def test_budgets_contain_the_full_one_lie_on_the_grid_and_outlast_the_warm_up():
 def simulated(
     losses, contenders=(ADAMW, OTHER), tasks=("naming",), settings=SMALL, phases=PHASES, failing=()
 ):
-    """Plan and "run" by a function of the configuration until nothing is left; returns the trials and all runs."""
+    """Plan and "run" by a function of the configuration to the end; returns the trials and all runs."""
     results, failures, everything = {}, {}, []
     while True:
         trials = make_trials(tasks, contenders, settings, Ledger(results, failures))
@@ -216,7 +216,7 @@ def test_the_full_budget_has_the_last_word_and_then_all_seeds():
 
 
 def test_a_rate_with_the_first_seed_alone_is_never_the_best():
-    """The other seeds lie so much higher that the first one's loss at a worse rate is below the best rate's mean."""
+    """The other seeds lie so high that the first one's loss at a worse rate is below the best rate's mean."""
     trials, _ = simulated(lambda run: valley(run) + (0.0 if run.seed == 0 else 50.0), contenders=(ADAMW,))
     (trial,) = trials
     assert trial.contender.rate(trial.best) == 0.01
