@@ -24,7 +24,7 @@ Saved = Iterator[tuple[str, float | None, Path]]  # way, budget, folder of the a
 
 @dataclass(frozen=True)
 class Job:
-    """What a way is given.
+    """What a way is given: the run, the budgets, the task.
 
     Attributes:
         config: the run's configuration.
@@ -52,7 +52,7 @@ def fit(
     extra_loss: Callable[[], torch.Tensor] | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> None:
-    """All training steps on the batches that every way sees."""
+    """Train a model for the run's steps, on the batches that every way gets."""
     config = job.config
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_scale(step, config.steps, config.warmup)

@@ -78,7 +78,7 @@ def plan(
 
 
 def result_path(folder: Path, config: RunConfig) -> Path:
-    """One file for each run."""
+    """The path of a run's results file."""
     return folder / f"{KIND}-{config.file_name()}"
 
 
@@ -91,7 +91,7 @@ def adapter_sizes(
     folder: Path,
     threads: int | None,
 ) -> None:
-    """Run what the folder does not hold yet."""
+    """Carry out every run that the folder does not hold yet, and write a results file for each."""
     unknown = [way for way in ways if way not in WAYS]
     if unknown:
         raise BenchmarkError(f"unknown way {unknown[0]!r}; known: {', '.join(WAYS)}")

@@ -1,4 +1,4 @@
-"""Other people's ways to a small adapter, for the comparison of ``adapter_sizes``."""
+"""Other people's ways to a small adapter, which GRIT's are compared with."""
 
 from __future__ import annotations
 

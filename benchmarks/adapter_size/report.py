@@ -34,7 +34,7 @@ SLACK = 1.03
 
 
 def holds(folder: Path) -> bool:
-    """Whether the folder holds such files."""
+    """Whether the folder holds results of ``sizes``."""
     return bool(packing.paths(folder, f"{KIND}-*.json"))
 
 
@@ -218,7 +218,7 @@ def summary(tasks: Tasks, budget: float) -> str:
 
 
 def _points_at(series: Series, way: str, budget: float) -> list[Point]:
-    """The way's points at a budget, or where its own rule decides."""
+    """The way's points at a budget; where its own rule decides the size, all of its points."""
     budgets = series.get(way, {})
     return budgets.get(budget, budgets.get(None, []))
 
@@ -234,7 +234,7 @@ def _short(series: Series, points: Sequence[Point]) -> str:
 
 
 def table(tasks: Tasks, budget: float = SHOWN) -> str:
-    """All tasks."""
+    """The page: a table of every task, and what the columns mean."""
     legend = (
         "Losses, in nats per token, of the adapters as read back from their files; bytes of "
         "adapter_model.safetensors. Each way at its best rate of those named (lowest mean over the seeds and "

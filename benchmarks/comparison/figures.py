@@ -29,7 +29,7 @@ def _plot_curve(axis: Axes, best: Cell, key: str, label: str, style: dict[str, A
 
 
 def _cut_start(axis: Axes, cells: Sequence[Cell]) -> None:
-    """Leave step 0 above the axis where it would press the rest of the curves together, and say so."""
+    """End the axis below step 0, whose loss would press the curves together; a note gives that loss."""
     curves = [cell.curve("loss") for cell in cells]
     if min(map(len, curves)) < 3:
         return

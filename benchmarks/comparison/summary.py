@@ -64,7 +64,7 @@ T = TypeVar("T")
 
 
 def sections(groups: Sequence[tuple[dict[str, str], T]]) -> Iterator[tuple[list[str], T, str]]:
-    """Every group with the paragraphs that stand above its table and what the names of its figures end in.
+    """Every group with the paragraphs above its table and the ending of its figures' names.
 
     Several groups are headed by what their results differ in.
     """
@@ -81,7 +81,7 @@ def sections(groups: Sequence[tuple[dict[str, str], T]]) -> Iterator[tuple[list[
 
 @dataclass(frozen=True)
 class Cell:
-    """The seeds of one method at one learning rate."""
+    """The runs of one method at one learning rate, one for each seed."""
 
     lr: float
     runs: tuple[Result, ...]

@@ -1,4 +1,4 @@
-"""What every optimizer's factory is given."""
+"""The settings of an optimizer, and the type of the functions that make one."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ BETWEEN = 1  # untimed steps at the start of each block
 
 @dataclass(frozen=True)
 class Plan:
-    """How to measure.
+    """How long and how often to measure.
 
     Attributes:
         steps: timed steps of each optimizer.
@@ -45,7 +45,7 @@ class Plan:
 
 @dataclass
 class Measured:
-    """What was found of one optimizer beside the times in its lane."""
+    """Measurements of one optimizer beside the times in its lane."""
 
     lane: Lane
     stages: dict[str, float]
@@ -103,7 +103,7 @@ def _trace(lane: Lane, path: Path) -> None:
     """A trace of one pass and one step, the optimizer's name put into the file's."""
 
     def work() -> None:
-        """The least that shows everything."""
+        """One pass and one step of the optimizer."""
         lane.shared.one_pass(0)
         lane.optimizer.step()
 

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks train` does, in its order."""
+"""`python -m benchmarks train` from checked arguments to a folder: load, train, evaluate, save."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _train(session: Session, order: Order, checkpoint: Path | None) -> None:
 
 
 def _trainer(name: str) -> Callable[[Session, Path, int, Path | None], None]:
-    """The trainer of that name; only the chosen one is loaded."""
+    """The trainer of that name; an error where its package is missing."""
     if name == "loop":
         return loop.train
     if environment.installed_version("accelerate") is None:
@@ -178,7 +178,7 @@ def _finish(
 
 
 def _save_adapter(session: Session, out: Path) -> None:
-    """PEFT's files; where GRIT gave ranks up, tensors as small as what is left."""
+    """Write the adapter in PEFT's format; directions that GRIT gave up are left out."""
     ranks = getattr(session.optimizer, "ranks", None)
     if ranks is not None and any(site.rank < site.rank_before for site in ranks().sites):
         session.optimizer.save_adapter(out)  # type: ignore[attr-defined]
@@ -187,7 +187,7 @@ def _save_adapter(session: Session, out: Path) -> None:
 
 
 def _metrics(session: Session, order: Order) -> dict[str, Any]:
-    """Everything that was measured, and what it depends on, as plain data without a path of this machine."""
+    """Measurements, and what they depend on, as plain data without paths of this machine."""
     record, config, optimizer = session.record, session.config, session.optimizer
     ranks, telemetry = getattr(optimizer, "ranks", None), getattr(optimizer, "telemetry", None)
     task = session.data.task

@@ -1,4 +1,4 @@
-"""What decides a fine-tuning run, and the settings of the systems that came before."""
+"""The configuration of a fine-tuning run, and the recipes of earlier systems."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class FinetuneConfig:
     device: str = "cpu"
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """What a saved configuration says otherwise, as `name (then → now)`."""
+        """Settings in which a saved configuration differs, as `name (then → now)`."""
         now = asdict(self)
         return [
             f"{name} ({other.get(name)} → {now.get(name)})"
@@ -104,12 +104,12 @@ class FinetuneConfig:
 
 
 def steps_of(epochs: float, examples: int, config: FinetuneConfig) -> int:
-    """Steps of so many passes over the training examples, at least 1."""
+    """Steps in `epochs` passes over the training examples, at least 1."""
     return max(1, round(epochs * examples / (config.batch_size * config.accumulation)))
 
 
 def check(config: FinetuneConfig) -> None:
-    """Refuse what does not go together.
+    """Refuse settings that contradict each other.
 
     Raises:
         BenchmarkError: With the remedy.

@@ -41,7 +41,7 @@ class Origin:
 
     @property
     def argument(self) -> str:
-        """What `--dataset` was told, without paths of this machine."""
+        """The value of `--dataset` without paths of this machine."""
         if self.file:
             return self.file.name
         return f"{self.name}=FOLDER" if self.folder else self.name
@@ -64,7 +64,7 @@ class Heldout:
 
 @dataclass(frozen=True)
 class FinetuneData:
-    """The examples, and how held-out ones are judged."""
+    """Training and held-out examples, and what the held-out ones are judged by."""
 
     task: Task
     heldout: Heldout
@@ -168,7 +168,7 @@ def _chosen(
 
 
 def load(origin: Origin, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig) -> FinetuneData:
-    """The data; the task's note says what was left out.
+    """Load the data of an origin; the task's note says what was left out.
 
     Raises:
         BenchmarkError: Data that cannot be had or read, or of which nothing fits in `max_length` tokens.

@@ -94,7 +94,7 @@ class Evaluator:
         return found
 
     def _by_length(self, lengths: Sequence[int], name: str) -> Iterator[list[int]]:
-        """Places of like length, a batch at a time, under a progress bar."""
+        """Batches of places with similar lengths, under a progress bar."""
         order, size = sorted(range(len(lengths)), key=lambda place: lengths[place]), self.config.batch_size
         with tqdm(total=len(order), desc=name, unit="example", leave=False) as bar:
             for start in range(0, len(order), size):
@@ -119,7 +119,7 @@ class Evaluator:
         return {"final_number_exact_match": sum(right) / count, "generated": count}
 
     def generate(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """What the model answers, taking the likeliest token each time, up to `max_new_tokens` of them."""
+        """The model's greedy answers, of up to `max_new_tokens` tokens."""
         answers = [""] * len(prompts)
         for rows in self._by_length([len(prompt) for prompt in prompts], "answers"):
             said = self._continue([prompts[row] for row in rows])

@@ -33,7 +33,7 @@ class Source:
 
     @property
     def folder(self) -> Path | None:
-        """The folder, where it is one."""
+        """The model's folder; None for a model from the hub."""
         if self.model == EMBEDDED:
             return base_model.FOLDER
         return Path(self.model) if Path(self.model).is_dir() else None
@@ -51,7 +51,7 @@ class Source:
         return self.folder is not None and self.folder.resolve() == base_model.FOLDER
 
     def keywords(self) -> dict[str, Any]:
-        """What `from_pretrained` is told. The hub's token is taken from where transformers looks for it."""
+        """Keywords for `from_pretrained`. transformers itself finds the hub's token."""
         return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
 
 
@@ -128,7 +128,7 @@ def _load_base(source: Source, config: FinetuneConfig) -> PreTrainedModel:
 
 
 def _prepared(model: Any, config: FinetuneConfig) -> PreTrainedModel:
-    """Frozen, on its device, ready for adapters."""
+    """The frozen model on its device, ready for adapters."""
     from peft import prepare_model_for_kbit_training
 
     model.config.use_cache = False  # generation turns it on for itself

@@ -26,7 +26,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run there has ended."""
+    """Whether the folder's run has ended."""
     return packing.exists(folder / METRICS)
 
 
@@ -63,7 +63,7 @@ def clear(folder: Path) -> None:
 
 
 def begin(folder: Path, config: FinetuneConfig, fingerprints: dict[str, str], resume: bool) -> None:
-    """Write down what is to be run, or check that it is what the folder's run was.
+    """Write down what is to be run; on a resume, check that the folder's run was this one.
 
     Raises:
         BenchmarkError: The run there has other settings, data or model; names them.

@@ -13,7 +13,7 @@ _VARIES = ("lr", "optimizer", "base", "options", "seed")
 
 
 def holds(folder: Path) -> bool:
-    """Whether the folder holds folders of runs of `train`."""
+    """Whether the folder's subfolders hold runs of `train`."""
     return bool(packing.paths(folder, f"*/{METRICS}"))
 
 
@@ -35,7 +35,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def _shared(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same in all runs."""
+    """Settings, data and model, which must be equal in all runs."""
     kept = {name: value for name, value in metrics["config"].items() if name not in _VARIES}
     return kept | metrics["fingerprints"]
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Record:
-    """What was measured so far; it travels with the checkpoints.
+    """Losses, times and evaluations so far; every checkpoint holds them.
 
     Attributes:
         losses: of every step, before its update, in nats per answer token; None: no finite number.
@@ -47,7 +47,7 @@ class Record:
 
     @property
     def steps(self) -> int:
-        """Steps done."""
+        """Number of steps that are done."""
         return len(self.losses)
 
     @property
@@ -56,12 +56,12 @@ class Record:
         return None in self.losses[-1:] or any(point["loss"] is None for point in self.curve)
 
     def save(self, folder: Path) -> None:
-        """Write it into a checkpoint's folder."""
+        """Write the record into a checkpoint's folder."""
         write_json(folder / RECORD, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> Record:
-        """Read it from a checkpoint's folder."""
+        """Read the record from a checkpoint's folder."""
         return cls(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
 
 
@@ -133,7 +133,7 @@ class Session:
         self._begun = time.perf_counter()
 
     def tell(self, loss: Tensor) -> None:
-        """A micro-batch's share of the step's loss."""
+        """Take a micro-batch's share of the step's loss, for the record and for the optimizer."""
         self._parts.append(loss.detach())
         if hasattr(self.optimizer, "observe"):  # it averages what it is told, and these are shares of a mean
             self.optimizer.observe(loss.detach() * self.config.accumulation)

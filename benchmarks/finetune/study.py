@@ -167,7 +167,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def fill_in(arguments: argparse.Namespace) -> None:
-    """Give what was left out the recipe's value."""
+    """Give options that were left out the recipe's value."""
     for name, value in RECIPES.get(arguments.recipe, {}).items():
         if (
             name != "default_length"

@@ -54,7 +54,7 @@ def _task_panels(tasks: Sequence[str]) -> tuple[Figure, list[Axes]]:
 
 
 def _cut_above(axis: Axes, named: Sequence[Points], others: Sequence[Points], shown: int | None) -> None:
-    """Keep what is far above the named lines' `shown` lowest points from pressing these together.
+    """End the axis not far above the named lines' `shown` lowest points, so that these stay apart.
 
     How many lines lie outside as a whole is said in the panel. None: all points of the named lines are shown.
     """

@@ -17,7 +17,7 @@ RECORD, FAILED = "suite.json", "failed"
 
 @dataclass(frozen=True)
 class Suite:
-    """What a folder's runs belong to: sizes, tasks and contenders."""
+    """A suite: its sizes, tasks and contenders."""
 
     settings: SuiteSettings
     tasks: tuple[str, ...]
@@ -42,7 +42,7 @@ def read_suite(folder: Path) -> Suite:
 
 
 def _united(old: Suite, new: Suite, folder: Path) -> Suite:
-    """Both suites in one; an error where they cannot stand in one folder."""
+    """Both suites in one; an error where their runs cannot be compared."""
     for name in FIXED_SETTINGS:
         before, now = getattr(old.settings, name), getattr(new.settings, name)
         if before != now:

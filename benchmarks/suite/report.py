@@ -47,7 +47,7 @@ def _standing_data(one: Standing) -> dict[str, Any]:
 
 
 def data(suite: Suite, ledger: Ledger, costs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The same numbers as plain data: losses in nats per token, ratios to AdamW, sizes in bytes."""
+    """The table's numbers as plain data: losses in nats per token, ratios to AdamW, sizes in bytes."""
     trials = suite.trials(ledger)
     best = {task: reference(trials, task) for task in suite.tasks}
     return {

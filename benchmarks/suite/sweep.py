@@ -144,7 +144,7 @@ class Trial:
         )
 
     def configs(self, place: int, steps: int) -> list[RunConfig]:
-        """That run with every seed."""
+        """The runs at a place of the grid, one for every seed."""
         return [self.config(place, seed, steps) for seed in self.settings.seeds]
 
     def _first_seed(self, start: int, steps: int) -> Bracket:
@@ -157,13 +157,13 @@ class Trial:
 
     @cached_property
     def narrowed(self) -> Bracket | None:
-        """The neighbourhood of what was explored, at the full budget, with the first seed."""
+        """The neighbourhood of the best of :attr:`explored`, at the full budget, with the first seed."""
         start = self.explored.best
         return None if start is None else self._first_seed(start, self.settings.steps)
 
     @cached_property
     def settled(self) -> Bracket | None:
-        """The neighbourhood of that, at the full budget, by the mean over all seeds."""
+        """The neighbourhood of the best of :attr:`narrowed`, by the mean over all seeds."""
         start = self.narrowed.best if self.narrowed else None
         return None if start is None else bracket(start, self.mean, self.settings.extensions)
 
@@ -193,7 +193,7 @@ class Trial:
 
     @property
     def best(self) -> int | None:
-        """The place of the best rate at the full budget over all seeds; None until that is settled."""
+        """The place of the best rate at the full budget over all seeds; None until it is settled."""
         return self.settled.best if self.settled else None
 
     @property
@@ -249,7 +249,7 @@ class Trial:
         return phase, [run for run in runs if self.ledger.loss(run) is None]
 
     def failure(self, target: float | None) -> str | None:
-        """What went wrong with a run that this trial cannot go on without."""
+        """The error of a run that this trial needs to go on; None without one."""
         errors = [self.ledger.failures.get(run.file_name()) for run in self.needs(target)[1]]
         return next((error for error in errors if error), None)
 

@@ -97,7 +97,7 @@ class Text:
 
     @property
     def key(self) -> str:
-        """What texts share that must not stand on both sides of a split."""
+        """Texts with equal keys stand on one side of a split."""
         return self.prompt or self.answer
 
 
@@ -197,7 +197,7 @@ def without_prompts_of(held: Sequence[Text], train: Sequence[Text]) -> list[Text
 
 
 def encode(texts: Sequence[Text], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], list[str]]:
-    """Examples, and in words what was left out."""
+    """Examples of at most `max_length` tokens, and in words what was left out."""
     prompts = tokenizer.encode_batch([text.prompt for text in texts])
     answers = tokenizer.encode_batch([text.answer + EOS for text in texts])
     made = [Example(tuple(p.ids), tuple(a.ids)) for p, a in zip(prompts, answers, strict=True)]

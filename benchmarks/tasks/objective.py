@@ -29,7 +29,7 @@ class Batch:
     lengths: tuple[int, ...]
 
     def to(self, device: str) -> Batch:
-        """The same batch on another device."""
+        """A copy of the batch on another device."""
         return Batch(self.tokens.to(device), self.labels.to(device), self.lengths)
 
     @property

@@ -50,7 +50,7 @@ def paragraphs(text: str) -> tuple[str, ...]:
 
 
 def normal(paragraph: str) -> str:
-    """The paragraph without differences in white space: what "the same paragraph" compares."""
+    """The paragraph with single spaces; two paragraphs are equal if this is."""
     return " ".join(paragraph.split())
 
 

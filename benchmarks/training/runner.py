@@ -87,7 +87,7 @@ def _end_with_parent() -> None:
 
 
 def in_process(call: Callable[..., T], *arguments: Any) -> T:
-    """The result of a call in a fresh process of its own, which ends with this one."""
+    """The result of a call in a fresh process, which ends when this one ends."""
     with ProcessPoolExecutor(1, mp_context=_context(), initializer=_end_with_parent) as executor:
         return executor.submit(call, *arguments).result()
 

@@ -20,7 +20,7 @@ _ALONE = "one site, balanced"
 
 
 def holds(folder: Path) -> bool:
-    """Whether the folder holds such files."""
+    """Whether the folder holds results of ``truncation``."""
     return bool(packing.paths(folder, f"{KIND}-*.json"))
 
 
@@ -52,7 +52,7 @@ def _median(values: Sequence[float]) -> str:
 
 
 def _constant(result: dict[str, Any]) -> list[str]:
-    """How the prediction stands to the measurement, where it is small and where it is not."""
+    """The ratio of measured to predicted rises, separately for small and for large predictions."""
     single = [p for p in result["points"] if p["site"] != "all"]
     together = [p for p in result["points"] if p["site"] == "all"]
     second = [
