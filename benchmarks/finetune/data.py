@@ -49,7 +49,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Heldout:
-    """What held-out answers are judged by beside their loss.
+    """By what held-out answers are judged beside their loss.
 
     Attributes:
         answers: the right answers as text, in the order of the task's held-out examples.
@@ -71,7 +71,7 @@ class FinetuneData:
 
 
 def parse_origin(dataset: str, heldout: Path | None) -> Origin:
-    """What `--dataset` and `--eval-data` name.
+    """The origin that `--dataset` and `--eval-data` name.
 
     Raises:
         BenchmarkError: Neither known data nor a file that exists.
@@ -102,10 +102,10 @@ def _splits(origin: Origin, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Te
 
 
 class Encoder:
-    """Texts as examples.
+    """Turns texts into examples with the model's tokenizer.
 
-    A prompt begins as the tokenizer begins texts, and an answer ends with the end token. What a chat template
-    has written is taken as it is.
+    A prompt begins as the tokenizer begins texts, and an answer ends with the end token. Text from a chat
+    template is not changed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -220,7 +220,7 @@ def fingerprint(splits: Mapping[str, Sequence[Example]]) -> str:
 
 
 def load(name: str, tokenizer: Tokenizer, options: DataOptions) -> Task:
-    """The task on that data; its note says what was left out.
+    """The task on public data; its note says what was left out.
 
     Raises:
         BenchmarkError: Data that cannot be had or read, or of which nothing fits in `max_length` tokens.
