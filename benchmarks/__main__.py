@@ -1,4 +1,4 @@
-"""The command line, `python -m benchmarks COMMAND`: every study brings its commands and the report of its results."""
+"""The command line, `python -m benchmarks COMMAND`: every study brings its commands and its report."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .suite import study as suite
 from .tasks import study as tasks
 from .truncation import study as truncation
 
-# The first study that holds a folder reports on it. A suite's folder has cost files too, so suite comes before
-# cost; comparison takes every folder that is left.
+# The first study that holds a folder reports on it. A suite's folder has cost files too, so suite stands
+# before cost. Comparison takes every folder that is left.
 STUDIES: tuple[command.Study, ...] = (
     base_model.STUDY,
     tasks.STUDY,

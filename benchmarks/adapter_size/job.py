@@ -24,7 +24,7 @@ Saved = Iterator[tuple[str, float | None, Path]]  # way, budget, folder of the a
 
 @dataclass(frozen=True)
 class Job:
-    """What a way is given.
+    """What a way is given: the run, the budgets, the task.
 
     Attributes:
         config: the run's configuration.
@@ -41,7 +41,7 @@ class Job:
     folder: Path
 
     def rank(self, budget: float) -> int:
-        """The rank whose adapter is nearest to that share; at 0.49 a little more than the share, so no way has less."""
+        """The rank whose adapter is nearest to a share of the whole one; 0.49 of rank 16 gives 8, half."""
         return max(1, round(self.config.rank * budget))
 
 
@@ -52,7 +52,7 @@ def fit(
     extra_loss: Callable[[], torch.Tensor] | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> None:
-    """All training steps on the batches that every way sees."""
+    """Train a model for the run's steps, on the batches that every way gets."""
     config = job.config
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_scale(step, config.steps, config.warmup)

@@ -1,8 +1,8 @@
 """Held-out loss against bytes of the saved adapter: ways to get a small adapter, one JSON file for each run.
 
-Every loss is measured on the adapter as it was read back from its file by ``PeftModel.from_pretrained``.
-Batches, steps, schedule and seed are the same for all ways. The command line gives the rates and β₁; the report
-keeps the best rate of each way.
+Every loss is measured on the adapter as ``PeftModel.from_pretrained`` reads it back from its file. Batches,
+steps, schedule and seed are equal for all ways. The command line gives the rates and β₁; the report keeps the
+best rate of each way.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def plan(
     lrs: Sequence[float],
     seeds: Sequence[int],
 ) -> list[RunConfig]:
-    """Every combination, seeds outermost; all cuts of one whole adapter are one run, all else is a run for each budget."""
+    """A run for each combination, seeds outermost; cuts of one whole adapter share one run."""
     sets = [tuple(budgets)] if budgets else []
     return [
         replace(
@@ -78,7 +78,7 @@ def plan(
 
 
 def result_path(folder: Path, config: RunConfig) -> Path:
-    """One file for each run."""
+    """The path of a run's results file."""
     return folder / f"{KIND}-{config.file_name()}"
 
 
@@ -91,7 +91,7 @@ def adapter_sizes(
     folder: Path,
     threads: int | None,
 ) -> None:
-    """Run what the folder does not hold yet."""
+    """Carry out every run that the folder does not hold yet, and write a results file for each."""
     unknown = [way for way in ways if way not in WAYS]
     if unknown:
         raise BenchmarkError(f"unknown way {unknown[0]!r}; known: {', '.join(WAYS)}")

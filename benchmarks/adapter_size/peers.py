@@ -1,4 +1,4 @@
-"""Other people's ways to a small adapter, for the comparison of ``adapter_sizes``."""
+"""Other people's ways to a small adapter, which GRIT's are compared with."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def adamw_smaller_rank(job: Job) -> Saved:
 
 
 def eva(job: Job) -> Saved:
-    """GRIT on an adapter whose ranks and start are EVA's (Paischer et al. 2024): shares of the inputs' variance."""
+    """GRIT on an adapter whose ranks and start are EVA's (Paischer et al. 2024), by the inputs' variance."""
     from peft import EvaConfig, LoraConfig, get_peft_model
     from peft.tuners.lora.eva import initialize_lora_eva_weights
 
@@ -65,7 +65,7 @@ def eva(job: Job) -> Saved:
 
 
 def adalora(job: Job) -> Saved:
-    """AdaLoRA (peft) around AdamW: 1.5 times the target rank at first, cut between a sixth and two thirds of the run."""
+    """AdaLoRA (peft) around AdamW: from 1.5 times the target rank, cut from 1/6 to 2/3 of the run."""
     from peft import AdaLoraConfig, get_peft_model
 
     steps = job.config.steps
@@ -73,7 +73,8 @@ def adalora(job: Job) -> Saved:
         rank = job.rank(budget)
         torch.manual_seed(job.config.seed)
         config = AdaLoraConfig(
-            init_r=rank + rank // 2, target_r=rank, lora_alpha=rank + rank // 2, target_modules=list(LORA_TARGETS),
+            init_r=rank + rank // 2, target_r=rank, lora_alpha=rank + rank // 2,
+            target_modules=list(LORA_TARGETS),
             total_step=steps, tinit=steps // 6, tfinal=steps // 3, deltaT=1,
         )  # fmt: skip
         model: Any = in_precision(get_peft_model(load_base_model()[0], config), job.config)
@@ -96,7 +97,7 @@ def off_orthogonal(model: Any, weight: float) -> torch.Tensor:
 
 
 def _project(job: Job, name: str, options: dict[str, Any], fixed: int | None, tau: float | None) -> Saved:
-    """Train with the paper's projections, project once more at the end, and save the directions that are left.
+    """Train with the paper's projections, project once more at the end, save the directions that are left.
 
     The projections leave A and B at their full size, and the file would be as large as without them: what is
     counted is the file of ``export_adapter(…, tolerance=1e-5)``, which writes the SVD of the projected ΔW.
@@ -110,7 +111,8 @@ def _project(job: Job, name: str, options: dict[str, Any], fixed: int | None, ta
     if fixed is not None and max(optimizer.ranks().values()) > fixed:
         raise BenchmarkError(
             f"{job.config.steps} steps are too few for the paper's rules, which look at one step in "
-            f"{options.get('cov_update_freq', 1)}: its factors have too few samples to project; run more steps"
+            f"{options.get('cov_update_freq', 1)}: its factors have too few samples to project; run more "
+            "steps"
         )
     place = job.folder / f"paper-{fixed}"
     export_adapter(model, place, tolerance=1e-5)
@@ -135,7 +137,7 @@ def _projections(kind: str) -> Callable[[Job], Saved]:
 
 
 def paper(job: Job) -> Saved:
-    """The GRIT paper's whole recipe, its periods scaled to a short run: the rank comes from its rule, not from a budget."""
+    """The GRIT paper's recipe with periods for a short run; its own rule decides the rank, not a budget."""
     steps = job.config.steps
     options = {
         **presets.PAPER,

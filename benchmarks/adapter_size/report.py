@@ -34,7 +34,7 @@ SLACK = 1.03
 
 
 def holds(folder: Path) -> bool:
-    """Whether the folder holds such files."""
+    """Whether the folder holds results of ``sizes``."""
     return bool(packing.paths(folder, f"{KIND}-*.json"))
 
 
@@ -102,7 +102,7 @@ def best_setting(points: Sequence[Point]) -> tuple[float, float]:
 
 
 def read(folder: Path) -> Tasks:
-    """By task: every way's points at its best rate, and the configuration of one run for what all have in common."""
+    """By task: every way's points at its best rate, and the configuration of one of its runs."""
     results, tasks = _results(folder), {}
     for task in sorted({result["config"]["task"] for result in results}):
         of_task, series = [result for result in results if result["config"]["task"] == task], Series()
@@ -120,7 +120,7 @@ def read(folder: Path) -> Tasks:
 
 
 def rises(series: Series, points: Sequence[Point]) -> list[tuple[float, float]]:
-    """Bytes and held-out loss relative to the whole adapter of the same seed, less 1; one pair per seed that has both."""
+    """Bytes and held-out loss over those of the whole adapter, less 1; a pair per seed that has both."""
     whole = {p["seed"]: p for p in series.get(WHOLE, {}).get(1.0, [])}
     pairs = [(p, whole[p["seed"]]) for p in points if p["seed"] in whole and p["heldout"] is not None]
     return [(p["bytes"] / w["bytes"] - 1, p["heldout"] / w["heldout"] - 1) for p, w in pairs]
@@ -142,7 +142,7 @@ def _mean(points: Sequence[Point]) -> tuple[float, float] | None:
 
 
 def lower_ways(series: Series, budget: float) -> list[str]:
-    """Ways that reach a lower mean loss than ``rank_budget`` with no more bytes (up to ``SLACK``), over the same seeds."""
+    """Ways with a lower mean loss than ``rank_budget``, over the same seeds, at ``SLACK`` times its bytes."""
     ours = series[OURS][budget]
     seeds, size = {p["seed"] for p in ours}, statistics.fmean(p["bytes"] for p in ours)
     found = []
@@ -169,8 +169,8 @@ def _row(series: Series, way: str, budget: float | None, points: Sequence[Point]
     share = "–" if budget is None else f"{budget:g}"
     count = f"{statistics.fmean(p['bytes'] for p in points):,.0f}"
     return (
-        f"| {way} | {first['lr']:g}{searched}; {first['beta1']:g} | {share} | {count} | {size} | {mean}{spread} | {loss} | "
-        f"{len(points)} |"
+        f"| {way} | {first['lr']:g}{searched}; {first['beta1']:g} | {share} | {count} | {size} | "
+        f"{mean}{spread} | {loss} | {len(points)} |"
     )
 
 
@@ -189,21 +189,22 @@ def _verdict(series: Series) -> list[str]:
 def section(task: str, series: Series, config: dict[str, Any]) -> str:
     """One task: a row per way and budget, then where ``rank_budget`` stands."""
     lines = [
-        "| way | rate; β₁ | budget | bytes | against whole | held-out loss | against whole (each seed) | seeds |",
+        "| way | rate; β₁ | budget | bytes | against whole | held-out loss | against whole (each seed) | "
+        "seeds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for way, budgets in series.items():
         for budget, points in sorted(budgets.items(), key=lambda item: -(item[0] or 0)):
             lines.append(_row(series, way, budget, points))
     head = (
-        f"**{task}**: {config['steps']} steps of {config['batch_size']} examples, rank {config['rank']} before reduction, "
-        f"{config['precision']}."
+        f"**{task}**: {config['steps']} steps of {config['batch_size']} examples, rank {config['rank']} "
+        f"before reduction, {config['precision']}."
     )
     return "\n\n".join([head, "\n".join(lines), *filter(None, ["\n".join(_verdict(series))])])
 
 
 def summary(tasks: Tasks, budget: float) -> str:
-    """At one budget, of every way and task: bytes and held-out loss against the whole adapter, means over its seeds."""
+    """A table at one budget: bytes and held-out loss of every way and task against the whole adapter."""
     ways = list(dict.fromkeys(way for series, _ in tasks.values() for way in series if way != WHOLE))
     lines = [f"| budget {budget:g} | {' | '.join(tasks)} |", "| --- " * (len(tasks) + 1) + "|"]
     for way in sorted(ways, key=lambda way: way != OURS):
@@ -217,7 +218,7 @@ def summary(tasks: Tasks, budget: float) -> str:
 
 
 def _points_at(series: Series, way: str, budget: float) -> list[Point]:
-    """The way's points at a budget, or where its own rule decides."""
+    """The way's points at a budget; where its own rule decides the size, all of its points."""
     budgets = series.get(way, {})
     return budgets.get(budget, budgets.get(None, []))
 
@@ -233,13 +234,14 @@ def _short(series: Series, points: Sequence[Point]) -> str:
 
 
 def table(tasks: Tasks, budget: float = SHOWN) -> str:
-    """All tasks."""
+    """The page: a table of every task, and what the columns mean."""
     legend = (
-        "Losses, in nats per token, of the adapters as read back from their files; bytes of adapter_model.safetensors. Each "
-        "way at its best rate of those named (lowest mean over the seeds and budgets that all of them have). Where all layers "
-        "have one rank it is the nearest, at 0.49 half. The paper's projections leave the file as large as it was; counted is "
-        "the SVD of the projected ΔW. EVA reads 24 of the training batches once more at the start. Below each table: ways with "
-        f"a lower mean loss, over the seeds that both have, at up to {SLACK - 1:.0%} more bytes."
+        "Losses, in nats per token, of the adapters as read back from their files; bytes of "
+        "adapter_model.safetensors. Each way at its best rate of those named (lowest mean over the seeds and "
+        "budgets that all of them have). Where all layers have one rank it is the nearest, at 0.49 half. The "
+        "paper's projections leave the file as large as it was; counted is the SVD of the projected ΔW. EVA "
+        "reads 24 of the training batches once more at the start. Below each table: ways with a lower mean "
+        f"loss, over the seeds that both have, at up to {SLACK - 1:.0%} more bytes."
     )
     return "\n\n".join(
         [summary(tasks, budget), legend, *(section(task, *found) for task, found in tasks.items())]
@@ -247,7 +249,7 @@ def table(tasks: Tasks, budget: float = SHOWN) -> str:
 
 
 def figure(tasks: Tasks, path: Path) -> Path:
-    """Rise of the held-out loss over the whole adapter of the same seed against bytes, a panel per task, a line per way."""
+    """Rise of the held-out loss over the whole adapter's against bytes: a panel per task, a line per way."""
     columns = min(2, len(tasks))
     rows = -(-len(tasks) // columns)
     drawing, axes = panels(rows, columns, 7.2 * columns, 4.6 * rows, share_y=False)

@@ -22,8 +22,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ways",
         type=read.several(str),
         default=BY_DEFAULT,
-        help=f"by default {', '.join(BY_DEFAULT)}; whole: GRIT, and its adapter cut by SVD and by predicted loss; "
-        "besides rounded: saved in bf16, at a budget of 1 the whole adapter",
+        help=f"by default {', '.join(BY_DEFAULT)}; whole: GRIT, and its adapter cut by SVD and by predicted "
+        "loss; besides rounded: saved in bf16, at a budget of 1 the whole adapter",
     )
     parser.add_argument(
         "--budgets",
@@ -45,9 +45,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    task, steps = check_task(arguments.task), arguments.steps
     config = RunConfig(
-        check_task(arguments.task), "", 0.0, 0, arguments.steps, beta1=arguments.beta1, eval_every=arguments.steps,
-        device=resolve_device(arguments.device), precision=arguments.precision, options=dict(arguments.option or []),
+        task, "", 0.0, 0, steps, beta1=arguments.beta1, eval_every=steps,
+        device=resolve_device(arguments.device), precision=arguments.precision,
+        options=dict(arguments.option or []),
     )  # fmt: skip
     given = (getattr(arguments, name) for name in ("ways", "budgets", "lrs", "seeds", "out", "threads"))
     adapter_sizes(config, *given)

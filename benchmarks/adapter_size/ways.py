@@ -15,7 +15,7 @@ WHOLE = "grit"  # the whole adapter, which every other one is compared with
 
 
 def whole_and_cut(job: Job) -> Saved:
-    """GRIT without reduction; then that adapter cut, by SVD (peft's ``save_as_lora``) and by the predicted loss."""
+    """GRIT's whole adapter; then its cuts, by SVD (peft's ``save_as_lora``) and by the predicted loss."""
     from peft.tuners.lora.conversion import save_as_lora
 
     model = adapted_model(job.config)
@@ -35,7 +35,7 @@ def whole_and_cut(job: Job) -> Saved:
 
 
 def budget_options(steps: int, budget: float) -> dict[str, Any]:
-    """GRIT's options for a budget that is approached from a third to five sixths of the run (see benchmarks/FINDINGS.md)."""
+    """GRIT's options for a budget that is reached from a third to five sixths of the run."""
     return {
         "reprojection": "balanced",
         "reprojection_freq": max(1, steps // 12),
@@ -63,7 +63,7 @@ def smaller_rank(job: Job) -> Saved:
 
 
 def rounded(job: Job) -> Saved:
-    """GRIT's adapter saved in bf16: the whole one at a budget of 1, else one that a budget has made smaller in training."""
+    """GRIT's adapter saved in bf16; at a budget below 1 the run has made it smaller before."""
     for budget in job.budgets:
         options = budget_options(job.config.steps, budget) if budget < 1 else {}
         place = train_and_save(job, adapted_model(job.config), f"rounded-{budget}", torch.bfloat16, **options)

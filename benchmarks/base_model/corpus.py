@@ -27,7 +27,7 @@ class SourceFile:
 
 
 def _wanted(relative: Path) -> bool:
-    """Whether a file takes part: no excluded folder, and not the build's own configuration (machine paths)."""
+    """Whether a file takes part: not of an excluded folder, nor the build's configuration with its paths."""
     is_configuration = relative.name.startswith("_sysconfigdata") or relative.name == "__config__.py"
     return EXCLUDED_FOLDERS.isdisjoint(relative.parts[:-1]) and not is_configuration
 
@@ -50,7 +50,8 @@ def stdlib_sources() -> list[SourceFile]:
     files = list(_read_tree("stdlib", root))
     if not files:
         raise BenchmarkError(
-            f"no standard library sources in {root}: this Python ships without them; use one that has .py files"
+            f"no standard library sources in {root}: this Python ships without them; use one that has .py "
+            "files"
         )
     return files
 

@@ -98,7 +98,7 @@ class Batches:
         self.stream, self.config = stream, config
 
     def __call__(self, step: int) -> torch.Tensor:
-        """The batch of one step, int64 [batch_size, context + 1]; a function of the seed and the step alone."""
+        """The batch of one step, int64 [batch_size, context + 1]; seed and step alone decide it."""
         batch, width = self.config.batch_size, self.config.context + 1
         per_epoch = (self.stream.numel() - width) // width // batch
         epoch, place = divmod(step, per_epoch)
@@ -181,7 +181,8 @@ class Pretraining:
         state = torch.load(path, weights_only=True)
         if state["config"] != asdict(self.config):
             raise BenchmarkError(
-                f"{path} belongs to another configuration ({state['config']}); delete it or choose another --out"
+                f"{path} belongs to another configuration ({state['config']}); delete it or choose another "
+                "--out"
             )
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

@@ -29,7 +29,7 @@ def _plot_curve(axis: Axes, best: Cell, key: str, label: str, style: dict[str, A
 
 
 def _cut_start(axis: Axes, cells: Sequence[Cell]) -> None:
-    """Leave step 0 above the axis where it would press the rest of the curves together, and say so."""
+    """End the axis below step 0, whose loss would press the curves together; a note gives that loss."""
     curves = [cell.curve("loss") for cell in cells]
     if min(map(len, curves)) < 3:
         return
@@ -39,7 +39,7 @@ def _cut_start(axis: Axes, cells: Sequence[Cell]) -> None:
 
 
 def draw_curves(found: Sequence[Method], path: Path) -> Path | None:
-    """Held-out loss against steps and against seconds, every method at its best rate; None if all diverged."""
+    """Held-out loss over steps and over seconds, every method at its best rate; None if all diverged."""
     finished = [(method, method.best) for method in found if method.best is not None]
     if not finished:
         return None
@@ -86,7 +86,7 @@ def _mark_diverged(axis: Axes, found: Sequence[Method]) -> None:
 
 
 def draw_rates(found: Sequence[Method], path: Path) -> Path:
-    """Final held-out loss against the learning rate, with the spread between seeds; diverged runs as crosses."""
+    """Final held-out loss over the learning rate, with the spread between seeds; crosses: diverged runs."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     figure, (axis,) = panels(1, 1, 5.2)

@@ -35,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=read.data,
         metavar="NAME[=FOLDER]",
-        help="public data instead of a task: the hub's copy, or NAME_train.jsonl and NAME_test.jsonl in FOLDER; "
-        f"known: {', '.join(DATA)}",
+        help="public data instead of a task: the hub's copy, or NAME_train.jsonl and NAME_test.jsonl in "
+        f"FOLDER; known: {', '.join(DATA)}",
     )
     parser.add_argument(
         "--max-length",
         type=read.positive_int,
-        help=f"tokens of prompt and answer of --data, by default {MAX_LENGTH}; longer examples are left out and "
-        "counted",
+        help=f"tokens of prompt and answer of --data, by default {MAX_LENGTH}; longer examples are left out "
+        "and counted",
     )
     parser.add_argument("--optimizers", type=read.several(str), help=f"known: {', '.join(OPTIMIZERS)}")
     parser.add_argument("--lrs", type=read.several(read.positive))

@@ -22,12 +22,13 @@ _HEADER = (
     "optimizer state",
 )
 _LEGEND = (
-    "Loss: mean over n seeds at the best learning rate, ± the standard deviation between seeds. Steps and seconds to "
-    "AdamW's best: the first point of the mean held-out curve, interpolated, at AdamW's best final loss, as a ratio to AdamW. "
-    "Step time: median, as a ratio to AdamW; the runs came one after another, so on a noisy machine `cost`, which takes turns, "
-    "is the one to trust, for the seconds too. Loss on unseen batches: of every training batch before it is trained on, mean "
-    "over the steps after the first held-out point; the batches are the same for all and no example comes twice, so this is "
-    "held out too, but from the training packages."
+    "Loss: mean over n seeds at the best learning rate, ± the standard deviation between seeds. Steps and "
+    "seconds to AdamW's best: the first point of the mean held-out curve, interpolated, at AdamW's best "
+    "final loss, as a ratio to AdamW. Step time: median, as a ratio to AdamW; the runs came one after "
+    "another, so on a noisy machine `cost`, which takes turns, is the one to trust, for the seconds too. "
+    "Loss on unseen batches: of every training batch before it is trained on, mean over the steps after the "
+    "first held-out point; the batches are the same for all and no example comes twice, so this is held out "
+    "too, but from the training packages."
 )
 
 
@@ -91,8 +92,9 @@ def _origin(results: Sequence[Result]) -> str:
         else ""
     )
     return (
-        f"{len(results)} runs of {config['steps']} steps of {config['batch_size']} examples, task {config['task']}, "
-        f"data {first['fingerprint'][:12]}; {device}; commit {', '.join(name[:12] for name in code)}{dirty}."
+        f"{len(results)} runs of {config['steps']} steps of {config['batch_size']} examples, task "
+        f"{config['task']}, data {first['fingerprint'][:12]}; {device}; commit "
+        f"{', '.join(name[:12] for name in code)}{dirty}."
     )
 
 

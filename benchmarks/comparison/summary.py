@@ -48,7 +48,7 @@ def setting(result: Result) -> dict[str, str]:
 def comparable(
     results: Sequence[Result], key: Callable[[Result], dict[str, str]] = setting
 ) -> list[tuple[dict[str, str], list[Result]]]:
-    """Results in groups that may be compared, each with the part of its setting (`key`) that the groups differ in."""
+    """Results in groups that may be compared, each with the part of its setting that tells it apart."""
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         groups[json.dumps(key(result), sort_keys=True)].append(result)
@@ -64,7 +64,7 @@ T = TypeVar("T")
 
 
 def sections(groups: Sequence[tuple[dict[str, str], T]]) -> Iterator[tuple[list[str], T, str]]:
-    """Every group with the paragraphs that stand above its table and what the names of its figures end in.
+    """Every group with the paragraphs above its table and the ending of its figures' names.
 
     Several groups are headed by what their results differ in.
     """
@@ -81,7 +81,7 @@ def sections(groups: Sequence[tuple[dict[str, str], T]]) -> Iterator[tuple[list[
 
 @dataclass(frozen=True)
 class Cell:
-    """The seeds of one method at one learning rate."""
+    """The runs of one method at one learning rate, one for each seed."""
 
     lr: float
     runs: tuple[Result, ...]
@@ -113,7 +113,7 @@ class Cell:
 
     @property
     def unseen_loss(self) -> float | None:
-        """Mean loss of the training batches when they were first met, over all steps after the first point of the curve.
+        """Mean loss of the training batches when they are first met, from the curve's second point on.
 
         Within one epoch no example is met twice, so this is a held-out loss on the training packages, of many
         more examples than the held-out split has; every method meets the same batches. None beyond one epoch.
@@ -125,7 +125,7 @@ class Cell:
         return statistics.fmean(losses) if losses else None
 
     def curve(self, key: str) -> list[float]:
-        """The held-out curve's `key` (step, seconds or loss), point by point the mean over the finished seeds."""
+        """The held-out curve's `key` (step, seconds or loss), by point the mean over the finished seeds."""
         points = zip(*(run["curve"] for run in self.finished), strict=True)
         return [statistics.fmean(point[key] for point in same_step) for same_step in points]
 
@@ -170,7 +170,7 @@ def methods(results: Sequence[Result]) -> list[Method]:
 
 
 def first_crossing(positions: Sequence[float], losses: Sequence[float], target: float) -> float | None:
-    """Where a curve first reaches `target` from above, on straight lines between points; None if it never does."""
+    """Where a curve first falls to `target`, on straight lines between points; None if it never does."""
     if losses[0] <= target:
         return positions[0]
     for place in range(1, len(losses)):

@@ -1,1 +1,1 @@
-"""What every study uses: files and results, the environment, statistics, figures, values from the command line."""
+"""What every study uses: files, results, the environment, statistics, figures, the command line."""

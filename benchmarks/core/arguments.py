@@ -76,7 +76,7 @@ def several(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
 
 
 def option(text: str) -> tuple[str, Any]:
-    """`key=value` for an optimizer's constructor; the value is read as JSON where it is JSON, else as text."""
+    """`key=value` for an optimizer's constructor; a value that is no JSON is text."""
     key, separator, value = text.partition("=")
     if not separator or not key.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")

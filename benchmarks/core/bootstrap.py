@@ -1,4 +1,4 @@
-"""Where losses over budgets cross a target, and how far that depends on the seeds: a paired bootstrap over them."""
+"""Where losses over budgets cross a target, and a paired bootstrap of the crossing over the seeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RESAMPLES, SEED, COVERAGE = 2000, 0, 0.95
 
 
 def crossing(budgets: Sequence[int], losses: Sequence[float], target: float) -> float:
-    """The shortest budget from which on every measured one reaches `target`, on straight lines between rising budgets.
+    """The shortest budget from which on every measured one reaches `target`, interpolated on straight lines.
 
     Infinite where the longest one misses it; the shortest measured one where all reach it.
     """
@@ -35,7 +35,7 @@ class Interval:
 
 
 def distribution(statistic: Callable[[Sequence[int]], float], seeds: int) -> np.ndarray:
-    """`statistic` of RESAMPLES draws of seed places with replacement, each given as a list of `seeds` places."""
+    """`statistic` of RESAMPLES draws with replacement, each a list of `seeds` places."""
     drawn = np.sort(np.random.default_rng(SEED).integers(seeds, size=(RESAMPLES, seeds)), axis=1)
     distinct, which = np.unique(drawn, axis=0, return_inverse=True)  # few seeds give few different draws
     return np.array([statistic(places) for places in distinct.tolist()])[which.reshape(-1)]
@@ -71,5 +71,5 @@ def _mean(losses: Sequence[float], places: Sequence[int]) -> float:
 
 
 def mean_ratio(measured: Sequence[Measured], places: Sequence[int]) -> float:
-    """The ratio's mean over tasks; the same seeds are drawn in all, because they share what a seed decides."""
+    """The ratio's mean over tasks. Every draw takes the same seeds in all tasks."""
     return sum(one.ratio(places) for one in measured) / len(measured)

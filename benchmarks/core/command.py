@@ -1,9 +1,7 @@
 """What a study brings to the command line: its commands, and the report of the results that it writes.
 
-The arguments are read by argparse. Against click and typer it has the two things that are used throughout: options that
-exclude each other (`--minutes` or `--steps`), and types that are plain functions with messages of their own. Either package
-would have to be there before `gpu.sh` could name the packages that are missing; click's version is pinned besides, because
-task `prose` is cut from its sources.
+argparse reads the arguments. click and typer were looked at and left: both lack options that exclude each
+other (`--minutes` or `--steps`), and `gpu.sh`, which installs nothing, must run to name missing packages.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ import torch
 from .files import REPOSITORY, BenchmarkError
 
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
-SLOW_BF16 = 4.0  # times fp32; with AVX2 alone it was above 20, and emulation that is merely slower is no reason to stop
+# Times as long as fp32. With AVX2 alone it was above 20; emulation that is a little slower needs no warning.
+SLOW_BF16 = 4.0
 
 
 def installed_version(distribution: str) -> str | None:
@@ -37,8 +38,8 @@ def require_versions(distributions: list[str]) -> dict[str, str]:
     missing = [name for name, version in found.items() if version is None]
     if missing:
         raise BenchmarkError(
-            f"not installed: {', '.join(missing)}; the benchmark's data are cut from these packages' sources: "
-            "pip install -e '.[bench]'"
+            f"not installed: {', '.join(missing)}; the benchmark's data are cut from these packages' "
+            "sources: pip install -e '.[bench]'"
         )
     return {name: version for name, version in found.items() if version is not None}
 
@@ -87,7 +88,7 @@ def resolve_device(device: str) -> str:
 
 @cache
 def bf16_slowdown() -> float:
-    """How many times as long a product of bf16 matrices takes on this processor as one of fp32 ones; measured once."""
+    """How many times as long a product of matrices takes here in bf16 as in fp32; measured once."""
 
     def seconds(dtype: torch.dtype) -> float:
         """The shortest of three times; the first call also loads what the product needs."""
@@ -98,14 +99,15 @@ def bf16_slowdown() -> float:
 
 
 def warn_if_bf16_is_slow(precision: str, device: str) -> None:
-    """Warn before a long stay in bf16 on a processor that emulates it, where it takes many times as long as fp32."""
+    """Warn where bf16 takes many times as long as fp32, since the processor emulates it."""
     if precision != "bf16" or device != "cpu":
         return
     slowdown = bf16_slowdown()
     if slowdown > SLOW_BF16:
         warnings.warn(
-            f"this processor has no fast bf16 (a product takes {slowdown:.0f} times as long as in fp32), and the runs "
-            "asked for are in bf16: use --precision fp32 with another --out, or a processor with AVX512-BF16, AMX or a GPU",
+            f"this processor has no fast bf16 (a product takes {slowdown:.0f} times as long as in fp32), and "
+            "the runs asked for are in bf16: use --precision fp32 with another --out, or a processor with "
+            "AVX512-BF16, AMX or a GPU",
             stacklevel=2,
         )
 

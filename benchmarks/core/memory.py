@@ -1,4 +1,4 @@
-"""Keeps freed memory in the process, where the C library can be told to."""
+"""Keeps freed memory in the process, where the C library is glibc."""
 
 from __future__ import annotations
 

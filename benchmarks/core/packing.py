@@ -91,7 +91,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def paths(folder: Path, pattern: str) -> list[Path]:
-    """Sorted paths of the results in a folder that match a pattern; of packed ones, `read` knows the way."""
+    """Sorted paths of the results in a folder that match a pattern; `read` takes those of packed ones too."""
     found = set(folder.glob(pattern))
     for packed, start in _studies(folder):
         names = (name[len(start) :] for name in _lines(packed) if name.startswith(start))
@@ -118,7 +118,7 @@ def read(path: Path) -> Any:
 
 
 def place(path: Path) -> str:
-    """Where a result lies, for messages; of a packed one also how it becomes a file that one can delete."""
+    """A result's place for messages; for a packed one also the command that makes a file of it."""
     if path.exists() or (found := _find(path)) is None:
         return str(path)
     return f"{path} (in {found[0]}; `python -m benchmarks unpack {found[0].parent}` makes a file of it)"
@@ -162,7 +162,7 @@ def _write(packed: Path, lines: Mapping[str, str]) -> None:
     """Write a packed file, atomically; equal results give equal bytes."""
 
     def write(temporary: Path) -> None:
-        """Reach the disk and read back, since the working files are deleted next."""
+        """Write, flush to the disk and read back: the working files are deleted next."""
         with temporary.open("wb") as file:
             with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as stream:
                 stream.writelines(f"{lines[name]}\n".encode() for name in sorted(lines))

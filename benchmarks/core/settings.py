@@ -1,4 +1,4 @@
-"""What every optimizer's factory is given."""
+"""The settings of an optimizer, and the type of the functions that make one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ REFERENCE = "adamw"  # what every other optimizer is compared with
 
 @dataclass(frozen=True)
 class Settings:
-    """What every factory is given; `options` go to the optimizer's own constructor, `base` names what GRIT wraps."""
+    """What every optimizer's factory is given.
+
+    Attributes:
+        options: keywords for the optimizer's own constructor.
+        base: the optimizer that GRIT wraps.
+    """
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.99)

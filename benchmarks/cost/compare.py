@@ -1,4 +1,4 @@
-"""What a training step with each of several optimizers costs on one shared model, against the first of them."""
+"""What a training step costs with each of several optimizers on one shared model, against the first."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from .lanes import Lane, Shared, allocated, take_turns
 from .stages import stage_seconds
 from .timing import quartiles
 
-WARMUP = 3  # untimed steps at a lane's start: allocations, samples for the curvature, GRIT's comparison of taps and gradients
+# Untimed steps at a lane's start: allocations, samples for the curvature, GRIT's check of its taps.
+WARMUP = 3
 BETWEEN = 1  # untimed steps at the start of each block
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to measure.
+    """How long and how often to measure.
 
     Attributes:
         steps: timed steps of each optimizer.
@@ -44,7 +45,7 @@ class Plan:
 
 @dataclass
 class Measured:
-    """What was found of one optimizer beside the times in its lane."""
+    """Measurements of one optimizer beside the times in its lane."""
 
     lane: Lane
     stages: dict[str, float]
@@ -78,7 +79,7 @@ def _memory(lane: Lane, before: int) -> dict[str, int]:
 
 
 def _launched(lane: Lane) -> tuple[dict[str, dict[str, int]], dict[str, float]]:
-    """What one pass, and one step of the optimizer, launches; and the device's seconds by stage of that step."""
+    """What a pass and a step of the optimizer launch, and the device's seconds by stage of that step."""
     shared, device = lane.shared, lane.shared.workload.device
     of_pass, _ = kernels.profiled(lambda: shared.one_pass(0), device, with_stages=False)
     lane.optimizer.zero_grad()
@@ -89,7 +90,7 @@ def _launched(lane: Lane) -> tuple[dict[str, dict[str, int]], dict[str, float]]:
 
 
 def _launched_if_known(lane: Lane) -> tuple[dict[str, dict[str, int]], dict[str, float]]:
-    """The same, or nothing where the profiler fails: not every machine lets it look, and the times are worth having alone."""
+    """Launches and device seconds, or nothing where the machine does not let the profiler look."""
     try:
         return _launched(lane)
     except (RuntimeError, AssertionError, OSError, ValueError) as error:
@@ -102,7 +103,7 @@ def _trace(lane: Lane, path: Path) -> None:
     """A trace of one pass and one step, the optimizer's name put into the file's."""
 
     def work() -> None:
-        """The least that shows everything."""
+        """One pass and one step of the optimizer."""
         lane.shared.one_pass(0)
         lane.optimizer.step()
 
@@ -207,7 +208,7 @@ def _result(reference: Measured, one: Measured) -> dict[str, Any]:
 
 
 def _per_step(one: Measured) -> dict[str, float]:
-    """Host seconds per stage and step since the lane was warm; untimed steps between the blocks count as well."""
+    """Host seconds per stage and step since the lane was warm, untimed steps between blocks included."""
     steps = len(one.lane.losses)
     return {
         name: (total - one.stages.get(name, 0.0)) / steps

@@ -1,4 +1,4 @@
-"""What a training step asks of a device, stage by stage, counted at a model's true shapes without computing anything.
+"""What a training step asks of a device by stage, counted at a model's true shapes without computing it.
 
 The model, its adapters and the optimizer are built on PyTorch's meta device, where every operation has its
 shapes and no values, and whole training steps run there. So the counts are of what the code does, not of what
@@ -61,11 +61,11 @@ H100 = Device(
     "H100 SXM 80 GB",
     3.35e12,
     {"bfloat16": 989.5e12, "float16": 989.5e12, "float32": 67e12, "float64": 67e12},
-    "NVIDIA H100 Tensor Core GPU data sheet: 3.35 TB/s; 1,979 TFLOP/s in bf16 and fp16 with sparsity, half of that without; "
-    "67 in fp32 and, by tensor cores, in fp64",
+    "NVIDIA H100 Tensor Core GPU data sheet: 3.35 TB/s; 1,979 TFLOP/s in bf16 and fp16 with sparsity, half "
+    "of that without; 67 in fp32 and, by tensor cores, in fp64",
     5e-6,
-    "an assumption: 4 to 6 µs a launch were measured on another card (susun-blog.com, 'From Launch Overhead to CUDA Graph'); "
-    "PyTorch's own dispatch comes on top",
+    "an assumption: 4 to 6 µs a launch were measured on another card (susun-blog.com, 'From Launch Overhead "
+    "to CUDA Graph'); PyTorch's own dispatch comes on top",
 )
 
 
@@ -78,7 +78,7 @@ def _counted_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Any, None]:
-    """Flash attention, causal, as the default takes it on a GPU; keys and values are repeated for grouped queries."""
+    """Causal flash attention, the default on a GPU; keys and values are repeated for grouped queries."""
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
     out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scaling)[0]
@@ -86,7 +86,7 @@ def _counted_attention(
 
 
 def meta_model(workload: Workload) -> PeftModel:
-    """The adapted model on the meta device: flash attention, the adapters' products in bf16 as autocast has them."""
+    """The adapted model on the meta device, with flash attention and, as under autocast, adapters in bf16."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     class Autocast(torch.nn.Linear):
@@ -165,7 +165,7 @@ def _step(
 def counted_step(
     name: str, workload: Workload, options: dict[str, Any] | None = None
 ) -> tuple[dict[str, Cost], _Alive, dict[str, dict[str, int]]]:
-    """A training step with an optimizer: what it costs by stage, what is alive when, and its operations by stage.
+    """Count a training step: costs by stage, bytes alive at its points, operations by stage.
 
     Raises:
         BenchmarkError: the optimizer reads values from the device, and there are none.

@@ -26,8 +26,10 @@ from grit_optim.telemetry import StageTimes
 
 # Another view of the same memory: nothing is launched, nothing is made.
 _VIEWS = frozenset((
-    "view", "_unsafe_view", "detach", "alias", "expand", "transpose", "t", "permute", "select", "slice", "unsqueeze", "squeeze",
-    "unbind", "split", "split_with_sizes", "diagonal", "as_strided", "_reshape_alias", "lift_fresh", "promote_types",
+    "view", "_unsafe_view", "detach", "alias", "expand", "transpose", "t", "permute", "select", "slice",
+    "unsqueeze", "squeeze",
+    "unbind", "split", "split_with_sizes", "diagonal", "as_strided", "_reshape_alias", "lift_fresh",
+    "promote_types",
     "_record_function_enter_new", "_record_function_exit",
 ))  # fmt: skip
 # Memory without contents.
@@ -45,7 +47,7 @@ _CAT_TENSORS = 128  # aten/src/ATen/native/cuda/Shape.cu: CAT_ARRAY_BATCH_SIZE
 
 @dataclass
 class Cost:
-    """What some operations ask for.
+    """What some operations ask of a device.
 
     Attributes:
         calls: operations that compute or move something.
@@ -78,14 +80,14 @@ class Cost:
         return sum(self.products.values())
 
     def add(self, other: Cost) -> None:
-        """Add another's amounts."""
+        """Add the amounts of another cost."""
         for name in ("calls", "launches", "elementwise", "read", "written", "device_seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for dtype, amount in other.products.items():
             self.products[dtype] = self.products.get(dtype, 0) + amount
 
     def plain(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """The fields as a dict, for JSON."""
         return asdict(self)
 
 
@@ -132,7 +134,7 @@ def list_launches(sizes: Iterable[int], depth: int) -> int:
 
 
 def _lists(name: str, arguments: tuple[Any, ...]) -> list[list[Tensor]]:
-    """The lists of tensors that an operation goes through, of those that go through lists."""
+    """The lists of tensors that a ``cat``, ``stack`` or ``_foreach_`` operation goes through; else none."""
     if name not in ("cat", "stack") and not name.startswith("_foreach_"):
         return []
     return [found for value in arguments if isinstance(value, list | tuple) and (found := _tensors(value))]
@@ -178,7 +180,7 @@ def _products(function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any
 
 
 def cost_of(function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> Cost:
-    """What one operation asks for."""
+    """What one operation asks of a device."""
     name = _name(function)
     inputs, outputs = _tensors((arguments, keywords)), _tensors(out)
     changed = _written_arguments(function, arguments)
@@ -240,7 +242,7 @@ class Counter(TorchDispatchMode):
 
     @contextmanager
     def within(self, stage: str) -> Iterator[None]:
-        """Book under another stage."""
+        """Book the operations of the body of a ``with`` statement under `stage`."""
         before, self.stage = self.stage, stage
         try:
             yield
@@ -248,7 +250,7 @@ class Counter(TorchDispatchMode):
             self.stage = before
 
     def total(self) -> Cost:
-        """All stages together."""
+        """The sum over all stages."""
         total = Cost()
         for cost in self.costs.values():
             total.add(cost)
@@ -257,12 +259,12 @@ class Counter(TorchDispatchMode):
 
 @contextmanager
 def named_stages(counter: Counter) -> Iterator[None]:
-    """Have GRIT's own stages named in the counter as they are in its telemetry."""
+    """Book GRIT's operations under the stages that its telemetry names."""
     timed = StageTimes.__call__
 
     @contextmanager
     def entered(self: StageTimes, stage: str) -> Iterator[None]:
-        """Time the stage as ever, and book it."""
+        """Time the stage as before, and book its operations under its name."""
         with counter.within(stage), timed(self, stage):
             yield
 

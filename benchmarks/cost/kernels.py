@@ -1,4 +1,4 @@
-"""How many kernels a piece of work launches: on a GPU by PyTorch's profiler, on a CPU the operations that compute."""
+"""Kernels that a piece of work launches: by PyTorch's profiler; on a CPU the operations that compute."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LAUNCHED = ("kernel", "gpu_memcpy", "gpu_memset")  # the profiler's categories 
 def profiled(
     work: Callable[[], Any], device: str, with_stages: bool = True
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """Kernels, copies and fills on a GPU, ``{"operations": n}`` on a CPU; and the GPU's seconds by stage of GRIT.
+    """Kernels, copies and fills, and the seconds of GRIT's stages; on a CPU ``{"operations": n}`` and none.
 
     For the stages the profiler has to watch the host too, which takes seconds for a large model's pass.
     """
@@ -42,7 +42,7 @@ def counted(found: dict[str, Any]) -> dict[str, int]:
 
 
 def device_seconds(found: dict[str, Any]) -> dict[str, float]:
-    """From the first to the last kernel of each of GRIT's stages, added up, from a profiler's trace (in µs there)."""
+    """Seconds from the first to the last kernel of each of GRIT's stages, from a profiler's trace (in µs)."""
     total: dict[str, float] = {}
     for event in found["traceEvents"]:
         name = str(event.get("name", ""))
@@ -55,7 +55,10 @@ def device_seconds(found: dict[str, Any]) -> dict[str, float]:
 def trace(
     work: Callable[[], Any], path: Path, activities: list[torch.profiler.ProfilerActivity] | None = None
 ) -> None:
-    """Write a Chrome trace (chrome://tracing, Perfetto) of the work; ``.json.gz`` packs it. By default of all that there is."""
+    """Write a Chrome trace of the work (chrome://tracing, Perfetto); ``.json.gz`` packs it.
+
+    Without `activities` the trace holds all that there are.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile(activities=activities) as profile:
         work()
@@ -65,7 +68,7 @@ def trace(
 
 
 class PeakMemory:
-    """The most bytes of tensors that were alive at once inside its ``with`` statement, beyond those alive at its start.
+    """The peak bytes of tensors inside its ``with`` statement, beyond those alive at its start.
 
     On a GPU as its allocator counts them; on a CPU as far as they were made inside.
     """

@@ -1,4 +1,4 @@
-"""Several optimizers in turns on one model: they share its frozen weights, and each has adapters and hooks of its own.
+"""Several optimizers in turns on one model: frozen weights are shared, adapters and hooks are not.
 
 At 8 B two models do not fit beside each other. So there is one; a lane that is not at work keeps the values
 of its adapters aside and its hooks off the model.

@@ -25,7 +25,7 @@ def cost_on_shape(
     base: str = REFERENCE,
     threads: int | None = None,
 ) -> dict[str, str]:
-    """Measure optimizers on a model of random weights that they share, against plain `base`; a file for each of them.
+    """Measure optimizers against plain `base` on a shared model of random weights; a file for each of them.
 
     Returns:
         What went wrong, by optimizer; the others have their files all the same.

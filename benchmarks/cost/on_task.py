@@ -1,4 +1,4 @@
-"""What an optimizer's step costs on the embedded model: against plain AdamW, in turns, on the same batches."""
+"""What an optimizer's step costs on the embedded model against plain AdamW, in turns on equal batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WARMUP = 10  # untimed steps of each: first allocations, and the samples that cu
 
 
 def measure(config: RunConfig, task: Task, steps: int) -> dict[str, Any]:
-    """Time `steps` full training steps (forward, backward, optimizer) of AdamW and of the configured optimizer."""
+    """Time `steps` full training steps of AdamW and of the optimizer: forward, backward, update."""
     plain = replace(
         config, optimizer=REFERENCE, lr=PLAIN_LR, beta1=RunConfig.beta1, beta2=RunConfig.beta2, options={}
     )
@@ -43,8 +43,8 @@ def measure(config: RunConfig, task: Task, steps: int) -> dict[str, Any]:
     for lane in lanes:
         if any(finite(loss) is None for loss in lane.losses):
             raise BenchmarkError(
-                f"{lane.config.optimizer} at learning rate {lane.config.lr:g} diverged while it was timed, and the times of a "
-                "diverged run say nothing; choose a lower --lr"
+                f"{lane.config.optimizer} at learning rate {lane.config.lr:g} diverged while it was timed, "
+                "and the times of a diverged run say nothing; choose a lower --lr"
             )
     spent = {
         name: seconds - before.get(name, 0.0) for name, seconds in stage_seconds(lanes[1].optimizer).items()
@@ -66,7 +66,7 @@ def measure(config: RunConfig, task: Task, steps: int) -> dict[str, Any]:
 def cost(
     config: RunConfig, steps: int, path: Path, threads: int | None = None, **about: Any
 ) -> dict[str, Any]:
-    """Measure an optimizer's step against plain AdamW with `steps` timed steps each; write the result and print a table.
+    """Time `steps` steps of an optimizer and of plain AdamW; write the result and print a table.
 
     `config` gives task, optimizer and its settings; its length is not used. `threads` is torch's, by default
     all cores; `about` is written into the result as it is.

@@ -55,7 +55,7 @@ def scale(
     folder: Path,
     threads: int | None = None,
 ) -> Path:
-    """Measure at every size of the sweep; write one file with all points, anew after each, so that a stop keeps the rest."""
+    """Measure at every size; the file with all points is written after each, so a stop keeps the rest."""
     if not sweep.tokens and not sweep.layers:
         raise BenchmarkError("a scaling needs tokens or layers to vary")
     names = list(dict.fromkeys([REFERENCE, *map(check_optimizer, optimizers)]))

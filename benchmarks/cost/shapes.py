@@ -1,4 +1,4 @@
-"""Models of the shapes that people train, with random weights: what a step costs does not depend on what they are.
+"""Models of the shapes that people train, with random weights: a step costs the same with any weights.
 
 Nothing is fetched. On an accelerator a model is built there at once, in bf16, so that host memory does not
 matter.
@@ -42,7 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained, and on how much: everything that a step's cost depends on but the optimizer and the machine.
+    """What is trained and on how much: all that a step's cost depends on but optimizer and machine.
 
     Attributes:
         model: a name in :data:`SHAPES`.
@@ -74,7 +74,7 @@ class Workload:
 
     @property
     def mixed(self) -> bool:
-        """Whether frozen weights are in bf16 and the passes under autocast; on a CPU everything is in fp32."""
+        """Whether frozen weights are in bf16 and passes under autocast; on a CPU everything is in fp32."""
         return self.device != "cpu" or self.quantize != "none"
 
     def label(self) -> str:

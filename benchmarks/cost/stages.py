@@ -9,5 +9,5 @@ PASSES = ("forward", "backward")
 
 
 def stage_seconds(optimizer: Any) -> dict[str, float]:
-    """Host seconds of each of the optimizer's stages so far; empty for an optimizer that does not measure them."""
+    """Host seconds of each stage so far; empty for an optimizer that does not measure them."""
     return dict(optimizer.stage_seconds()) if hasattr(optimizer, "stage_seconds") else {}

@@ -108,7 +108,8 @@ def count_table(result: Result) -> str:
     head = (
         f"{work['model']}, {_number(sizes['all'])} parameters, {sizes['sites']} sites, rank {work['rank']} "
         f"({_number(sizes['trained'])} trained); a step of {work['accumulation']} × {work['batch_size']} × "
-        f"{work['length']:,} tokens, bf16 with adapters in fp32, {checkpointing}; {result['device']['name']} at its best."
+        f"{work['length']:,} tokens, bf16 with adapters in fp32, {checkpointing}; {result['device']['name']} "
+        "at its best."
     )
     return "\n\n".join([head, _rows(_COUNTED, rows), _memory_lines(result), _nf4_line(result, whole)])
 
@@ -127,12 +128,12 @@ def _memory_lines(result: Result) -> str:
     weights = 2 * result["parameters"]["all"] + 2 * result["parameters"]["trained"]  # bf16, adapters in fp32
     plain, rise = max(theirs["peak_of_passes"], theirs["peak_of_step"]), _peak_rise(result)
     return (
-        f"Memory beyond AdamW's: between steps {more['at_rest']}; kept from forward to backward, with the rows of earlier "
-        f"passes, {more['after_forward']}; before the optimizer's step {more['before_step']}; at the peak of the passes "
-        f"{more['peak_of_passes']} and at that of the optimizer's step {more['peak_of_step']}. AdamW's own peak is "
-        f"{_size(theirs['peak_of_passes'])} in the passes and {_size(theirs['peak_of_step'])} in its step, beside "
-        f"{_size(weights)} of weights. So the peak of the whole step rises by {rise / 1e6:.1f} MB, "
-        f"{100 * rise / (weights + plain):.2g} %."
+        f"Memory beyond AdamW's: between steps {more['at_rest']}; kept from forward to backward, with the "
+        f"rows of earlier passes, {more['after_forward']}; before the optimizer's step "
+        f"{more['before_step']}; at the peak of the passes {more['peak_of_passes']} and at that of the "
+        f"optimizer's step {more['peak_of_step']}. AdamW's own peak is {_size(theirs['peak_of_passes'])} in "
+        f"the passes and {_size(theirs['peak_of_step'])} in its step, beside {_size(weights)} of weights. So "
+        f"the peak of the whole step rises by {rise / 1e6:.1f} MB, {100 * rise / (weights + plain):.2g} %."
     )
 
 
@@ -141,9 +142,9 @@ def _nf4_line(result: Result, whole: Mapping[str, float]) -> str:
     nf4 = result["nf4"]
     moved = nf4["read"] + nf4["written"]
     return (
-        f"With the base in NF4 the passes also turn {_number(nf4['weights'])} weights to bf16 {nf4['uses']} times a step, "
-        f"{_size(moved)} more to move (by formula; {100 * moved / whole['bytes']:.1f} % of what is counted above): all shares "
-        "become smaller by that."
+        f"With the base in NF4 the passes also turn {_number(nf4['weights'])} weights to bf16 {nf4['uses']} "
+        f"times a step, {_size(moved)} more to move (by formula; {100 * moved / whole['bytes']:.1f} % of "
+        "what is counted above): all shares become smaller by that."
     )
 
 
@@ -177,7 +178,10 @@ def sizes_table(results: Sequence[Result]) -> str:
             str(work["accumulation"]),
             result["optimizer"],
             *(_share(own[name], whole[name]) for name in ("flops", "bytes", "launches")),
-            *(f"{_large(1e3 * own[n])} of {_large(1e3 * whole[n])}" for n in ("device_seconds", "launch_seconds")),
+            *(
+                f"{_large(1e3 * own[name])} of {_large(1e3 * whole[name])}"
+                for name in ("device_seconds", "launch_seconds")
+            ),
         ])  # fmt: skip
     return _rows(header, rows)
 
@@ -187,7 +191,8 @@ def _tokens(result: Result) -> int:
 
 
 def _spread(times: Mapping[str, float], scale: float = 1e3, digits: int = 1) -> str:
-    return f"{scale * times['median']:.{digits}f} ({scale * times['q1']:.{digits}f} to {scale * times['q3']:.{digits}f})"
+    middle, low, high = (f"{scale * times[name]:.{digits}f}" for name in ("median", "q1", "q3"))
+    return f"{middle} ({low} to {high})"
 
 
 def _peak(result: Result) -> str:
@@ -209,7 +214,8 @@ def _launched(result: Result) -> str:
 
 
 _MEASURED = (
-    "model", "optimizer", "step against it", "step, ms", "optimizer's step, ms", "taps, ms", "state", "peak memory",
+    "model", "optimizer", "step against it", "step, ms", "optimizer's step, ms", "taps, ms", "state",
+    "peak memory",
     "kernels", "device",
 )  # fmt: skip
 
@@ -241,10 +247,11 @@ def cost_table(results: Sequence[Result]) -> str:
     }
     loads = [r["hardware"].get("load_average_before") for r in results]
     legend = (
-        "Step against it: the same steps taken in turns, as a ratio; median and quartiles. Optimizer's step: from the end of "
-        "the passes to the end of optimizer.step(). Taps: passes with the optimizer's hooks less passes without. Peak memory: "
-        "weights, optimizer and what a step needs besides. Kernels: of the optimizer's step, and beyond the reference's in one "
-        "pass; operations on a CPU. Load of the machine before: "
+        "Step against it: the same steps taken in turns, as a ratio; median and quartiles. Optimizer's step: "
+        "from the end of the passes to the end of optimizer.step(). Taps: passes with the optimizer's hooks "
+        "less passes without. Peak memory: weights, optimizer and what a step needs besides. Kernels: of the "
+        "optimizer's step, and beyond the reference's in one pass; operations on a CPU. Load of the machine "
+        "before: "
         + ", ".join("unknown" if load is None else f"{load:.1f}" for load in loads)
         + " (above 0.5 it was not alone, and its times are rough)."
     )
@@ -278,8 +285,9 @@ def count_sentence(result: Result) -> str:
     )
     tokens = work["accumulation"] * _tokens(result)
     return (
-        f"{result['parameters']['sites']} sites and {tokens:,} tokens a step, counted without a GPU, GRIT's stages need at "
-        f"least {_large(1e3 * own['device_seconds'])} ms of an {result['device']['name']} where AdamW's whole step needs "
-        f"{_large(1e3 * whole['device_seconds'])}, launch {own['launches']:,.0f} kernels beside its {whole['launches']:,.0f}, "
-        f"and raise the peak of memory by {_size(_peak_rise(result))}"
+        f"{result['parameters']['sites']} sites and {tokens:,} tokens a step, counted without a GPU, GRIT's "
+        f"stages need at least {_large(1e3 * own['device_seconds'])} ms of an {result['device']['name']} "
+        f"where AdamW's whole step needs {_large(1e3 * whole['device_seconds'])}, launch "
+        f"{own['launches']:,.0f} kernels beside its {whole['launches']:,.0f}, and raise the peak of memory "
+        f"by {_size(_peak_rise(result))}"
     )

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.curvature --out DIR`, which is `python -m benchmarks curvature --out DIR`."""
+"""`python -m benchmarks.curvature`, which is `python -m benchmarks curvature`."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def token_mean(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
-    """A micro-batch's share of the mean loss over all answer tokens of the step; these shares add up over accumulation.
+    """A micro-batch's share of the mean loss over all answer tokens of the step; the shares add up to it.
 
     It is what transformers' Trainer takes as `compute_loss_func`.
     """

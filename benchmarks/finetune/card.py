@@ -18,7 +18,7 @@ _METRICS = {"perplexity": "perplexity", "accuracy": "accuracy", "final_number_ex
 
 
 def command_line(config: FinetuneConfig, dataset: str) -> str:
-    """The command that trains the same again, defaults left out."""
+    """The command that repeats the run; options at their defaults are left out."""
     plain = FinetuneConfig(config.model, config.dataset, device=config.device)
     words = ["python", "-m", "benchmarks", "train", "--model", config.model, "--dataset", dataset]
     for name, value in vars(config).items():

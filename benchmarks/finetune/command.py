@@ -1,4 +1,4 @@
-"""What `python -m benchmarks train` does, in its order."""
+"""`python -m benchmarks train` from checked arguments to a folder: load, train, evaluate, save."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LIBRARIES = ("accelerate", "bitsandbytes", "datasets")
 
 @dataclass(frozen=True)
 class Order:
-    """What is asked for beside the configuration; nothing of it decides the outcome, but for `epochs` and `max_length`.
+    """What is asked for beside the configuration; of it `epochs` and `max_length` alone decide the outcome.
 
     Attributes:
         epochs: passes over the training examples, in place of the configuration's steps.
@@ -146,7 +146,7 @@ def _train(session: Session, order: Order, checkpoint: Path | None) -> None:
 
 
 def _trainer(name: str) -> Callable[[Session, Path, int, Path | None], None]:
-    """The trainer of that name; only the chosen one is loaded."""
+    """The trainer of that name; an error where its package is missing."""
     if name == "loop":
         return loop.train
     if environment.installed_version("accelerate") is None:
@@ -165,8 +165,8 @@ def _finish(
     if session.record.diverged:
         write_json(path, metrics)
         raise BenchmarkError(
-            f"the loss was no finite number any more at step {session.record.steps}: no adapter is saved; lower --lr, raise "
-            f"--warmup, or lower --clip. What was measured until then: {path}"
+            f"the loss was no finite number any more at step {session.record.steps}: no adapter is saved; "
+            f"lower --lr, raise --warmup, or lower --clip. What was measured until then: {path}"
         )
     _save_adapter(session, order.out)
     tokenizer.save_pretrained(order.out)
@@ -178,7 +178,7 @@ def _finish(
 
 
 def _save_adapter(session: Session, out: Path) -> None:
-    """PEFT's files; where GRIT gave ranks up, tensors as small as what is left."""
+    """Write the adapter in PEFT's format; directions that GRIT gave up are left out."""
     ranks = getattr(session.optimizer, "ranks", None)
     if ranks is not None and any(site.rank < site.rank_before for site in ranks().sites):
         session.optimizer.save_adapter(out)  # type: ignore[attr-defined]
@@ -187,7 +187,7 @@ def _save_adapter(session: Session, out: Path) -> None:
 
 
 def _metrics(session: Session, order: Order) -> dict[str, Any]:
-    """Everything that was measured, and what it depends on, as plain data without a path of this machine."""
+    """Measurements, and what they depend on, as plain data without paths of this machine."""
     record, config, optimizer = session.record, session.config, session.optimizer
     ranks, telemetry = getattr(optimizer, "ranks", None), getattr(optimizer, "telemetry", None)
     task = session.data.task

@@ -1,4 +1,4 @@
-"""What decides a fine-tuning run, and the settings of the systems that came before."""
+"""The configuration of a fine-tuning run, and the recipes of earlier systems."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # alone.
     "study": {"quantize": "nf4", "batch_size": 2, "clip": 1.0, "seed": 3407},
 }
-"""Defaults that take the place of the configuration's, by name; what is given on the command line goes before both.
+"""Defaults that replace the configuration's, by name; the command line's values come first.
 
 `default_length` stands for `--max-length` where the model reads so many tokens.
 """
@@ -94,7 +94,7 @@ class FinetuneConfig:
     device: str = "cpu"
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """What a saved configuration says otherwise, as `name (then → now)`."""
+        """Settings in which a saved configuration differs, as `name (then → now)`."""
         now = asdict(self)
         return [
             f"{name} ({other.get(name)} → {now.get(name)})"
@@ -104,18 +104,18 @@ class FinetuneConfig:
 
 
 def steps_of(epochs: float, examples: int, config: FinetuneConfig) -> int:
-    """Steps of so many passes over the training examples, at least 1."""
+    """Steps in `epochs` passes over the training examples, at least 1."""
     return max(1, round(epochs * examples / (config.batch_size * config.accumulation)))
 
 
 def check(config: FinetuneConfig) -> None:
-    """Refuse what does not go together.
+    """Refuse settings that contradict each other.
 
     Raises:
         BenchmarkError: With the remedy.
     """
     if config.warmup >= config.steps:
         raise BenchmarkError(
-            f"--warmup {config.warmup} leaves no step at the full rate in a run of {config.steps} steps; lower it, or "
-            "raise --steps"
+            f"--warmup {config.warmup} leaves no step at the full rate in a run of {config.steps} steps; "
+            "lower it, or raise --steps"
         )

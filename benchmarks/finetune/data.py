@@ -27,7 +27,7 @@ _SELECTION_SEED = (
 
 @dataclass(frozen=True)
 class Origin:
-    """Where data come from: a name with the hub's copy or a folder of local ones, or a file of the user's own."""
+    """Where data come from: a name (the hub's copy, or a folder of local ones) or a file of the user."""
 
     name: str
     file: Path | None = None
@@ -41,7 +41,7 @@ class Origin:
 
     @property
     def argument(self) -> str:
-        """What `--dataset` was told, without paths of this machine."""
+        """The value of `--dataset` without paths of this machine."""
         if self.file:
             return self.file.name
         return f"{self.name}=FOLDER" if self.folder else self.name
@@ -49,7 +49,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Heldout:
-    """What held-out answers are judged by beside their loss.
+    """By what held-out answers are judged beside their loss.
 
     Attributes:
         answers: the right answers as text, in the order of the task's held-out examples.
@@ -64,14 +64,14 @@ class Heldout:
 
 @dataclass(frozen=True)
 class FinetuneData:
-    """The examples, and how held-out ones are judged."""
+    """Training and held-out examples, and what the held-out ones are judged by."""
 
     task: Task
     heldout: Heldout
 
 
 def parse_origin(dataset: str, heldout: Path | None) -> Origin:
-    """What `--dataset` and `--eval-data` name.
+    """The origin that `--dataset` and `--eval-data` name.
 
     Raises:
         BenchmarkError: Neither known data nor a file that exists.
@@ -88,8 +88,8 @@ def parse_origin(dataset: str, heldout: Path | None) -> Origin:
     for path in (Path(dataset), *([heldout] if heldout else [])):
         if not path.is_file():
             raise BenchmarkError(
-                f"{path} is neither known data ({', '.join(DATA)}) nor a file; give one of these names, NAME=FOLDER with "
-                "NAME_train.jsonl and NAME_test.jsonl, or a jsonl file"
+                f"{path} is neither known data ({', '.join(DATA)}) nor a file; give one of these names, "
+                "NAME=FOLDER with NAME_train.jsonl and NAME_test.jsonl, or a jsonl file"
             )
     return Origin(Path(dataset).stem, file=Path(dataset), heldout=heldout)
 
@@ -102,10 +102,10 @@ def _splits(origin: Origin, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Te
 
 
 class Encoder:
-    """Texts as examples.
+    """Turns texts into examples with the model's tokenizer.
 
-    A prompt begins as the tokenizer begins texts, and an answer ends with the end token. What a chat template
-    has written is taken as it is.
+    A prompt begins as the tokenizer begins texts, and an answer ends with the end token. Text from a chat
+    template is not changed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -142,7 +142,7 @@ class Encoder:
 def _chosen(
     texts: Sequence[Text], encoder: Encoder, most: int | None, max_length: int, name: str
 ) -> tuple[list[Example], list[Text], list[str]]:
-    """Examples that fit, their texts, and in words what was left out; with `most`, so many in a random order."""
+    """Examples that fit, their texts, and what was left out in words; `most` draws so many at random."""
     order: Iterable[Text] = (
         texts if most is None else random.Random(_SELECTION_SEED).sample(texts, len(texts))
     )
@@ -168,7 +168,7 @@ def _chosen(
 
 
 def load(origin: Origin, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig) -> FinetuneData:
-    """The data; the task's note says what was left out.
+    """Load the data of an origin; the task's note says what was left out.
 
     Raises:
         BenchmarkError: Data that cannot be had or read, or of which nothing fits in `max_length` tokens.
@@ -182,10 +182,12 @@ def load(origin: Origin, tokenizer: PreTrainedTokenizerBase, config: FinetuneCon
     )
     if len(apart) < len(train):
         left.append(f"{len(train) - len(apart):,} that the held-out split asks too")
-    note = f"{origin.name}: {in_words('training', training, left)}; {in_words('held-out', heldout, left_of_test)}"
+    both = in_words("training", training, left), in_words("held-out", heldout, left_of_test)
+    note = f"{origin.name}: {'; '.join(both)}"
     if not training or not heldout:
         raise BenchmarkError(
-            f"{note}: a split is empty; give a larger --max-length, more data, or held-out examples with --eval-data"
+            f"{note}: a split is empty; give a larger --max-length, more data, or held-out examples with "
+            "--eval-data"
         )
     source = DATA.get(origin.name) if origin.file is None else None
     labels = tuple(encoder.label(text) for text in source.labels) if source else ()

@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"####\s*\$?\s*(-?\$?[\d,]*\.?\d+)")  # GSM8K marks its fin
 
 
 def final_number(text: str) -> Decimal | None:
-    """The first number after "####", without thousands' separators and a dollar sign; None if there is none."""
+    """The first number after "####" without thousands' separators and dollar sign; None if there is none."""
     found = _NUMBER.search(text)
     try:
         return Decimal(re.sub(r"[,$]", "", found[1])) if found else None
@@ -94,7 +94,7 @@ class Evaluator:
         return found
 
     def _by_length(self, lengths: Sequence[int], name: str) -> Iterator[list[int]]:
-        """Places of like length, a batch at a time, under a progress bar."""
+        """Batches of places with similar lengths, under a progress bar."""
         order, size = sorted(range(len(lengths)), key=lambda place: lengths[place]), self.config.batch_size
         with tqdm(total=len(order), desc=name, unit="example", leave=False) as bar:
             for start in range(0, len(order), size):
@@ -119,7 +119,7 @@ class Evaluator:
         return {"final_number_exact_match": sum(right) / count, "generated": count}
 
     def generate(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """What the model answers, taking the likeliest token each time, up to `max_new_tokens` of them."""
+        """The model's greedy answers, of up to `max_new_tokens` tokens."""
         answers = [""] * len(prompts)
         for rows in self._by_length([len(prompt) for prompt in prompts], "answers"):
             said = self._continue([prompts[row] for row in rows])
@@ -155,7 +155,7 @@ class Evaluator:
         return made[:, longest:]
 
     def _ends(self) -> list[int]:
-        """Every token that ends an answer: the tokenizer's, and those of the model itself (a chat model has several)."""
+        """Every token that ends an answer: the tokenizer's, and the model's own, which may be several."""
         own = getattr(self.model.get_base_model().generation_config, "eos_token_id", None)
         ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         return sorted(end for end in ends if end is not None)

@@ -1,4 +1,4 @@
-"""The run under transformers' Trainer, which is imported when it is asked for: it takes seconds, and needs accelerate."""
+"""The run under transformers' Trainer, which is imported on demand: it takes seconds and needs accelerate."""
 
 from __future__ import annotations
 

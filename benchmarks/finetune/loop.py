@@ -55,7 +55,7 @@ def _step(session: Session, micro: list[Inputs], total: torch.Tensor) -> None:
 
 
 def _save(session: Session, folder: Path) -> None:
-    """Write a checkpoint beside its place and move it there whole, then remove what is older than the last two."""
+    """Write a checkpoint whole or not at all, then remove all but the last two."""
     place = folder / f"checkpoint-{session.record.steps}"
     unfinished = place.with_name(f".{place.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)

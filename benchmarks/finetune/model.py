@@ -33,7 +33,7 @@ class Source:
 
     @property
     def folder(self) -> Path | None:
-        """The folder, where it is one."""
+        """The model's folder; None for a model from the hub."""
         if self.model == EMBEDDED:
             return base_model.FOLDER
         return Path(self.model) if Path(self.model).is_dir() else None
@@ -47,11 +47,11 @@ class Source:
 
     @property
     def is_embedded(self) -> bool:
-        """Whether it is the repository's own model, whose folder holds no tokenizer that transformers would find."""
+        """Whether it is the repository's own model, whose tokenizer transformers does not find."""
         return self.folder is not None and self.folder.resolve() == base_model.FOLDER
 
     def keywords(self) -> dict[str, Any]:
-        """What `from_pretrained` is told. The hub's token is taken from where transformers looks for it."""
+        """Keywords for `from_pretrained`. transformers itself finds the hub's token."""
         return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
 
 
@@ -69,8 +69,8 @@ def _unavailable(source: Source, what: str, error: Exception) -> BenchmarkError:
     remedy = (
         f"the folder must hold what save_pretrained writes ({what})"
         if source.folder
-        else "check the name, the network and, for a model that asks for consent, HF_TOKEN; a folder that holds the model "
-        "may be given instead: --model FOLDER"
+        else "check the name, the network and, for a model that asks for consent, HF_TOKEN; a folder that "
+        "holds the model may be given instead: --model FOLDER"
     )
     return BenchmarkError(f"cannot load the {what} of {source.model} ({reason}); {remedy}")
 
@@ -128,7 +128,7 @@ def _load_base(source: Source, config: FinetuneConfig) -> PreTrainedModel:
 
 
 def _prepared(model: Any, config: FinetuneConfig) -> PreTrainedModel:
-    """Frozen, on its device, ready for adapters."""
+    """The frozen model on its device, ready for adapters."""
     from peft import prepare_model_for_kbit_training
 
     model.config.use_cache = False  # generation turns it on for itself
@@ -194,7 +194,7 @@ def positions(source: Source) -> int | None:
 
 
 def model_fingerprint(source: Source, model: Any) -> str:
-    """What identifies the base model: the hub's commit, or a hash of the folder's weights and configuration."""
+    """The hub's commit, or a hash of the folder's weights and configuration."""
     if source.folder is None:
         return f"{source.model}@{getattr(model.config, '_commit_hash', None) or source.revision or 'main'}"
     files = sorted(

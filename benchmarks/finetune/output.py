@@ -13,7 +13,7 @@ from ..core.files import BenchmarkError, write_json
 from .config import FinetuneConfig
 
 RUN, METRICS, RECORD = "run.json", "metrics.json", "progress.json"
-"""What is to be run, written first; what came out, written last; a checkpoint's record, which makes it whole."""
+"""What is to be run, written first; the outcome, written last; the record that makes a checkpoint whole."""
 KEPT = 2
 """Checkpoints that are kept: if writing the newest is interrupted, the one before it is whole."""
 _ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "grit_ranks.json", "README.md")
@@ -26,12 +26,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run there has ended."""
+    """Whether the folder's run has ended."""
     return packing.exists(folder / METRICS)
 
 
 def check(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse to write over what is there, unless it is a run of this command and the user has said what to do with it.
+    """Refuse to write over what is there, unless the user has said what to do with this command's own run.
 
     Raises:
         BenchmarkError: With the choices there are.
@@ -49,7 +49,8 @@ def check(folder: Path, resume: bool, overwrite: bool) -> None:
     if not (resume or overwrite):
         state = "a finished run" if is_finished(folder) else "an unfinished run"
         raise BenchmarkError(
-            f"{folder} holds {state}; --resume goes on with it, --overwrite deletes it, or choose another --out"
+            f"{folder} holds {state}; --resume goes on with it, --overwrite deletes it, or choose another "
+            "--out"
         )
 
 
@@ -62,7 +63,7 @@ def clear(folder: Path) -> None:
 
 
 def begin(folder: Path, config: FinetuneConfig, fingerprints: dict[str, str], resume: bool) -> None:
-    """Write down what is to be run, or check that it is what the folder's run was.
+    """Write down what is to be run; on a resume, check that the folder's run was this one.
 
     Raises:
         BenchmarkError: The run there has other settings, data or model; names them.
@@ -77,6 +78,6 @@ def begin(folder: Path, config: FinetuneConfig, fingerprints: dict[str, str], re
     differences += [name for name, value in fingerprints.items() if found["fingerprints"].get(name) != value]
     if differences:
         raise BenchmarkError(
-            f"{folder} holds a run of something else, which cannot be resumed so: {', '.join(differences)}; give the same "
-            "arguments, or --overwrite"
+            f"{folder} holds a run of something else, which cannot be resumed so: {', '.join(differences)}; "
+            "give the same arguments, or --overwrite"
         )

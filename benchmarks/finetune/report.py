@@ -1,4 +1,4 @@
-"""A table of fine-tuning runs: each optimizer at its own best learning rate, and all rates that were tried."""
+"""The table of fine-tuning runs: each optimizer at its best learning rate, and all rates that were tried."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _VARIES = ("lr", "optimizer", "base", "options", "seed")
 
 
 def holds(folder: Path) -> bool:
-    """Whether the folder holds folders of runs of `train`."""
+    """Whether the folder's subfolders hold runs of `train`."""
     return bool(packing.paths(folder, f"*/{METRICS}"))
 
 
@@ -35,7 +35,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def _shared(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same in all runs."""
+    """Settings, data and model, which must be equal in all runs."""
     kept = {name: value for name, value in metrics["config"].items() if name not in _VARIES}
     return kept | metrics["fingerprints"]
 
@@ -57,7 +57,7 @@ def _loss(runs: list[dict[str, Any]]) -> float:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """One row per optimizer, sorted by the loss at its best rate; a best at the end of its rates is marked."""
+    """A row per optimizer by the loss at its best rate; a best rate at the end of those tried is marked."""
     by_method: dict[str, dict[float, list[dict[str, Any]]]] = {}
     for run in found:
         by_method.setdefault(_method(run), {}).setdefault(run["config"]["lr"], []).append(run)
@@ -90,9 +90,10 @@ def _note(found: list[dict[str, Any]]) -> str:
         f"{first['hardware']['gpu'] or first['hardware']['cpu']}, {first['hardware']['threads']} threads"
     )
     return (
-        f"Loss in nats per answer token, mean over n seeds; before training {first['curve'][0]['loss']:.4f}. {len(found)} runs "
-        f"of {examples}, model {config['model']} ({weights}), rank {config['rank']}. {first['data']['note']}. "
-        f"{hardware}; commit {commits}. Step times are in the files; `cost` compares them fairly."
+        f"Loss in nats per answer token, mean over n seeds; before training {first['curve'][0]['loss']:.4f}. "
+        f"{len(found)} runs of {examples}, model {config['model']} ({weights}), rank {config['rank']}. "
+        f"{first['data']['note']}. {hardware}; commit {commits}. Step times are in the files; `cost` "
+        "compares them fairly."
     )
 
 

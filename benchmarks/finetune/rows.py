@@ -33,7 +33,7 @@ class Turn(Text):
 
 
 def _prompt_completion(row: formats.Row) -> Text:
-    """Both as they are."""
+    """The row's prompt and completion, unchanged."""
     return Text(row["prompt"], row["completion"])
 
 
@@ -43,7 +43,7 @@ def _instruction(row: formats.Row) -> Text:
 
 
 def _text(row: formats.Row) -> Text:
-    """All of it is trained on."""
+    """The row's text as an answer without prompt: all of it is trained on."""
     return Text("", row["text"])
 
 
@@ -75,7 +75,7 @@ def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
 
 
 def _form(row: formats.Row, place: str) -> tuple[str, ...]:
-    """The fields of the first form that the row has one of."""
+    """The fields of the first form of which the row has at least one field."""
     for fields in FORMS:
         if any(field in row for field in fields):
             return fields
@@ -112,11 +112,11 @@ def _messages(row: formats.Row, place: str) -> list[dict[str, Any]]:
 
 
 def _turns(row: formats.Row, place: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Turn]:
-    """Every message of the assistant as the answer to all before it, as it would be asked for."""
+    """A prompt and answer for each message of the assistant; the prompt holds all messages before it."""
     if not tokenizer.chat_template:
         raise BenchmarkError(
-            f"{place} has {MESSAGES}, but the model's tokenizer has no chat template; use a chat model, or rows with "
-            "prompt and completion"
+            f"{place} has {MESSAGES}, but the model's tokenizer has no chat template; use a chat model, or "
+            "rows with prompt and completion"
         )
     messages, opening = _messages(row, place), ""
     for number, message in enumerate(messages):
@@ -127,8 +127,9 @@ def _turns(row: formats.Row, place: str, tokenizer: PreTrainedTokenizerBase) -> 
         opening = opening or prompt
         if not whole.startswith(prompt):
             raise BenchmarkError(
-                f"{place}: the chat template writes the conversation before message {number + 1} otherwise once that is "
-                "answered, so the answer cannot be told from the prompt; give rows with prompt and completion"
+                f"{place}: the chat template writes the conversation before message {number + 1} otherwise "
+                "once that is answered, so the answer cannot be told from the prompt; give rows with prompt "
+                "and completion"
             )
         yield Turn(prompt, whole[len(prompt) :], opening)
 

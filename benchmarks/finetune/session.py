@@ -1,4 +1,4 @@
-"""What both trainers share of a run: model, optimizer, schedule, batches, and the record of what was measured."""
+"""What both trainers share: model, optimizer, schedule, batches, and the record of what was measured."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Record:
-    """What was measured so far; it travels with the checkpoints.
+    """Losses, times and evaluations so far; every checkpoint holds them.
 
     Attributes:
         losses: of every step, before its update, in nats per answer token; None: no finite number.
@@ -47,7 +47,7 @@ class Record:
 
     @property
     def steps(self) -> int:
-        """Steps done."""
+        """Number of steps that are done."""
         return len(self.losses)
 
     @property
@@ -56,12 +56,12 @@ class Record:
         return None in self.losses[-1:] or any(point["loss"] is None for point in self.curve)
 
     def save(self, folder: Path) -> None:
-        """Write it into a checkpoint's folder."""
+        """Write the record into a checkpoint's folder."""
         write_json(folder / RECORD, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> Record:
-        """Read it from a checkpoint's folder."""
+        """Read the record from a checkpoint's folder."""
         return cls(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
 
 
@@ -76,7 +76,7 @@ def _optimizer(model: PeftModel, config: FinetuneConfig) -> torch.optim.Optimize
 
 
 class Session:
-    """One run, whichever trainer drives it: it calls `begin_step`, `tell` for each micro-batch, then `end_step`."""
+    """One run. Its trainer calls `begin_step`, `tell` for each micro-batch, then `end_step`."""
 
     def __init__(
         self,
@@ -126,20 +126,20 @@ class Session:
         self._bar.close()
 
     def begin_step(self) -> None:
-        """Start the clock; what the step draws at random depends on seed and step alone, in a resumed run too."""
+        """Start the clock. Seed and step alone decide what the step draws, in a resumed run too."""
         torch.manual_seed((self.config.seed * 1_000_003 + self.record.steps) % 2**63)
         self._parts = []
         self._synchronize()
         self._begun = time.perf_counter()
 
     def tell(self, loss: Tensor) -> None:
-        """A micro-batch's share of the step's loss."""
+        """Take a micro-batch's share of the step's loss, for the record and for the optimizer."""
         self._parts.append(loss.detach())
         if hasattr(self.optimizer, "observe"):  # it averages what it is told, and these are shares of a mean
             self.optimizer.observe(loss.detach() * self.config.accumulation)
 
     def end_step(self) -> bool:
-        """Stop the clock, show and keep the loss, evaluate where it is due; returns whether the run has diverged."""
+        """Stop the clock, keep the loss, evaluate where it is due; returns whether the run has diverged."""
         loss = float(torch.stack(self._parts).sum())
         self._synchronize()
         self.record.step_seconds.append(time.perf_counter() - self._begun)
@@ -154,11 +154,11 @@ class Session:
         return self.record.diverged
 
     def is_due(self, every: int) -> bool:
-        """Whether a checkpoint is due after the step; the last step always has one, so that nothing is lost after it."""
+        """Whether a checkpoint is due after the step; it always is after the last one."""
         return self.record.steps == self.config.steps or bool(every and self.record.steps % every == 0)
 
     def saved(self, state: Path) -> None:
-        """Say once, when the first checkpoint is written, if its optimizer state will not load: not only when it is needed."""
+        """Say once, at the first checkpoint, if its optimizer state will not load; not only at the resume."""
         if not self._told_of_state:
             self._told_of_state = True
             try:
@@ -179,7 +179,10 @@ class Session:
 
 def unreadable(optimizer: str) -> str:
     """Why runs of some optimizers cannot be resumed."""
-    return f"optimizer {optimizer!r} keeps objects in its state that torch does not load safely, so its runs cannot be resumed"
+    return (
+        f"optimizer {optimizer!r} keeps objects in its state that torch does not load safely, so its runs "
+        "cannot be resumed"
+    )
 
 
 def _told(point: dict[str, Any]) -> list[str]:

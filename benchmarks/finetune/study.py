@@ -67,8 +67,8 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         required=True,
         metavar="NAME|NAME=FOLDER|FILE",
-        help=f"the hub's copy ({', '.join(DATA)}), local copies NAME_train.jsonl and NAME_test.jsonl, or a jsonl file with "
-        "prompt and completion, instruction and output (and input), messages, or text",
+        help=f"the hub's copy ({', '.join(DATA)}), local copies NAME_train.jsonl and NAME_test.jsonl, or a "
+        "jsonl file with prompt and completion, instruction and output (and input), messages, or text",
     )
     group.add_argument(
         "--eval-data", type=Path, help="held-out rows for FILE; by default 5 %% of its prompts"
@@ -76,8 +76,8 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-length",
         type=read.positive_int,
-        help=f"tokens of prompt and answer; longer examples are left out and counted; by default what the model reads, at "
-        f"most {MAX_LENGTH}",
+        help="tokens of prompt and answer; longer examples are left out and counted; by default what the "
+        f"model reads, at most {MAX_LENGTH}",
     )
     group.add_argument(
         "--train-examples", type=read.positive_int, help="so many, drawn at random; by default all"
@@ -156,7 +156,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _setting(group: Any, name: str, kind: Any, text: str, **more: Any) -> None:
-    """An option for a field of the configuration; left out, it keeps the field's default, which the help names."""
+    """An option for a field of the configuration; the field's default stands in the help."""
     default = getattr(FinetuneConfig, name)
     group.add_argument(read.flag(name), type=kind, help=f"{text}; by default {default}", **more)
 
@@ -167,7 +167,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def fill_in(arguments: argparse.Namespace) -> None:
-    """Give what was left out the recipe's value."""
+    """Give options that were left out the recipe's value."""
     for name, value in RECIPES.get(arguments.recipe, {}).items():
         if (
             name != "default_length"
@@ -178,7 +178,7 @@ def fill_in(arguments: argparse.Namespace) -> None:
 
 
 def make_config(arguments: argparse.Namespace, model: str, dataset: str, device: str) -> FinetuneConfig:
-    """The configuration that the command line asks for, once :func:`fill_in` has put the recipe's values in."""
+    """The configuration that the arguments give, after :func:`fill_in` has put in the recipe's values."""
     given = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
     given.setdefault("alpha", given.get("rank", FinetuneConfig.rank))
     precision = arguments.precision or ("bf16" if device == "cuda" else "fp32")

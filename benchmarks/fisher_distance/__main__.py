@@ -1,4 +1,4 @@
-"""`python -m benchmarks.fisher_distance --out DIR`, which is `python -m benchmarks fisher-distance --out DIR`."""
+"""`python -m benchmarks.fisher_distance`, which is `python -m benchmarks fisher-distance`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """How far each Fisher approximation is from the dense per-token one.
 
-For A and B of a site, F = E[vec(∇) vec(∇)ᵀ] over tokens is built as a dense matrix in float64. It is compared with
-the matrix of each approximation, whose side of width d is isotropic where the approximation says nothing about it:
+For A and B of a site, F = E[vec(∇) vec(∇)ᵀ] over tokens is built as a dense matrix in float64. It is compared
+with the matrix of each approximation, whose side of width d is isotropic where the approximation says nothing
+about it:
 
 - distance: ‖F − c F̂‖ / ‖F‖ at the best c, since a common factor is the learning rate's business;
 - cosine: between (F̂ + λ)⁻¹ ∇ and (F + λ)⁻¹ ∇ for the gradient ∇ of the whole batch, λ relative to the mean
@@ -22,7 +23,7 @@ DAMPING = 0.3  # what the default, "spectral", uses
 
 
 def per_token(site: Site, run: Callable[[], None]) -> tuple[Tensor, Tensor]:
-    """The outer halves of every token's gradients, float64: for A (δ ``[T, r]``, x ``[T, d_in]``), for B (g, h) alike.
+    """Both sides of every token's gradients, float64: δ ``[T, r]`` and x ``[T, d_in]`` for A, h and g for B.
 
     Args:
         site: the pair.
@@ -86,7 +87,7 @@ def natural(matrix: Tensor, gradient: Tensor) -> Tensor:
 
 
 def compare(approximation: Tensor, dense: Tensor, gradient: Tensor, truth: Tensor) -> dict[str, float]:
-    """Distance and cosine, as the module's docstring defines them; ``truth`` is the dense natural gradient."""
+    """Distance and cosine as defined at the module's top; ``truth`` is the dense natural gradient."""
     overlap = (approximation * dense).sum() / (approximation.norm() * dense.norm())
     ours = natural(approximation, gradient)
     cosine = ours @ truth / (ours.norm() * truth.norm())

@@ -1,4 +1,4 @@
-"""Trains an adapter of the embedded model for a few steps, and measures the approximations at some of its sites."""
+"""Trains an adapter of the embedded model for a few steps, and measures at some of its sites."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SITES = ("layers.0.self_attn.q_proj", "layers.2.self_attn.v_proj")
 
 
 def step_seconds(model: Any, batch: Any, fisher: str, steps: int = 6) -> float:
-    """Median processor seconds of one GritOptimizer step ("inverse", refreshed at every step), whatever else runs."""
+    """Median processor seconds of one GritOptimizer step ("inverse", refreshed at every step)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = GritOptimizer(torch.optim.SGD(trained, lr=0.0), model, precondition="inverse", fisher=fisher)
     seconds = []

@@ -18,7 +18,8 @@ LABELS = {
     "kfac-full": "K-FAC with both sides, for comparison",
 }
 STATE = {
-    "none": "0", "kfac-paper": "2 r²", "kfac": "2 r²", "block_diagonal": "4 r²", "diagonal": "2 r² + r (d_in + d_out)",
+    "none": "0", "kfac-paper": "2 r²", "kfac": "2 r²", "block_diagonal": "4 r²",
+    "diagonal": "2 r² + r (d_in + d_out)",
     "ekfac": "4 r² + r (d_in + d_out)", "kfac-full": "d_in² + d_out² + 2 r²",
 }  # fmt: skip
 
@@ -31,12 +32,16 @@ def read(path: Path) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown: means over sites."""
     lines = [
-        "| `fisher` | distance, A | distance, B | cosine, A | cosine, B | state, floats per pair | optimizer step, ms |",
+        "| `fisher` | distance, A | distance, B | cosine, A | cosine, B | state, floats per pair | optimizer "
+        "step, ms |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, label in LABELS.items():
+        of_side = {
+            side: [r for r in result["rows"] if (r["fisher"], r["side"]) == (name, side)] for side in "AB"
+        }
         cells = [
-            f"{statistics.fmean(r[what] for r in result['rows'] if (r['fisher'], r['side']) == (name, side)):.3f}"
+            f"{statistics.fmean(row[what] for row in of_side[side]):.3f}"
             for what in ("distance", "cosine")
             for side in "AB"
         ]

@@ -57,7 +57,7 @@ DISTANCE = Command(
     "how far each Fisher approximation is from the dense per-token one",
     _add_arguments,
     _run,
-    "The embedded model with an adapter that is trained for a few steps: some of its sites, thousands of answer "
-    "tokens, all in float64.",
+    "The embedded model with an adapter that is trained for a few steps: some of its sites, thousands of "
+    "answer tokens, all in float64.",
 )
 STUDY = Study((DISTANCE,), lambda folder: packing.exists(folder / RESULT), report)

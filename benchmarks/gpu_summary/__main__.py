@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu.sh` needs besides the benchmarks: `python -m benchmarks.gpu_summary {environment,optimizers,summary}`."""
+"""What `benchmarks/gpu.sh` needs besides the benchmarks: `python -m benchmarks.gpu_summary COMMAND`."""
 
 from __future__ import annotations
 

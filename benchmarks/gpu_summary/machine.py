@@ -10,7 +10,8 @@ from ..core import environment
 from ..peers.registry import PEERS
 
 PACKAGES = (
-    "torch", "transformers", "peft", "accelerate", "pytest", "rich", "matplotlib", "bitsandbytes", "pytorch_optimizer",
+    "torch", "transformers", "peft", "accelerate", "pytest", "rich", "matplotlib", "bitsandbytes",
+    "pytorch_optimizer",
     "heavyball", "singd",
 )  # fmt: skip
 # GRIT and the peers worth the device's time, as far as they are installed; SOAP and Shampoo with both sides

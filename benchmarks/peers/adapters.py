@@ -73,7 +73,7 @@ def riemannian(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimi
 
 
 def lorarite(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """LoRA-RITE (pytorch_optimizer), which takes parameters two by two: A with its rank first, B with its rank last."""
+    """LoRA-RITE (pytorch_optimizer) on pairs of parameters: A, its rank first, then B, its rank last."""
     from pytorch_optimizer import LoRARite
 
     return construct(LoRARite, matrices(model), given=settings.adam(), options=settings.options)

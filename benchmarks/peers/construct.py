@@ -52,8 +52,8 @@ def rank_side(model: torch.nn.Module) -> int:
     narrowest = min(min(down.shape[1], up.shape[0]) for down, up in pairs)
     if narrowest <= rank:
         raise BenchmarkError(
-            f"the rank side cannot be told from the other: the largest rank is {rank}, the narrowest layer {narrowest} "
-            "wide; lower --rank, or take the -full variant"
+            f"the rank side cannot be told from the other: the largest rank is {rank}, the narrowest layer "
+            f"{narrowest} wide; lower --rank, or take the -full variant"
         )
     return rank
 
@@ -91,7 +91,7 @@ def construct(
     unknown = sorted(set(options) - known)
     if unknown:
         raise BenchmarkError(
-            f"{constructor.__name__} takes no option {', '.join(unknown)}; it takes {', '.join(sorted(known))} "
-            "(rate, betas and weight decay have arguments of their own)"
+            f"{constructor.__name__} takes no option {', '.join(unknown)}; it takes "
+            f"{', '.join(sorted(known))} (rate, betas and weight decay have arguments of their own)"
         )
     return constructor(*arguments, **{**(preset or {}), **given, **options})

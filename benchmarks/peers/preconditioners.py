@@ -11,7 +11,7 @@ from .construct import construct, lora_pairs, matrices, rank_side
 
 
 def soap_rank(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """SOAP (pytorch_optimizer) with r×r preconditioners alone; so small that the basis is renewed at every step."""
+    """SOAP (pytorch_optimizer) with r×r preconditioners alone, whose basis is renewed at every step."""
     from pytorch_optimizer import SOAP
 
     preset = {"max_precondition_dim": rank_side(model), "precondition_frequency": 1}
@@ -36,7 +36,7 @@ def _shampoo_preset(model: torch.nn.Module) -> dict[str, Any]:
     widest = max(max(matrix.shape) for matrix in matrices(model))
     return {
         "start_preconditioning_step": 1,
-        "graft_type": LayerWiseGrafting.RMSPROP,  # the direction is Shampoo's, the length that of RMSprop's step
+        "graft_type": LayerWiseGrafting.RMSPROP,  # Shampoo's direction, the length of RMSprop's step
         "moving_average_for_momentum": True,  # so that the rate does not depend on β₁
         "decoupled_weight_decay": True,  # as with all others here
         "block_size": widest,  # one block: a side is preconditioned as a whole
@@ -81,7 +81,7 @@ def shampoo_full(model: torch.nn.Module, settings: Settings) -> torch.optim.Opti
 
 
 def heavyball(class_name: str) -> Factory:
-    """The factory of one of heavyball's classes; both sides up to `max_precond_dim` (2,048) are preconditioned.
+    """The factory of one of heavyball's classes; sides up to `max_precond_dim` (2,048) are preconditioned.
 
     KLShampoo's `init_factor` (0.1), which outweighs LoRA's small gradients for many steps, is the package's
     own: with 1e-4 and 1e-6 the loss went up at once, to 6 and 14 nats.
@@ -106,7 +106,7 @@ def heavyball(class_name: str) -> Factory:
 
 
 def muon(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """Muon (torch): momentum's polar factor, scaled to the size of AdamW's steps so that its rates carry over.
+    """Muon (torch): momentum's polar factor, scaled to the size of AdamW's steps, so AdamW's rates fit.
 
     It has one momentum (0.95, `--option momentum=`) and no betas.
     """

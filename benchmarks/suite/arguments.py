@@ -29,7 +29,8 @@ _SUITE_SETTINGS = {
     "budget_grid": (read.positive, "distance of two budgets, as a share of the full one"),
     "shortest_budget": (
         read.positive,
-        "shortest budget that is tried first, as a share of the full one; shorter ones where it reaches the target",
+        "shortest budget that is tried first, as a share of the full one; shorter ones where it reaches the "
+        "target",
     ),
     "longest_budget": (
         read.positive,

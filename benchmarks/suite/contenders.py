@@ -54,7 +54,7 @@ class SuiteSettings:
     precision: str = "bf16"
 
     def budgets(self) -> list[int]:
-        """The grid of budgets in steps, rising; the full budget is always one of them, and none ends within the warm-up."""
+        """The grid of budgets in steps, rising, with the full budget in it; none ends within the warm-up."""
         places = range(1, round(self.longest_budget / self.budget_grid) + 1)
         lengths = {self._steps_at(place) for place in places}
         return sorted(
@@ -84,7 +84,8 @@ def _contender(label: str, optimizer: str = "", beta1: float = 0.9, beta2: float
 
 
 _PEERS = (
-    "loraplus", "lorafa", "riemannian", "lorarite", "soap-rank", "soap-full", "shampoo-rank", "shampoo-full", "kl-shampoo",
+    "loraplus", "lorafa", "riemannian", "lorarite", "soap-rank", "soap-full", "shampoo-rank", "shampoo-full",
+    "kl-shampoo",
     "kl-soap", "muon", "singd", "adamw8bit",
 )  # fmt: skip
 _ABLATIONS = ("grit-eigenbasis", "grit-steer", "grit-balanced", "grit-inverse", "grit-paper")
@@ -143,6 +144,7 @@ def check_settings(settings: SuiteSettings) -> SuiteSettings:
         )
     if not 0 < settings.shortest_budget <= 1 <= settings.longest_budget:
         raise BenchmarkError(
-            f"budgets from {settings.shortest_budget:g} to {settings.longest_budget:g} of the full one do not contain 1"
+            f"budgets from {settings.shortest_budget:g} to {settings.longest_budget:g} of the full one do "
+            "not contain 1"
         )
     return replace(settings, seeds=tuple(settings.seeds), eval_every=min(settings.eval_every, settings.steps))

@@ -54,7 +54,7 @@ def _task_panels(tasks: Sequence[str]) -> tuple[Figure, list[Axes]]:
 
 
 def _cut_above(axis: Axes, named: Sequence[Points], others: Sequence[Points], shown: int | None) -> None:
-    """Keep what is far above the named lines' `shown` lowest points from pressing these together.
+    """End the axis not far above the named lines' `shown` lowest points, so that these stay apart.
 
     How many lines lie outside as a whole is said in the panel. None: all points of the named lines are shown.
     """
@@ -95,7 +95,7 @@ def _draw_tasks(
     finish: Callable[[Axes, list[Standing]], None],
     shown: int | None,
 ) -> Path:
-    """A panel per task with a line per contender: the named ones in colour, the rest in grey under one entry."""
+    """A panel per task, a line per contender: the named ones in colour, the rest in grey."""
     figure, axes = _task_panels(tasks)
     looks, handles = _looks(found), dict[str, Any]()
     for axis, (task, standings) in zip(axes, _by_task(found, tasks), strict=True):
@@ -141,7 +141,7 @@ def _finish_curves(axis: Axes, standings: list[Standing]) -> None:
 
 
 def _rate_points(one: Standing) -> Points:
-    """Mean final loss over the seeds that are there, by learning rate, of the rates at which none diverged."""
+    """Mean final loss over the seeds so far, by learning rate, where none diverged."""
     losses: dict[float, list[float]] = {}
     for run in one.full_runs:
         losses.setdefault(run["config"]["lr"], []).append(math.inf if run["diverged"] else run["final_loss"])
@@ -181,7 +181,7 @@ def _finish_budgets(axis: Axes, standings: list[Standing]) -> None:
 
 
 def _bar(axis: Axes, height: float, entry: Entry, colour: str, longest: float) -> None:
-    """The interpolated ratio with its interval, and the measured one; an interval that does not end gets an arrow."""
+    """The interpolated ratio with its interval, and the measured one; an open interval ends in an arrow."""
     found = entry.interval
     if found and math.isfinite(found.low):
         axis.plot([found.low, min(found.high, longest)], [height, height], color=colour, linewidth=1.4)
@@ -208,7 +208,7 @@ def _label_ratios(axis: Axes, labels: list[str]) -> None:
 
 
 def draw_ratios(found: Sequence[Entry], path: Path) -> Path | None:
-    """Mean steps ratio of every contender with its interval, and the tasks as small marks; None without any ratio."""
+    """Mean steps ratio of every contender with its interval, tasks as small marks; None without any ratio."""
     shown = [entry for entry in found if entry.steps_ratio is not None][::-1]
     if not shown:
         return None

@@ -17,7 +17,7 @@ RECORD, FAILED = "suite.json", "failed"
 
 @dataclass(frozen=True)
 class Suite:
-    """What a folder's runs belong to: sizes, tasks and contenders."""
+    """A suite: its sizes, tasks and contenders."""
 
     settings: SuiteSettings
     tasks: tuple[str, ...]
@@ -42,7 +42,7 @@ def read_suite(folder: Path) -> Suite:
 
 
 def _united(old: Suite, new: Suite, folder: Path) -> Suite:
-    """Both suites in one; an error where they cannot stand in one folder."""
+    """Both suites in one; an error where their runs cannot be compared."""
     for name in FIXED_SETTINGS:
         before, now = getattr(old.settings, name), getattr(new.settings, name)
         if before != now:
@@ -53,8 +53,8 @@ def _united(old: Suite, new: Suite, folder: Path) -> Suite:
     for one in new.contenders:
         if contenders.setdefault(one.label, one) != one:
             raise BenchmarkError(
-                f"{folder} holds a contender {one.label!r} with other settings ({contenders[one.label]}, now {one}); "
-                "choose another --out"
+                f"{folder} holds a contender {one.label!r} with other settings ({contenders[one.label]}, now "
+                f"{one}); choose another --out"
             )
     return Suite(new.settings, tuple(dict.fromkeys((*old.tasks, *new.tasks))), tuple(contenders.values()))
 

@@ -52,7 +52,7 @@ def _after(trial: Trial, phase: str) -> Lengths:
 
 
 def expected(trials: Sequence[Trial], phases: Collection[str], target: dict[str, float | None]) -> Lengths:
-    """Lengths of the runs that are to be expected after those known now, in the phases that were asked for."""
+    """Lengths of the runs to be expected after those known now, in the phases that were asked for."""
     later: Lengths = []
     for trial in trials:
         goal = target.get(trial.task)

@@ -1,4 +1,4 @@
-"""The report of a suite: table in Markdown and as JSON, and figures, from its folder's files and from nothing else."""
+"""The report of a suite from its folder's files: the table, as Markdown and as JSON, and figures."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _standing_data(one: Standing) -> dict[str, Any]:
 
 
 def data(suite: Suite, ledger: Ledger, costs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The same numbers as plain data: losses in nats per token, ratios to AdamW, sizes in bytes."""
+    """The table's numbers as plain data: losses in nats per token, ratios to AdamW, sizes in bytes."""
     trials = suite.trials(ledger)
     best = {task: reference(trials, task) for task in suite.tasks}
     return {
@@ -90,8 +90,8 @@ def _check_data(results: Sequence[Result]) -> None:
         task, found = result["config"]["task"], result["fingerprint"]
         if first.setdefault(task, found) != found:
             raise BenchmarkError(
-                f"task {task}: results on different data or base models ({first[task][:12]} and {found[:12]}) are in one "
-                "folder; move one kind out"
+                f"task {task}: results on different data or base models ({first[task][:12]} and "
+                f"{found[:12]}) are in one folder; move one kind out"
             )
 
 
@@ -112,7 +112,7 @@ def read_costs(folder: Path, suite: Suite) -> dict[str, Any]:
 
 
 def report(folder: Path) -> str:
-    """Write `table.md`, `table.json` and the figures of a suite into its folder and print the table; returns it.
+    """Write `table.md`, `table.json` and the figures into the suite's folder, and print the table.
 
     Results of different accelerators or versions never share a table: each such group gets its own.
     """

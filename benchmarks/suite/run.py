@@ -1,4 +1,4 @@
-"""Runs what a suite still needs, until nothing is left: trainings, and the timing of every contender's step."""
+"""Runs what a suite still needs until nothing is left: trainings, and timings of every contender's step."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def _check_surroundings(results: Sequence[Result], now: Mapping[str, str]) -> No
         if differing:
             what = "; ".join(f"{name}: {before[name]} there, {now[name]} now" for name in differing)
             raise BenchmarkError(
-                f"the folder's results were made under other conditions ({what}), and their losses would be mixed; "
-                "go on where they were made, or choose another --out"
+                f"the folder's results were made under other conditions ({what}), and their losses would be "
+                "mixed; go on where they were made, or choose another --out"
             )
 
 
@@ -68,13 +68,13 @@ def _note_failures(folder: Path, runs: Sequence[RunConfig], failures: Mapping[st
 
 
 def _say_where_no_target_is(stay: Stay, target: Mapping[str, float | None]) -> None:
-    """Budgets are searched for against AdamW's best, which is not known before all AdamW contenders of the folder are."""
+    """Say on which tasks budgets cannot be searched, since AdamW's best loss is not known there yet."""
     missing = [task for task in stay.asked.tasks if target.get(task) is None]
     adamw = [one.label for one in stay.whole.contenders if one.optimizer == REFERENCE]
     if "budgets" in stay.phases and missing:
         print(
-            f"no budgets on {', '.join(missing)}: AdamW's best is not known there yet; the folder's AdamW contenders are "
-            f"{', '.join(adamw)}, and all of them have to be through with explore and narrow"
+            f"no budgets on {', '.join(missing)}: AdamW's best is not known there yet; the folder's AdamW "
+            f"contenders are {', '.join(adamw)}, and all of them have to be through with explore and narrow"
         )
 
 
@@ -99,7 +99,7 @@ def _train(stay: Stay) -> dict[str, str]:
 
 
 def _time_steps(stay: Stay) -> dict[str, str]:
-    """Time every contender's step on the first task against AdamW's, one after another; returns what failed."""
+    """Time every contender's step on the first task against AdamW's; returns what failed."""
     failures: dict[str, str] = {}
     for trial in stay.trials({})[0]:
         path = stay.folder / cost_name(trial.task, trial.contender.label)

@@ -43,7 +43,7 @@ class Standing:
 
     @property
     def losses(self) -> list[float]:
-        """Final losses of those."""
+        """Final losses of :attr:`runs`."""
         return [run["final_loss"] for run in self.runs]
 
     @property
@@ -53,7 +53,7 @@ class Standing:
 
     @property
     def gaps(self) -> list[float]:
-        """Final losses less those of AdamW's best at the same seeds, which have the same initial adapter and batches."""
+        """Final losses less those of AdamW's best at the same seeds, hence the same adapters and batches."""
         if not self.adamw or not self.losses:
             return []
         best = min(self.adamw, key=statistics.fmean)
@@ -66,7 +66,7 @@ class Standing:
 
     @property
     def steps_ratio(self) -> float | None:
-        """The shortest budget that reaches AdamW's best loss over the full one; infinite for none up to the longest."""
+        """The shortest budget that reaches AdamW's best loss, over the full one; infinite where none does."""
         search = self.search
         if search is None or search.missing is not None:
             return None
@@ -112,7 +112,7 @@ class Standing:
 
     @property
     def remarks(self) -> list[str]:
-        """What a reader of the numbers has to know besides them."""
+        """Remarks for the reader: unfinished, not bracketed, diverged or failed runs."""
         trial, found = self.trial, list[str]()
         if failure := trial.failure(self.target):
             found.append(f"failed: {failure.splitlines()[0]}")
@@ -143,7 +143,7 @@ class Entry:
 
     @property
     def is_started(self) -> bool:
-        """Whether any run of it has ended, well or badly."""
+        """Whether any of its runs has ended, in a result or a failure."""
         return bool(self.cost_failure) or any(
             one.full_runs or len(one.trial.explored.missing) < 3 or one.trial.failure(one.target)
             for one in self.standings
@@ -175,7 +175,7 @@ class Entry:
 
     @cached_property
     def interval(self) -> Interval | None:
-        """The bootstrap interval of that."""
+        """The bootstrap interval of :attr:`interpolated`."""
         measured, seeds = self.measured, self.standings[0].trial.settings.seeds
         return interval(lambda places: mean_ratio(measured, places), len(seeds)) if measured else None
 
@@ -222,7 +222,7 @@ class Entry:
 
     @property
     def commits(self) -> int:
-        """Of how many commits of the project the runs are that the losses come from."""
+        """Number of the project's commits among the runs that the losses come from."""
         return len({(run.get("code") or {}).get("commit") for one in self.standings for run in one.runs})
 
 

@@ -41,7 +41,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Bracket:
-    """A search over places of a grid: those looked at, those still to run, and the best once there are none."""
+    """A search over places of a grid: those looked at, those still to run, and at its end the best one."""
 
     places: tuple[int, ...]
     missing: tuple[int, ...] = ()
@@ -87,7 +87,7 @@ class Search:
 def shortest_budget(
     budgets: Sequence[int], lowest: int, full: int, reaches: Callable[[int], bool | None]
 ) -> Search:
-    """Bisect rising `budgets` from `lowest` on for one that reaches the target while the one below it does not.
+    """Bisect rising `budgets` from `lowest` on for one that reaches the target, the one below it not.
 
     Where the loss falls with the budget that is the shortest one that does. A contender that misses the
     target at the `full` budget is tried at the longest first; one that reaches it at `lowest` goes on below
@@ -144,7 +144,7 @@ class Trial:
         )
 
     def configs(self, place: int, steps: int) -> list[RunConfig]:
-        """That run with every seed."""
+        """The runs at a place of the grid, one for every seed."""
         return [self.config(place, seed, steps) for seed in self.settings.seeds]
 
     def _first_seed(self, start: int, steps: int) -> Bracket:
@@ -157,18 +157,18 @@ class Trial:
 
     @cached_property
     def narrowed(self) -> Bracket | None:
-        """The neighbourhood of what was explored, at the full budget, with the first seed."""
+        """The neighbourhood of the best of :attr:`explored`, at the full budget, with the first seed."""
         start = self.explored.best
         return None if start is None else self._first_seed(start, self.settings.steps)
 
     @cached_property
     def settled(self) -> Bracket | None:
-        """The neighbourhood of that, at the full budget, by the mean over all seeds."""
+        """The neighbourhood of the best of :attr:`narrowed`, by the mean over all seeds."""
         start = self.narrowed.best if self.narrowed else None
         return None if start is None else bracket(start, self.mean, self.settings.extensions)
 
     def mean(self, place: int) -> float | None:
-        """Mean final loss over all seeds at the full budget; a rate far behind with the first seed is judged by that seed.
+        """Mean final loss over all seeds at the full budget; of a rate far behind, the first seed's loss.
 
         Seeds shift all rates alike, so a rate that is `margin` behind with one of them would hardly come
         first with more. Where the first seed's loss is below the mean of the rate that is ahead, the other
@@ -193,7 +193,7 @@ class Trial:
 
     @property
     def best(self) -> int | None:
-        """The place of the best rate at the full budget over all seeds; None until that is settled."""
+        """The place of the best rate at the full budget over all seeds; None until it is settled."""
         return self.settled.best if self.settled else None
 
     @property
@@ -241,7 +241,7 @@ class Trial:
         return [] if search is None or search.missing is None else self.at_budget(search.missing)
 
     def needs(self, target: float | None) -> tuple[str, list[RunConfig]]:
-        """The phase this trial is in and the runs it needs now that are not there; "" and none when it is through."""
+        """The phase this trial is in and the runs that it lacks now; "" and none when it is through."""
         phase, runs = self._needs_rates()
         if not phase:
             runs = self._needs_budget(target)
@@ -249,7 +249,7 @@ class Trial:
         return phase, [run for run in runs if self.ledger.loss(run) is None]
 
     def failure(self, target: float | None) -> str | None:
-        """What went wrong with a run that this trial cannot go on without."""
+        """The error of a run that this trial needs to go on; None without one."""
         errors = [self.ledger.failures.get(run.file_name()) for run in self.needs(target)[1]]
         return next((error for error in errors if error), None)
 
@@ -267,7 +267,7 @@ def make_trials(
 
 
 def reference(trials: Sequence[Trial], task: str) -> Trial | None:
-    """The AdamW trial with the lowest mean loss; None while one of them may still change, or where there is none."""
+    """The AdamW trial with the lowest mean loss; None without any, or while one of them may still change."""
     adamw = [trial for trial in trials if trial.task == task and trial.contender.optimizer == REFERENCE]
     finished = [trial for trial in adamw if trial.loss is not None]
     if not finished or any(trial.rate_is_open for trial in adamw):

@@ -16,21 +16,25 @@ from .summary import Entry, Standing, entries
 from .sweep import Ledger, reference
 
 _LEGEND = (
-    "Loss: final held-out loss in nats per token at the contender's best learning rate and the full budget, mean over n seeds "
-    "± their standard deviation. Learning rates: a grid of factor 2, searched with one seed and decided by the mean over all.",
-    "Less that of AdamW's best: mean over the seeds of the difference at the same seed ± its standard deviation. At one seed "
-    "all have the same initial adapter and batches, which make much of the spread of the losses themselves.",
-    "Steps: AdamW's lowest mean loss over its settings is the target; every contender is run again at its best rate with "
-    "shorter budgets, the schedule shortened with them, and the ratio is the shortest budget that reaches the target over the "
-    "full one, found by bisection from {shortest:.2f} on, and below that one by one (where noise makes the loss rise with the "
-    "budget, another short budget may reach it too). A contender that misses it at the full budget is tried up to "
-    "{longest:.2f} of it. 1.00× for AdamW itself means that no shorter budget of the grid reached its own loss.",
-    "In brackets: the same ratio on straight lines between the measured budgets (the ratio itself is rounded up to the grid "
-    "of {grid:.0%}), and its 95 % bootstrap interval over the seeds ({resamples:,} resamples, the same seeds drawn for "
-    "contender and target). {few}",
-    "Seconds: steps × the median of the step time. Step time: against plain AdamW in turns, alone on the machine, task {task}, "
-    "{threads} threads, median (quartiles), load of the machine before at most {load}; the training runs' own times "
-    "are not used. State: bytes of tensors in the optimizer's state, mean over the runs.",
+    "Loss: final held-out loss in nats per token at the contender's best learning rate and the full budget, "
+    "mean over n seeds ± their standard deviation. Learning rates: a grid of factor 2, searched with one "
+    "seed and decided by the mean over all.",
+    "Less that of AdamW's best: mean over the seeds of the difference at the same seed ± its standard "
+    "deviation. At one seed all have the same initial adapter and batches, which make much of the spread of "
+    "the losses themselves.",
+    "Steps: AdamW's lowest mean loss over its settings is the target; every contender is run again at its "
+    "best rate with shorter budgets, the schedule shortened with them, and the ratio is the shortest budget "
+    "that reaches the target over the full one, found by bisection from {shortest:.2f} on, and below that "
+    "one by one (where noise makes the loss rise with the budget, another short budget may reach it too). A "
+    "contender that misses it at the full budget is tried up to {longest:.2f} of it. 1.00× for AdamW itself "
+    "means that no shorter budget of the grid reached its own loss.",
+    "In brackets: the same ratio on straight lines between the measured budgets (the ratio itself is rounded "
+    "up to the grid of {grid:.0%}), and its 95 % bootstrap interval over the seeds ({resamples:,} resamples, "
+    "the same seeds drawn for contender and target). {few}",
+    "Seconds: steps × the median of the step time. Step time: against plain AdamW in turns, alone on the "
+    "machine, task {task}, {threads} threads, median (quartiles), load of the machine before at most {load}; "
+    "the training runs' own times are not used. State: bytes of tensors in the optimizer's state, mean over "
+    "the runs.",
 )
 
 
@@ -164,8 +168,9 @@ def _target_lines(suite: Suite, ledger: Ledger) -> str:
             )
         else:
             lines.append(
-                f"- {task}: {best.loss:.4f} nats per token, by {best.contender.label} "
-                f"(β {best.contender.beta1:g}, {best.contender.beta2:g}) at learning rate {best.contender.rate(best.best):g}"
+                f"- {task}: {best.loss:.4f} nats per token, by {best.contender.label} (β "
+                f"{best.contender.beta1:g}, {best.contender.beta2:g}) at learning rate "
+                f"{best.contender.rate(best.best):g}"
             )
     return "Targets (AdamW's best):\n\n" + "\n".join(lines)
 
@@ -175,8 +180,9 @@ def _few_seeds(count: int) -> str:
         return "With one seed there is no interval."
     draws = math.comb(2 * count - 1, count)
     return (
-        f"{count} seeds give only {draws} different resamples: the interval shows how far the result hangs on single seeds, "
-        "but it is no calibrated 95 % statement, tends to be too narrow, and does not cover the choice of the learning rate."
+        f"{count} seeds give only {draws} different resamples: the interval shows how far the result hangs "
+        "on single seeds, but it is no calibrated 95 % statement, tends to be too narrow, and does not cover "
+        "the choice of the learning rate."
     )
 
 
@@ -221,9 +227,10 @@ def _origin(suite: Suite, results: Sequence[Result]) -> str:
     data = {result["config"]["task"]: result["fingerprint"][:12] for result in results}
     return (
         f"{len(results)} runs; full budget {sizes.steps} steps of {sizes.batch_size} examples, seeds "
-        f"{', '.join(map(str, sizes.seeds))}; data {', '.join(f'{task} {name}' for task, name in sorted(data.items()))}; "
-        f"{sizes.precision} on {' and '.join(machines)}; commit {', '.join(name[:12] for name in commits)}{dirty}; "
-        f"torch {results[0]['versions'].get('torch')}{peers}."
+        f"{', '.join(map(str, sizes.seeds))}; data "
+        f"{', '.join(f'{task} {name}' for task, name in sorted(data.items()))}; {sizes.precision} on "
+        f"{' and '.join(machines)}; commit {', '.join(name[:12] for name in commits)}{dirty}; torch "
+        f"{results[0]['versions'].get('torch')}{peers}."
     )
 
 

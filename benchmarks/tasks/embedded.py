@@ -1,4 +1,4 @@
-"""What tasks cut from installed text share: samples, their tokens, the choice among them, the cache and the pins."""
+"""What tasks cut from installed text share: samples, tokens, the choice of samples, the cache, the pins."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ Groups = dict[str, list[Row]]  # rows by package, each in the order of the choic
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a task is cut: from which packages, by which function, and what should come out of the pinned versions."""
+    """How a task is cut: the packages, the function, and the fingerprint that the pinned versions give."""
 
     name: str
     packages: tuple[str, ...]
@@ -191,7 +191,7 @@ def _read(path: Path) -> list[Row] | None:
 
 
 def unpinned(recipe: Recipe) -> list[str]:
-    """What is installed in another version than the data were fixed with, in words; empty where nothing is."""
+    """What is installed in another version than the data were fixed with, in words."""
     pins, names = environment.pinned_versions(), [name for name in recipe.packages if name != STDLIB]
     found = [(name, environment.installed_version(name), pins.get(name.lower())) for name in names]
     others = [
@@ -210,8 +210,8 @@ def warn_if_not_pinned(recipe: Recipe) -> None:
     """One warning for each version that is not the pinned one."""
     for other in unpinned(recipe):
         warnings.warn(
-            f"{other}: the data of task {recipe.name} may differ, so losses are comparable only with those of the "
-            "same fingerprint",
+            f"{other}: the data of task {recipe.name} may differ, so losses are comparable only with those "
+            "of the same fingerprint",
             stacklevel=3,
         )
 

@@ -46,21 +46,43 @@ DATA = {
     "alpaca": Source("tatsu-lab/alpaca", None, "train", None, _ALPACA, formats.alpaca, None),
     "alpaca-gpt4": Source("vicgalle/alpaca-gpt4", None, "train", None, _ALPACA, formats.alpaca, None),
     "boolq": Source(
-        "google/boolq", None, "train", "validation", ("question", "answer"), formats.boolq, "accuracy", _YES_NO
+        "google/boolq",
+        None,
+        "train",
+        "validation",
+        ("question", "answer"),
+        formats.boolq,
+        "accuracy",
+        _YES_NO,
     ),
     "dolly": Source(
-        "databricks/databricks-dolly-15k", None, "train", None, ("instruction", "context", "response"), formats.dolly, None
+        "databricks/databricks-dolly-15k",
+        None,
+        "train",
+        None,
+        ("instruction", "context", "response"),
+        formats.dolly,
+        None,
     ),
-    "gsm8k": Source("openai/gsm8k", "main", "train", "test", ("question", "answer"), formats.gsm8k, "exact match"),
+    "gsm8k": Source(
+        "openai/gsm8k", "main", "train", "test", ("question", "answer"), formats.gsm8k, "exact match"
+    ),
     "qnli": Source(
-        "nyu-mll/glue", "qnli", "train", "validation", ("question", "sentence", "label"), formats.qnli, "accuracy", _YES_NO
+        "nyu-mll/glue",
+        "qnli",
+        "train",
+        "validation",
+        ("question", "sentence", "label"),
+        formats.qnli,
+        "accuracy",
+        _YES_NO,
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What decides external data besides their name; it is no part of a result, whose fingerprint says what was read."""
+    """What decides external data besides their name. A result holds their fingerprint instead."""
 
     folder: Path | None = None  # None: the hub's copy
     max_length: int = MAX_LENGTH
@@ -75,7 +97,7 @@ class Text:
 
     @property
     def key(self) -> str:
-        """What texts share that must not stand on both sides of a split."""
+        """Texts with equal keys stand on one side of a split."""
         return self.prompt or self.answer
 
 
@@ -122,8 +144,8 @@ def _from_hub(name: str, split: str, flag: str) -> Iterable[formats.Row]:
         return datasets.load_dataset(source.hub, source.config, split=split)
     except OSError as error:  # what `datasets` raises for no network, offline mode and missing data alike
         raise BenchmarkError(
-            f"cannot get {source.hub} from the hub ({error}); name a folder that holds {name}_train.jsonl and "
-            f"{name}_test.jsonl: {flag} {name}=FOLDER"
+            f"cannot get {source.hub} from the hub ({error}); name a folder that holds {name}_train.jsonl "
+            f"and {name}_test.jsonl: {flag} {name}=FOLDER"
         ) from error
 
 
@@ -147,7 +169,7 @@ def _texts(name: str, split: str, rows: Iterable[formats.Row]) -> list[Text]:
 
 
 def split_off(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
-    """Training and held-out texts: a share of the prompts is held out; those with the same prompt stay together."""
+    """Training and held-out texts: a share of the prompts is held out, with all texts of such a prompt."""
     held_out = [in_share([text.key], HELDOUT_PERCENT) for text in texts]
     sides: tuple[list[Text], list[Text]] = ([], [])
     for text, held in zip(texts, held_out, strict=True):
@@ -156,7 +178,7 @@ def split_off(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
 
 
 def read_splits(name: str, folder: Path | None, flag: str = "--data") -> tuple[list[Text], list[Text]]:
-    """Training and held-out texts, from their own splits where the data have two; `flag` is the option that named them."""
+    """Training and held-out texts, from two splits where there are two; errors name the option `flag`."""
     source = DATA[name]
     if folder is None:
         train = _texts(name, "train", _from_hub(name, source.train, flag))
@@ -175,7 +197,7 @@ def without_prompts_of(held: Sequence[Text], train: Sequence[Text]) -> list[Text
 
 
 def encode(texts: Sequence[Text], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], list[str]]:
-    """Examples, and in words what was left out."""
+    """Examples of at most `max_length` tokens, and in words what was left out."""
     prompts = tokenizer.encode_batch([text.prompt for text in texts])
     answers = tokenizer.encode_batch([text.answer + EOS for text in texts])
     made = [Example(tuple(p.ids), tuple(a.ids)) for p, a in zip(prompts, answers, strict=True)]
@@ -198,7 +220,7 @@ def fingerprint(splits: Mapping[str, Sequence[Example]]) -> str:
 
 
 def load(name: str, tokenizer: Tokenizer, options: DataOptions) -> Task:
-    """The task on that data; its note says what was left out.
+    """The task on public data; its note says what was left out.
 
     Raises:
         BenchmarkError: Data that cannot be had or read, or of which nothing fits in `max_length` tokens.
@@ -213,7 +235,8 @@ def load(name: str, tokenizer: Tokenizer, options: DataOptions) -> Task:
     if len(apart) < len(train):
         left_out.append(f"{len(train) - len(apart):,} that the held-out split asks too")
     heldout, left_out_of_test = encode(test, tokenizer, options.max_length)
-    note = f"{name}: {in_words('training', training, left_out)}; {in_words('held-out', heldout, left_out_of_test)}"
+    both = in_words("training", training, left_out), in_words("held-out", heldout, left_out_of_test)
+    note = f"{name}: {'; '.join(both)}"
     if not training or not heldout:
         raise BenchmarkError(f"{note}: a split is empty; give a larger --max-length, or more data")
     found = fingerprint({"train": training, "heldout": heldout})

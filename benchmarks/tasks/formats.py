@@ -1,4 +1,4 @@
-"""Rows of public instruction data as a prompt and its answer; the form is Alpaca's sections, as in the seeds' examples."""
+"""Rows of public instruction data as a prompt and its answer, in Alpaca's sections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PREAMBLE_WITH_INPUT = (
 
 
 def sections(instruction: str, given: str = "", heading: str = "Input") -> str:
-    """A prompt of an instruction, a section with what is given where there is something, and the response's heading."""
+    """A prompt: the instruction, a section with what is given if there is any, and the response's heading."""
     middle = f"### {heading}:\n{given.strip()}\n\n" if given.strip() else ""
     return f"### Instruction:\n{instruction.strip()}\n\n{middle}### Response:\n"
 

@@ -50,7 +50,7 @@ def _stands_alone(statement: ast.stmt, lines: list[str]) -> bool:
 
 
 def _cut(node: Definition, lines: list[str]) -> tuple[str, str] | None:
-    """Source without decorators and docstring, dedented, and its body; None where that cannot be cut by lines."""
+    """Source without decorators and docstring, dedented, and its body; None where lines cannot be cut so."""
     docstring = _docstring(node)
     statements = node.body[1:] if docstring else node.body
     if not statements or statements[0].lineno == node.lineno:
@@ -94,7 +94,7 @@ def usable(name: str) -> bool:
 
 
 def functions(file: SourceFile) -> Iterator[Function]:
-    """Functions of one file that are neither dunder, nor too short or long, nor impossible to cut by lines."""
+    """A file's functions, without dunders and those too short, too long or impossible to cut by lines."""
     tree = parse(file.text)
     if tree is None:
         return

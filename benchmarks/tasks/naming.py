@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PACKAGES = (
-    "stdlib", "sympy", "matplotlib", "fontTools", "numpy", "huggingface_hub", "networkx", "pygments", "mpmath", "psutil",
+    "stdlib", "sympy", "matplotlib", "fontTools", "numpy", "huggingface_hub", "networkx", "pygments",
+    "mpmath", "psutil",
     "click", "jinja2", "fsspec", "pyparsing", "packaging", "rich",
 )  # fmt: skip
 TRAIN_SIZE = 10_000  # at most

@@ -22,14 +22,14 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """`tokens` and `labels`, int64 [examples, positions]; `labels` holds the next token, -100 off the answer."""
+    """`tokens` and `labels`, int64 [examples, positions]; a label is the next token, -100 off the answer."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
     lengths: tuple[int, ...]
 
     def to(self, device: str) -> Batch:
-        """The same batch on another device."""
+        """A copy of the batch on another device."""
         return Batch(self.tokens.to(device), self.labels.to(device), self.lengths)
 
     @property
@@ -54,7 +54,7 @@ def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
 
 
 def answer_logits(model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [answer tokens, vocabulary] and targets [answer tokens], row by row; the rest is never computed."""
+    """Logits [answer tokens, vocabulary] and targets [answer tokens], row by row; no others are computed."""
     base: Any = getattr(model, "get_base_model", lambda: model)()  # a PeftModel wraps it
     hidden = base.get_decoder()(input_ids=batch.tokens, use_cache=False).last_hidden_state
     wanted = batch.labels != IGNORED

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PACKAGES = (
-    "sympy", "mpmath", "matplotlib", "networkx", "numpy", "fontTools", "huggingface_hub", "pygments", "rich", "fsspec",
+    "sympy", "mpmath", "matplotlib", "networkx", "numpy", "fontTools", "huggingface_hub", "pygments", "rich",
+    "fsspec",
 )  # fmt: skip
 TRAIN_SIZE = 6_000
 MAX_ANSWER = 16  # tokens, <eos> included
@@ -65,7 +66,7 @@ def snippets(text: str) -> Iterator[str]:
 
 
 def line_keys(snippet: str) -> list[str]:
-    """The snippet's lines without white space, short ones left out: what copies are recognised by."""
+    """The snippet's longer lines without white space, by which copies are recognised."""
     lines = ("".join(line.split()) for line in snippet.split("\n"))
     return [line for line in lines if len(line) >= _MIN_LINE]
 

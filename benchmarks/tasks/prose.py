@@ -50,7 +50,7 @@ def paragraphs(text: str) -> tuple[str, ...]:
 
 
 def normal(paragraph: str) -> str:
-    """The paragraph without differences in white space: what "the same paragraph" compares."""
+    """The paragraph with single spaces; two paragraphs are equal if this is."""
     return " ".join(paragraph.split())
 
 
@@ -60,7 +60,7 @@ def topics() -> list[Document]:
 
 
 def held_out_topics(found: Iterable[Document]) -> list[Document]:
-    """Topics chosen by a hash of their names until they have enough text, each without what an earlier one has."""
+    """Topics in the order of their names' hashes until they have enough text, without repeated paragraphs."""
     candidates = sorted(
         (topic for topic in found if _size(topic) <= MAX_HELDOUT_TOPIC), key=lambda t: sha256([t.name])
     )
@@ -77,7 +77,7 @@ def _size(document: Document) -> int:
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether it is running text: no prompt, directive, list or table, enough words, hardly anything but letters."""
+    """Whether it is running text: enough words, mostly letters, no prompt, directive, list or table."""
     text = normal(paragraph)
     letters = sum(character.isalpha() or character == " " for character in text)
     return (

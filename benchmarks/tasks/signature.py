@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TRAIN_PACKAGES = (
-    "sympy", "matplotlib", "networkx", "numpy", "fontTools", "huggingface_hub", "mpmath", "pygments", "psutil", "click",
+    "sympy", "matplotlib", "networkx", "numpy", "fontTools", "huggingface_hub", "mpmath", "pygments",
+    "psutil", "click",
 )  # fmt: skip
 HELDOUT_PACKAGES = ("jinja2", "fsspec", "pyparsing", "packaging", "rich")
 TRAIN_SIZE = 10_000  # at most

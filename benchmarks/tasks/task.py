@@ -24,7 +24,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """Training and held-out examples, the sha256 of both, and what the share of exactly right answers is called.
+    """Training and held-out examples, the sha256 of both, and the name of the share of exactly right answers.
 
     `metric` is None where that share means nothing (free text); `note` says what was left out of the data.
     """

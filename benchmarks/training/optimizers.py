@@ -19,7 +19,7 @@ def _adamw(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
 
 
 def _grit(**fixed: Any) -> Factory:
-    """GRIT around the settings' base; `fixed` are the keywords that make the variant, the settings' options come on top."""
+    """GRIT around the settings' base, with the variant's keywords `fixed` and then the settings' options."""
 
     def factory(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
         """The variant over the model's trainable parameters."""
@@ -81,7 +81,7 @@ def make_optimizer(name: str, model: torch.nn.Module, settings: Settings) -> tor
 
 
 def package_version(name: str) -> dict[str, str | None]:
-    """The distribution that a peer's update rule comes from, with its version; empty for our own and plain AdamW."""
+    """The distribution of a peer's update rule with its version; empty for GRIT and plain AdamW."""
     return {PEERS[name].package: installed_version(PEERS[name].package)} if name in PEERS else {}
 
 

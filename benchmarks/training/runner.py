@@ -32,14 +32,14 @@ PRELOADED = ["torch", "transformers", "peft", "benchmarks.training.train"]
 def plan(
     template: RunConfig, optimizers: Sequence[str], lrs: Sequence[float], seeds: Sequence[int]
 ) -> list[RunConfig]:
-    """Every combination; seeds outermost, so that a job stopped half-way has all methods at the first seeds."""
+    """Every combination, seeds outermost: a job that is stopped has run all methods at the first seeds."""
     combinations = itertools.product(seeds, map(check_optimizer, optimizers), lrs)
     return [replace(template, optimizer=name, lr=lr, seed=seed) for seed, name, lr in combinations]
 
 
 @cache
 def fingerprint(task: str, data: DataOptions | None = None) -> str:
-    """What identifies the task's data and the base model; makes the data where needed and says what they leave out."""
+    """What identifies the task's data and the base model. Makes the data and prints what they leave out."""
     loaded = load_task(task, load_tokenizer(), data)
     if loaded.note:
         print(loaded.note)
@@ -59,7 +59,7 @@ def _child(
 
 
 def _context() -> multiprocessing.context.BaseContext:
-    """Processes forked from a clean server that has the libraries loaded; fresh ones where there is no fork."""
+    """Processes forked from a server that has the libraries loaded; fresh ones where there is no fork."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -68,12 +68,12 @@ def _context() -> multiprocessing.context.BaseContext:
 
 
 def threads_per_run(jobs: int, threads: int | None = None) -> int:
-    """Threads of one of `jobs` runs at a time: an equal share of the cores unless `threads` says otherwise."""
+    """Threads of one of `jobs` runs at a time: `threads`, or an equal share of the cores."""
     return threads or max(1, (os.cpu_count() or 1) // jobs)
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it does: killed, that one could not stop a run, which would go on unseen."""
+    """End this process when its parent ends; a parent that is killed cannot stop its runs itself."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -87,7 +87,7 @@ def _end_with_parent() -> None:
 
 
 def in_process(call: Callable[..., T], *arguments: Any) -> T:
-    """The result of a call in a fresh process of its own, which ends with this one."""
+    """The result of a call in a fresh process, which ends when this one ends."""
     with ProcessPoolExecutor(1, mp_context=_context(), initializer=_end_with_parent) as executor:
         return executor.submit(call, *arguments).result()
 
@@ -140,7 +140,7 @@ def run_all(
     threads: int | None = None,
     data: DataOptions | None = None,
 ) -> None:
-    """Carry out what is pending; an error at the end if a run failed (diverging is a result, not a failure)."""
+    """Carry out what is pending; an error at the end if a run failed (a diverged run is a result)."""
     todo = pending(runs, folder, data)
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are in {folder} already and are left as they are")

@@ -129,7 +129,7 @@ class Run:
         return loss
 
     def result(self, diverged: bool) -> dict[str, Any]:
-        """Everything that was measured, as plain data."""
+        """All measurements of the run as plain data."""
         telemetry = getattr(self.optimizer, "telemetry", None)
         return {
             "config": asdict(self.config),

@@ -1,4 +1,4 @@
-"""What dropping directions of a trained adapter costs, predicted from its factors and measured: one JSON file.
+"""What dropping directions of a trained adapter costs: predicted from its factors, and measured.
 
 Every way to drop directions replaces h = A x by M h, with M an r×r matrix of each site: the optimal one in
 balanced coordinates, the GRIT paper's projections, the truncated SVD of ΔW, the largest rows and columns. To
@@ -86,12 +86,12 @@ class Adapter:
         return (self.gradient @ (operators - linalg.eye_like(operators))).diagonal(dim1=-2, dim2=-1).sum(-1)
 
     def apply(self, operators: Tensor) -> None:
-        """Set B of every site to B M; the product B M A is the same as with M A."""
+        """Set B of every site to B M, which leaves the product B M A."""
         for site, b, operator in zip(self.curvature.bucket.sites, self.b, operators, strict=True):
             site.b.data.copy_((b.double() @ operator).to(b.dtype))
 
     def restore(self) -> None:
-        """The weights as they were trained."""
+        """Set the weights back to their trained values."""
         self.apply(linalg.eye_like(self.curvature.factors.activation).double())
 
 
@@ -222,7 +222,7 @@ class Measurement:
 
 
 def common_ranks(adapter: Adapter, parameters: float) -> Tensor:
-    """The ranks that a common budget leaves, as ``rank_budget`` decides them."""
+    """The ranks within one budget for all sites, chosen as ``rank_budget`` chooses them."""
     curvature = adapter.curvature
     loss = curvature.factors.price[:, None] * adapter.found.energy
     bids = [Bids(loss, curvature.bucket.direction_size, curvature.rank, adapter.found.usable)]
@@ -237,7 +237,7 @@ def truncation(
     folder: Path,
     threads: int | None,
 ) -> Path:
-    """Train once, gather the factors on fresh training batches, cut in every way, and write what came out."""
+    """Train once, gather factors on fresh training batches, cut by every method, write the results file."""
     if max(drops) >= config.rank:
         raise BenchmarkError(
             f"--drops {max(drops)} leaves nothing of rank {config.rank}; drop fewer directions"

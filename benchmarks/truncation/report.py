@@ -20,7 +20,7 @@ _ALONE = "one site, balanced"
 
 
 def holds(folder: Path) -> bool:
-    """Whether the folder holds such files."""
+    """Whether the folder holds results of ``truncation``."""
     return bool(packing.paths(folder, f"{KIND}-*.json"))
 
 
@@ -52,7 +52,7 @@ def _median(values: Sequence[float]) -> str:
 
 
 def _constant(result: dict[str, Any]) -> list[str]:
-    """How the prediction stands to the measurement, where it is small and where it is not."""
+    """The ratio of measured to predicted rises, separately for small and for large predictions."""
     single = [p for p in result["points"] if p["site"] != "all"]
     together = [p for p in result["points"] if p["site"] == "all"]
     second = [
@@ -87,11 +87,15 @@ def table(result: dict[str, Any]) -> str:
     ]
     lines += [f"| {p['parameters']:.0%} | {_cell(p)} |" for p in whole(result, COMMON_BUDGET)]
     config, loss = result["config"], result["loss"]
-    run = f"{config['optimizer']} on {config['task']}, rate {config['lr']:g}, {config['steps']} steps, seed {config['seed']}"
+    run = (
+        f"{config['optimizer']} on {config['task']}, rate {config['lr']:g}, {config['steps']} steps, seed "
+        f"{config['seed']}"
+    )
     return "\n".join(
         [
-            f"{run}: loss {loss['heldout']:.4f} held out, {loss['fresh']:.4f} on the fresh training batches of the factors. "
-            "Rise of the loss in nats per token, on those batches and held out; nothing is trained after the cut.",
+            f"{run}: loss {loss['heldout']:.4f} held out, {loss['fresh']:.4f} on the fresh training batches "
+            "of the factors. Rise of the loss in nats per token, on those batches and held out; nothing is "
+            "trained after the cut.",
             "",
             *lines,
             "",
@@ -107,7 +111,7 @@ def _cell(point: Point) -> str:
 
 
 def scatter(results: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Predicted against measured rise of the loss, every cut a point; on the right without the first-order part."""
+    """Predicted against measured rise of the loss, a point per cut; on the right without first-order part."""
     figure, axes = panels(1, 2, 11.5, 5.2)
     for axis, subtracted in zip(axes, (False, True), strict=True):
         for look, name in zip(styles(), [_ALONE, *METHODS, COMMON_BUDGET], strict=False):

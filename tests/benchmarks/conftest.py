@@ -34,7 +34,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def rows_of(tokenizer):
-    """A function that gives the rows of an embedded task, without a warning where versions are not the pinned ones."""
+    """A function that gives the rows of an embedded task, without warnings about versions."""
 
     @cache
     def load(recipe):

@@ -1,11 +1,15 @@
 """The command line: bad arguments, what help loads, a short real run and its report."""
 
 import math
+import re
+import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
+from benchmarks.__main__ import STUDIES, make_parser
 from benchmarks.core.arguments import option
 from benchmarks.core.files import REPOSITORY
 from benchmarks.core.results import read_results
@@ -119,3 +123,49 @@ def test_two_steps_from_command_to_table_and_skipping(tmp_path):
     done = call("report", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "| adamw | 0.005 (single rate) |" in (tmp_path / "table.md").read_text()
+
+
+def documents():
+    """Every page and script that shows commands, its continued lines joined."""
+    folders = [REPOSITORY, REPOSITORY / "docs", REPOSITORY / "benchmarks"]
+    paths = [path for folder in folders for path in (*folder.glob("*.md"), *folder.glob("*.sh"))]
+    return {path.name: path.read_text(encoding="utf-8").replace("\\\n", " ") for path in paths}
+
+
+def test_the_commands_of_every_document_are_understood():
+    found = [
+        command
+        for text in documents().values()
+        for command in re.findall(r"^python -m benchmarks ([a-z].*)$", text, flags=re.MULTILINE)
+        if "$" not in command  # a line of a loop in the shell
+    ]
+    assert len(found) > 10
+    for command in found:
+        make_parser().parse_args(shlex.split(command, comments=True))
+    modules = {name for text in documents().values() for name in re.findall(r"-m (benchmarks\.\w+)", text)}
+    assert {"benchmarks.gpu_summary"} <= modules
+    assert all(find_spec(f"{name}.__main__") for name in modules)
+
+
+@pytest.mark.parametrize("module", ["benchmarks.curvature", "benchmarks.fisher_distance"])
+def test_studies_that_are_run_on_their_own_name_their_arguments(module):
+    done = subprocess.run(
+        [sys.executable, "-m", module], capture_output=True, text=True, cwd=REPOSITORY, timeout=300
+    )
+    assert done.returncode == 2
+    assert f"usage: python -m {module} [-h] --out OUT" in done.stderr
+    assert "the following arguments are required: --out" in done.stderr
+
+
+def test_every_command_belongs_to_one_study():
+    names = [command.name for study in STUDIES for command in study.commands]
+    assert len(names) == len(set(names)) > 10
+    assert all((study.holds is None) == (study.report is None) for study in STUDIES)
+
+
+def test_a_folder_is_reported_by_the_study_that_wrote_it(tmp_path):
+    """A suite's folder has cost files too, and comparison takes every folder that no other study holds."""
+    for name in ("cost-naming-grit.json", "suite.json"):
+        (tmp_path / name).write_text("{}")
+    holding = [study for study in STUDIES if study.holds and study.holds(tmp_path)]
+    assert [study.commands[0].name for study in holding] == ["run", "cost", "main"]

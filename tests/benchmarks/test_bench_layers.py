@@ -1,4 +1,4 @@
-"""The benchmark's house, read from its source: imports point down, none goes round, none is hidden, nobody reads a private name."""
+"""The benchmark's source: imports point down, none is hidden or goes round; private names stay private."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -57,7 +57,7 @@ def package_of(name):
 
 
 def imports(tree, package):
-    """Every module of the house that a source imports, wherever in it; `package` is where relative imports start."""
+    """Every module of the house that a source imports; relative imports start at `package`."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
@@ -80,7 +80,8 @@ IMPORTS = {name: imports(tree, package_of(name)) for name, tree in TREES.items()
 
 
 def test_the_reading_of_imports_finds_every_form():
-    source = "from . import files\nfrom ..core.results import RunConfig\ndef f():\n    import benchmarks.cost.count"
+    source = "from . import files\nfrom ..core.results import RunConfig\n"
+    source += "def f():\n    import benchmarks.cost.count"
     assert imports(ast.parse(source), "core") == {"core.files", "core.results", "cost.count"}
     assert len(MODULES) > 80
     assert sum(map(len, IMPORTS.values())) > 300
@@ -124,7 +125,7 @@ def is_own(attribute):
 
 
 def private_names():
-    """Underscored names that the house defines: functions, classes, constants, and attributes of its classes."""
+    """Underscored names of the house: functions, classes, constants, attributes of its classes."""
     found = set()
     for tree in TREES.values():
         for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""Ways to a small adapter: what each saves is what it trained, the peers do what their papers say, and the report."""
+"""Ways to a small adapter: what is saved is what was trained, peers follow their papers, the report."""
 
 import json
 from dataclasses import replace

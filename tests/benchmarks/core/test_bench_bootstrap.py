@@ -75,7 +75,7 @@ def test_draws_are_fixed_and_fair():
 
 
 def test_tasks_draw_the_same_seeds():
-    """Opposite shifts of one seed in two tasks cancel in the mean only if both tasks draw that seed together."""
+    """Opposite shifts of a seed in two tasks cancel in the mean only if both draw that seed together."""
     tasks = [measured([0.05, -0.05, 0.0], [0.0] * 3), measured([-0.05, 0.05, 0.0], [0.0] * 3)]
     found = interval(lambda places: mean_ratio(tasks, places), 3)
     assert (found.low, found.high) == pytest.approx((0.8, 0.8))

@@ -14,7 +14,7 @@ BF16 = RunConfig("naming", "adamw", 0.01, 0, precision="bf16")
 
 @pytest.fixture
 def on_a_processor(monkeypatch):
-    """A function that makes the processor one whose bf16 products take that many times as long as fp32 ones."""
+    """A function that makes the processor's bf16 so many times as slow as its fp32."""
 
     def make(slowdown):
         monkeypatch.setattr(environment, "bf16_slowdown", lambda: slowdown)

@@ -69,7 +69,8 @@ ROW = torch.ones(4)
         (lambda: torch._foreach_add([X, X], 1.0), 2 * 96, 2 * 96, 0, 1),
     ],
     ids=[
-        "add", "broadcast", "expanded", "in place", "copy", "view", "cast", "product", "dot", "index", "index_add", "stack",
+        "add", "broadcast", "expanded", "in place", "copy", "view", "cast", "product", "dot", "index",
+        "index_add", "stack",
         "list",
     ],
 )  # fmt: skip
@@ -103,7 +104,8 @@ def launches_by_the_book(sizes, depth):
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(
     "sizes",
-    [[], [1], [0, 5], [65536] * 320, [65536] * 321, [10] * 110, [10] * 111, [16 * 4096] * 448, [16 * 14336, 16 * 1024] * 60,
+    [[], [1], [0, 5], [65536] * 320, [65536] * 321, [10] * 110, [10] * 111, [16 * 4096] * 448,
+    [16 * 14336, 16 * 1024] * 60,
      [65536 * 700], [65537] * 200],
     ids=lambda sizes: f"{len(sizes)}x{sizes[0] if sizes else 0}",
 )  # fmt: skip
@@ -139,14 +141,14 @@ def frozen_products():
 
 
 def adapter_products():
-    """The same for A and B, and the gradients of their weights; nobody needs the layer's last product again."""
+    """Products of A and B and of their weights' gradients; nobody needs the layer's last product again."""
     pairs = sum(2 * (a + b) * SMALL.rank * SMALL.tokens for a, b in WIDTHS)
     last = 2 * WIDTHS[-1][1] * SMALL.rank * SMALL.tokens
     return SMALL.accumulation * 2 * (4 * pairs - last)
 
 
 def attention_products():
-    """Flash attention: two products forward, twice; backward recomputes one and has four more (torch.utils.flop_counter)."""
+    """Flash attention (torch.utils.flop_counter): two products forward, twice; backward five."""
     one = 2 * SMALL.batch_size * 4 * SMALL.length**2 * 16
     return SMALL.accumulation * 2 * one * (2 + 2 + 5)
 
@@ -166,7 +168,7 @@ def newton_steps(smallest):
 
 
 def test_products_of_the_stages(counted):
-    """The default: roots of order 4 and 2 by Newton-Schulz, three r×r products an iteration; four of width r per matrix."""
+    """Roots of order 4 and 2 by Newton-Schulz, three r×r products an iteration; four of width r a matrix."""
     costs, _, _ = counted
     r, rows, passes, sites = (
         SMALL.rank,
@@ -224,7 +226,7 @@ def test_kernels_of_the_step_do_not_grow_with_the_layers(counted):
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_what_the_taps_keep_from_forward_to_backward(checkpointing):
-    """h in bf16, one row per token, where checkpointing would have dropped it; else B's gradient needs it in any case."""
+    """h in bf16, a row per token, where checkpointing drops it; else B's gradient needs it in any case."""
     workload = replace(SMALL, accumulation=1, checkpointing=checkpointing)
     plain, mine = (counted_step(name, workload)[1] for name in ("adamw", "grit"))
     kept = mine.after_forward - plain.after_forward - (mine.at_rest - plain.at_rest)

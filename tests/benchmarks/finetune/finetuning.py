@@ -40,7 +40,8 @@ def save_model(folder, vocabulary=400):
     """A Llama of one layer; its inner width is no multiple of 32, as that of the embedded model."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=144,
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=144,
         vocab_size=vocabulary, max_position_embeddings=192, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""QLoRA as one would train it: the embedded model in 4 and 8 bits, real examples, checkpointed activations, paged AdamW."""
+"""QLoRA as one would train it: the embedded model in 4 and 8 bits, checkpointing, paged AdamW."""
 
 import pytest
 import tiny
@@ -52,8 +52,10 @@ def built(kind):
 
 def trainer_of(folder, model, optimizer, task, callbacks):
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=BATCH, bf16=True, use_cpu=True, report_to="none",
-        disable_tqdm=True, logging_steps=1, save_strategy="steps", save_steps=STEPS // 2, gradient_checkpointing=True,
+        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=BATCH, bf16=True, use_cpu=True,
+        report_to="none",
+        disable_tqdm=True, logging_steps=1, save_strategy="steps", save_steps=STEPS // 2,
+        gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False}, remove_unused_columns=False,
     )  # fmt: skip
     return transformers.Trainer(
@@ -64,7 +66,7 @@ def trainer_of(folder, model, optimizer, task, callbacks):
 
 @torch.no_grad()
 def heldout_loss(model, task):
-    """In training mode: for inference bitsandbytes packs weights on some CPUs, which it cannot at this width."""
+    """In training mode: bitsandbytes packs weights for inference on some CPUs, but cannot at this width."""
     return model.train()(**collate([Data(task.heldout)[i] for i in range(48)])).loss.item()
 
 

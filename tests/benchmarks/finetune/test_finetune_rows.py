@@ -122,17 +122,26 @@ def test_some_of_the_examples_are_the_same_ones_every_time(tmp_path, tokenizer):
     [
         ("", "own.jsonl has no rows; it must be a jsonl file"),
         ('{"prompt": "p", "completion": "c"}\nno json\n', "own.jsonl:2 is no JSON"),
-        ('{"question": "q", "solution": "s"}\n', "own.jsonl:1 has the fields question, solution; a row needs one of: messages; "
-         "prompt and completion; instruction and output; text"),
-        ('{"prompt": "p"}\n', "own.jsonl:1 lacks completion; every row of this file needs: prompt, completion"),
+        (
+            '{"question": "q", "solution": "s"}\n',
+            "own.jsonl:1 has the fields question, solution; a row needs one of: "
+            "messages; prompt and completion; instruction and output; text",
+        ),
+        (
+            '{"prompt": "p"}\n',
+            "own.jsonl:1 lacks completion; every row of this file needs: prompt, completion",
+        ),
         ('{"text": "a"}\n\n{"prompt": "p"}\n', "own.jsonl:3 lacks text"),
         ('{"prompt": ["p"], "completion": "c"}\n', "own.jsonl:1: prompt is list, not text"),
         ('{"instruction": "i", "input": null, "output": "o"}\n', "own.jsonl:1: input is NoneType, not text"),
         ('{"messages": []}\n', "own.jsonl:1 lacks messages, a list of objects with role and content"),
         ('{"messages": [{"role": "user"}]}\n', "own.jsonl:1: message 1 lacks content"),
-        ('{"messages": [{"role": "user", "content": "c"}]}\n', "own.jsonl:1 has no message of the role assistant"),
+        (
+            '{"messages": [{"role": "user", "content": "c"}]}\n',
+            "own.jsonl:1 has no message of the role assistant",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_rows_are_named(tmp_path, tokenizer, lines, message):
     path = tmp_path / "own.jsonl"
     path.write_text(lines)

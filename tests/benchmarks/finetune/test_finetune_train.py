@@ -257,7 +257,7 @@ def test_qlora_trains_the_same_in_both_trainers(tiny_model, dolly, tmp_path, arg
 
 
 def test_evaluation_leaves_the_gradients_of_a_quantized_model_alone(started):
-    """bitsandbytes repacks weights for inference on some CPUs, and the packed product passes no gradient on."""
+    """bitsandbytes repacks weights for inference on some CPUs; the packed product passes no gradient on."""
     pytest.importorskip("bitsandbytes")
     session = started(quantize="nf4")
     batch = session.collator(session.data.task.train[:2])

@@ -1,4 +1,4 @@
-"""The comparison of the Fisher approximations: its matrices against what they are said to be, on random tokens."""
+"""The matrices of the Fisher approximations against their definitions, on random tokens."""
 
 import pytest
 import torch

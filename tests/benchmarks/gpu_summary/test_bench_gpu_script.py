@@ -1,4 +1,4 @@
-"""The script for all that needs a GPU: its parts and limits, what it leaves, and a whole run without a GPU."""
+"""The GPU script: its parts and limits, what it leaves, and a whole run without a GPU."""
 
 import json
 import os
@@ -55,7 +55,8 @@ def test_a_part_that_fails_is_recorded_and_the_next_one_runs(tmp_path):
     """A Python that only knows the summary: every other part fails."""
     python = tmp_path / "python"
     python.write_text(
-        f'#!/bin/sh\ncase "$*" in *gpu_summary\\ summary*) exec {sys.executable} "$@";; esac\necho "no such luck"; exit 3\n'
+        f'#!/bin/sh\ncase "$*" in *gpu_summary\\ summary*) exec {sys.executable} "$@";; esac\n'
+        'echo "no such luck"; exit 3\n'
     )
     python.chmod(0o755)
     done = run(tmp_path / "out", PYTHON=str(python), GPU_SH_DEVICE="cpu")
@@ -88,7 +89,8 @@ JUNIT = """<testsuites><testsuite>
 
 def test_the_summary_holds_everything(tmp_path):
     (tmp_path / "parts.tsv").write_text(
-        "environment\t0\t3\t25\tpython env\ntests\t124\t100\t100\tpytest\nllama-8b-nf4\tleft out: no package\t0\t0\t\n"
+        "environment\t0\t3\t25\tpython env\ntests\t124\t100\t100\tpytest\nllama-8b-nf4\tleft out: no "
+        "package\t0\t0\t\n"
     )
     (tmp_path / "tests.log").write_text("\n".join(f"line {i}" for i in range(99)))
     (tmp_path / "tests.xml").write_text(JUNIT)

@@ -55,7 +55,7 @@ def in_this_process(monkeypatch, naming_task):
     runner.fingerprint.cache_clear()
 
 
-def test_the_real_command_from_nothing_to_the_report(tmp_path, in_this_process, capsys):
+def test_the_real_command_from_nothing_to_the_report(tmp_path, drawn, in_this_process, capsys):
     sizes = ["--steps", "2", "--explore-steps", "2", "--batch-size", "2", "--eval-every", "2", "--seeds", "0"]
     narrow = [
         "--extensions",

@@ -5,20 +5,13 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks.core.files import BenchmarkError
 from benchmarks.suite.contenders import (
     PHASES,
-    QUICK_CONTENDERS,
-    QUICK_SETTINGS,
-    SUITES,
     Contender,
     SuiteSettings,
-    check_settings,
-    choose,
 )
 from benchmarks.suite.outlook import duration, expected, outlook
 from benchmarks.suite.sweep import Ledger, bracket, make_trials, plan, shortest_budget, targets
-from benchmarks.training.optimizers import OPTIMIZERS
 
 SMALL = SuiteSettings(steps=100, explore_steps=50, eval_every=50, seeds=(0, 1), extensions=3)
 ADAMW, OTHER = Contender("adamw", "adamw", lr=0.01), Contender("other", "grit", lr=0.01)
@@ -70,7 +63,7 @@ LOWEST = 40
 
 
 def bisected(reaching, full=100):
-    """The finished search for the shortest budget of those that reach the target, and the budgets that were run."""
+    """The finished search among budgets of which `reaching` reach the target, and the budgets that it ran."""
     known, run = {full: full in reaching}, []
     while (found := shortest_budget(BUDGETS, LOWEST, full, known.get)).missing is not None:
         assert found.missing not in known, "nothing is asked for twice"
@@ -126,7 +119,7 @@ def test_budgets_contain_the_full_one_lie_on_the_grid_and_outlast_the_warm_up():
 def simulated(
     losses, contenders=(ADAMW, OTHER), tasks=("naming",), settings=SMALL, phases=PHASES, failing=()
 ):
-    """Plan and "run" by a function of the configuration until nothing is left; returns the trials and all runs."""
+    """Plan and "run" by a function of the configuration to the end; returns the trials and all runs."""
     results, failures, everything = {}, {}, []
     while True:
         trials = make_trials(tasks, contenders, settings, Ledger(results, failures))
@@ -216,7 +209,7 @@ def test_the_full_budget_has_the_last_word_and_then_all_seeds():
 
 
 def test_a_rate_with_the_first_seed_alone_is_never_the_best():
-    """The other seeds lie so much higher that the first one's loss at a worse rate is below the best rate's mean."""
+    """The other seeds lie so high that the first one's loss at a worse rate is below the best rate's mean."""
     trials, _ = simulated(lambda run: valley(run) + (0.0 if run.seed == 0 else 50.0), contenders=(ADAMW,))
     (trial,) = trials
     assert trial.contender.rate(trial.best) == 0.01
@@ -292,48 +285,6 @@ def test_a_contender_reaches_the_run_with_all_its_settings():
     assert trial.config(1, 2, 70).eval_every == 70, "short runs are measured at their ends alone"
 
 
-def test_the_suite_of_peers():
-    labels = [contender.label for contender in SUITES["peers"]]
-    assert len(set(labels)) == len(labels)
-    assert set(QUICK_CONTENDERS) <= set(labels)
-    betas = {(one.beta1, one.beta2) for one in SUITES["peers"] if one.optimizer == "adamw"}
-    assert betas == {(0.6, 0.99), (0.8, 0.99), (0.9, 0.99), (0.9, 0.95)}
-    assert {one.beta1 for one in SUITES["peers"] if one.optimizer == "grit"} == {0.9}, (
-        "as a user's AdamW has it"
-    )
-    assert {one.options.get("momentum", 0.95) for one in SUITES["peers"] if one.optimizer == "muon"} == {
-        0.95,
-        0.8,
-        0.6,
-    }
-
-
-def test_every_contender_is_a_known_optimizer():
-    assert {contender.optimizer for contender in SUITES["peers"]} <= OPTIMIZERS.keys()
-
-
-def test_contenders_are_chosen_by_label_in_the_suites_order():
-    assert [one.label for one in choose("peers", ["grit", "adamw"])] == ["adamw", "grit"]
-    assert choose("peers", None) == SUITES["peers"]
-    with pytest.raises(BenchmarkError, match="no contender sgdx in suite 'peers'; known: adamw, "):
-        choose("peers", ["sgdx"])
-    with pytest.raises(BenchmarkError, match="unknown suite 'best'; known: peers"):
-        choose("best", None)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"explore_steps": 101}, "explore_steps 101 is more than the full budget of 100"),
-        ({"longest_budget": 0.9}, "do not contain 1"),
-        ({"shortest_budget": 1.1}, "do not contain 1"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(change, message):
-    with pytest.raises(BenchmarkError, match=message):
-        check_settings(replace(SMALL, **change))
-
-
 def test_time_left_follows_what_was_measured():
     trials, _ = simulated(better_by(0.2), phases=("explore",))
     results = list(trials[0].ledger.results.values())
@@ -356,14 +307,3 @@ def test_expected_runs_are_about_those_that_come():
     trials, runs = simulated(better_by(0.2), settings=settings)
     assert guessed == pytest.approx(len(runs), rel=0.35)
     assert expected(trials, PHASES, targets(trials)) == []
-
-
-def test_the_quick_suite_is_small():
-    empty = make_trials(["a", "b"], choose("peers", QUICK_CONTENDERS), QUICK_SETTINGS, Ledger())
-    later = expected(empty, PHASES, {})
-    steps = sum(run.steps for run in plan(empty, PHASES, {})) + sum(length for _, length in later)
-    runs = len(plan(empty, PHASES, {})) + len(later)
-    cost = len(QUICK_CONTENDERS) * (2 * (10 + QUICK_SETTINGS.cost_steps) * 0.25 + 10)
-    assert (
-        steps * 0.25 + runs * 6
-    ) / 2 + cost < 25 * 60  # 0.25 s a step, 6 s to load and evaluate, two at a time

@@ -63,10 +63,14 @@ def test_tasks_say_what_their_exact_match_is_called():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("pinned_versions", {"sympy": "0.1"}, r"sympy .* is installed where pyproject.toml pins 0\.1.*task naming may differ"),
+        (
+            "pinned_versions",
+            {"sympy": "0.1"},
+            r"sympy .* is installed where pyproject.toml pins 0\.1.*task naming may differ",
+        ),
         ("python_version", "3.99.1", r"Python 3\.99\.1 runs where the data were fixed with 3\.11\.7"),
     ],
-)  # fmt: skip
+)
 def test_a_warning_where_versions_are_not_the_pinned_ones(monkeypatch, name, value, message):
     monkeypatch.setattr(environment, name, lambda: value)
     with pytest.warns(UserWarning, match=message):

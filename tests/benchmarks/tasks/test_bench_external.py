@@ -59,7 +59,8 @@ ONE = f"{HEAD}. Write a response that appropriately completes the request.\n\n"
         (
             formats.boolq,
             {"question": "is it", "answer": False, "passage": "P"},
-            "### Instruction:\nAnswer the question with Yes or No.\nis it?\n\n### Input:\nP\n\n### Response:\n",
+            "### Instruction:\nAnswer the question with Yes or No.\nis it?\n\n### Input:\nP\n\n### "
+            "Response:\n",
             "No",
         ),
         (
@@ -176,13 +177,21 @@ def test_fingerprint_depends_on_every_example_and_on_the_split(tmp_path, tokeniz
         ("gsm8k", "", "gsm8k's train split has no rows"),
         ("gsm8k", "no json\n", r"gsm8k_train.jsonl:1 is no JSON"),
         ("gsm8k", "[1]\n", r"gsm8k_train.jsonl:1 is no JSON object"),
-        ("gsm8k", '\n{"question": "q"}\n', "row 1 of gsm8k's train split lacks answer; every row needs: question, answer"),
+        (
+            "gsm8k",
+            '\n{"question": "q"}\n',
+            "row 1 of gsm8k's train split lacks answer; every row needs: question, answer",
+        ),
         ("gsm8k", '{"question": "q", "answer": 3}\n', "row 1 of gsm8k's train split cannot be used"),
         ("boolq", '{"question": "q", "answer": "maybe"}\n', "answer is 'maybe', not one of true, false"),
         ("qnli", '{"question": "q", "sentence": "s", "label": -1}\n', "label is -1, not one of"),
-        ("gsm8k", json.dumps({"question": "q " * 600, "answer": "a"}), "a split is empty; give a larger --max-length"),
+        (
+            "gsm8k",
+            json.dumps({"question": "q " * 600, "answer": "a"}),
+            "a split is empty; give a larger --max-length",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_files_are_named(tmp_path, tokenizer, name, train, message):
     (tmp_path / f"{name}_train.jsonl").write_text(train)
     write(tmp_path, name, test=rows(name, 0, 2))
@@ -197,7 +206,7 @@ def test_a_missing_test_file_is_an_error_where_the_data_have_such_a_split(tmp_pa
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A stand-in for `datasets` that records what is asked of it; rows of the second split asked for differ."""
+    """A stand-in for `datasets` that records its calls; rows of the second split asked for differ."""
     calls = []
 
     def load_dataset(path, name=None, *, split):
