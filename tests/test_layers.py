@@ -100,7 +100,9 @@ def test_files_and_functions_are_short(path):
     assert len(text.splitlines()) <= 350
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = len(ast.get_docstring(node, clean=False).splitlines()) if ast.get_docstring(node) else 0
+            docstring = (
+                len(ast.get_docstring(node, clean=False).splitlines()) if ast.get_docstring(node) else 0
+            )
             assert node.end_lineno - node.lineno + 1 - docstring <= 60, node.name
 
 

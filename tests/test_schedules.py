@@ -8,7 +8,6 @@ import statistics
 import pytest
 import tiny
 import torch
-
 from grit_optim.pace import Pace
 
 ASKED = {"kfac_update_freq": 8, "reprojection_freq": 40, "kfac_damping": 0.1}

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from grit_optim import export_adapter, pairs, presets
-from grit_optim.rank import RankPolicy
+from grit_optim import export_adapter, presets
+from grit_optim.rank import pairs
+from grit_optim.rank.selection import RankPolicy
 
 from ..base_model.load import load_base_model
 from ..core.files import BenchmarkError
@@ -106,8 +107,13 @@ def _project(job: Job, name: str, options: dict[str, Any], fixed: int | None, ta
     optimizer = grit(job, model, **options)
     fit(job, model, optimizer)
     with torch.no_grad():
-        for curvature in optimizer._curvatures:
-            pairs.project(optimizer.base, curvature, RankPolicy(fixed, tau, LEAST))
+        for curvature in optimizer.curvature:
+            pairs.project(
+                optimizer.base,
+                curvature,
+                RankPolicy(fixed, tau, LEAST),
+                options["reprojection"] == "two_sided",
+            )
     if fixed is not None and max(optimizer.ranks().values()) > fixed:
         raise BenchmarkError(
             f"{job.config.steps} steps are too few for the paper's rules, which look at one step in "

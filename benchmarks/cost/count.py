@@ -114,9 +114,6 @@ def _meta_optimizer(name: str, model: PeftModel, options: dict[str, Any]) -> tor
     for group in optimizer.param_groups:
         if "foreach" in group:
             group["foreach"] = True  # AdamW's own choice on a GPU
-    if hasattr(optimizer, "_tap_watch"):
-        # The first steps compare taps and gradients, for which there would have to be values.
-        optimizer._tap_watch.steps_left = 0
     return optimizer
 
 

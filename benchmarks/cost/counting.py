@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from grit_optim.telemetry import StageTimes
+from grit_optim.profiling import StageTimes
 
 # Another view of the same memory: nothing is launched, nothing is made.
 _VIEWS = frozenset((

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from grit_optim import GritOptimizer
-from grit_optim.sites import find_sites
+from grit_optim.lora.discovery import find_sites
 
 from ..base_model.load import load_tokenizer
 from ..core.results import RunConfig

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from grit_optim import GritOptimizer, linalg, pairs
-from grit_optim.curvature import Curvature
-from grit_optim.presets import BALANCING_DAMPING
-from grit_optim.rank import Bids, RankPolicy, ranks_within
-from grit_optim.reprojection import Coordinates, paper_projection
+from grit_optim import GritOptimizer, linalg
+from grit_optim.curvature.bucket import BucketCurvature
+from grit_optim.rank import pairs
+from grit_optim.rank.coordinates import BALANCING_DAMPING, Coordinates
+from grit_optim.rank.projections import paper_projection
+from grit_optim.rank.selection import Bids, RankPolicy, ranks_within
 
 from ..base_model.load import load_tokenizer
 from ..core import environment
@@ -68,7 +69,7 @@ class Point:
 class Adapter:
     """A trained adapter of one rank, its factors, and its weights to come back to."""
 
-    def __init__(self, model: Any, curvature: Curvature, gradient: Tensor) -> None:
+    def __init__(self, model: Any, curvature: BucketCurvature, gradient: Tensor) -> None:
         self.model, self.curvature, self.gradient = model, curvature, gradient  # (∂L/∂B)ᵀ B, [S, r, r]
         sites = curvature.bucket.sites
         self.a, self.b = [s.a.detach().clone() for s in sites], [s.b.detach().clone() for s in sites]
@@ -106,7 +107,9 @@ def _paper(two_sided: bool) -> Callable[[Adapter, Tensor], Tensor]:
         """``M = P_b P_a``, the GRIT paper's projections of B and A."""
         curvature = adapter.curvature
         policy = RankPolicy(fixed=int(rank[0]), threshold=None, floor=1)
-        move, _ = paper_projection(curvature.factors, curvature.rank, policy, 1, two_sided)
+        move, _ = paper_projection(
+            curvature.factors, curvature.ranks.rank, policy, curvature.factors_ready(), two_sided
+        )
         return (move.b_weight @ move.a_weight).double()
 
     return project
@@ -149,6 +152,7 @@ def gather(model: Any, batches: Sequence[Sequence[Example]], device: str) -> Ada
         max_tokens=None,
         kfac_min_samples=1,
         reprojection="balanced",
+        reprojection_warmup_steps=len(batches),  # never: the rate is 0, and nothing else may move the weights
     )
     total: dict[int, Tensor] = {}
     for batch in batches:
@@ -156,12 +160,12 @@ def gather(model: Any, batches: Sequence[Sequence[Example]], device: str) -> Ada
         for parameter in trainable(model):
             assert parameter.grad is not None
             total[id(parameter)] = total.get(id(parameter), 0.0) + parameter.grad.double() / len(batches)
-        optimizer._fold_statistics()
+        optimizer.step()
         optimizer.zero_grad()
     optimizer.close()
-    if len(optimizer._curvatures) != 1:
+    if len(optimizer.curvature) != 1:
         raise BenchmarkError("the measurement is for an adapter of one rank on one device")
-    curvature = optimizer._curvatures[0]
+    curvature = optimizer.curvature[0]
     sites = curvature.bucket.sites
     return Adapter(model, curvature, torch.stack([total[id(s.b)].mT @ s.b.detach().double() for s in sites]))
 
@@ -208,14 +212,14 @@ class Measurement:
         """All sites by every method, all sites by one budget, and each site alone in balanced coordinates."""
         curvature, full = self.adapter.curvature, self.adapter.curvature.bucket.rank
         for dropped in drops:
-            rank = torch.full_like(curvature.rank, full - dropped)
+            rank = torch.full_like(curvature.ranks.rank, full - dropped)
             for name, method in METHODS.items():
                 yield self.point(name, method(self.adapter, rank), rank)
         for budget in budgets:
             rank = common_ranks(self.adapter, budget * self.total)
             yield self.point(COMMON_BUDGET, balanced(self.adapter, rank), rank)
         for dropped in drops:
-            rank = torch.full_like(curvature.rank, full - dropped)
+            rank = torch.full_like(curvature.ranks.rank, full - dropped)
             operators = balanced(self.adapter, rank)
             for site in range(len(curvature.bucket.sites)):
                 yield self.point("balanced", operators, rank, site)
@@ -225,7 +229,7 @@ def common_ranks(adapter: Adapter, parameters: float) -> Tensor:
     """The ranks within one budget for all sites, chosen as ``rank_budget`` chooses them."""
     curvature = adapter.curvature
     loss = curvature.factors.price[:, None] * adapter.found.energy
-    bids = [Bids(loss, curvature.bucket.direction_size, curvature.rank, adapter.found.usable)]
+    bids = [Bids(loss, curvature.bucket.direction_size, curvature.ranks.rank, adapter.found.usable)]
     return ranks_within(bids, torch.tensor(parameters, dtype=torch.float64), floor=0)[0]
 
 

@@ -46,6 +46,8 @@ class Capture:
     def attach(self, sites: Sequence[Site], buckets: Sequence[Bucket]) -> None:
         """Tap these pairs, and no others, from now on."""
         self._taps.close()
+        if any(bucket.device.type == "meta" for bucket in buckets):
+            self.watch.steps_left = 0  # there are no values to compare
         self._taps = Taps(sites, buckets, self._options.max_tokens, self._times)
 
     def collect(self) -> Statistics | None:

@@ -5,10 +5,10 @@ import copy
 import pytest
 import tiny
 import torch
+from grit_optim.preconditioners.modes import make_preconditioner
 from stepping import one_step, sites_of
 
 from grit_optim import GritOptimizer, presets
-from grit_optim.preconditioners.modes import make_preconditioner
 
 MODES = ("spectral", "steer", "eigenbasis", "balanced", "inverse")
 

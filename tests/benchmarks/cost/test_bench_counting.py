@@ -13,7 +13,7 @@ from benchmarks.cost.counting import Counter, LiveBytes, list_launches, stored_b
 from benchmarks.cost.shapes import Workload
 from benchmarks.cost.stages import PASSES
 from benchmarks.cost.tables import count_table, own_stages, sizes_table
-from grit_optim import capture
+from grit_optim.capture import taps as capture
 
 SMALL = Workload("tiny", rank=4, batch_size=2, length=24, accumulation=3, device="meta")
 # tiny: hidden 64, 4 heads of 16 with 2 for keys and values, intermediate 128, vocabulary 256, 2 layers

@@ -10,8 +10,8 @@ from benchmarks.__main__ import main
 from benchmarks.tasks.task import Example, Task
 from benchmarks.truncation import measure as truncation
 from benchmarks.truncation import report as truncation_report
-from grit_optim.rank import RankPolicy
-from grit_optim.reprojection import paper_projection
+from grit_optim.rank.projections import paper_projection
+from grit_optim.rank.selection import RankPolicy
 
 
 def examples(count, seed, vocabulary=48):
@@ -36,7 +36,7 @@ def cut(adapter, operators):
 
 @pytest.mark.parametrize("name", truncation.METHODS)
 def test_at_full_rank_nothing_changes_and_nothing_is_predicted(adapter, name):
-    operators = truncation.METHODS[name](adapter, torch.full_like(adapter.curvature.rank, 4))
+    operators = truncation.METHODS[name](adapter, torch.full_like(adapter.curvature.ranks.rank, 4))
     for whole, same in zip(products(adapter), cut(adapter, operators), strict=True):
         torch.testing.assert_close(same, whole, rtol=1e-6, atol=1e-9)
     assert adapter.predicted(operators).abs().max() < 1e-9
@@ -44,7 +44,7 @@ def test_at_full_rank_nothing_changes_and_nothing_is_predicted(adapter, name):
 
 @pytest.mark.parametrize("name", truncation.METHODS)
 def test_every_method_leaves_the_rank_it_is_told(adapter, name):
-    operators = truncation.METHODS[name](adapter, torch.full_like(adapter.curvature.rank, 2))
+    operators = truncation.METHODS[name](adapter, torch.full_like(adapter.curvature.ranks.rank, 2))
     assert len(operators) == 14
     for product in cut(adapter, operators):
         values = torch.linalg.svdvals(product)
@@ -52,24 +52,30 @@ def test_every_method_leaves_the_rank_it_is_told(adapter, name):
 
 
 def test_the_svd_is_that_of_the_product(adapter):
-    operators = truncation.svd_of_product(adapter, torch.full_like(adapter.curvature.rank, 2))
+    operators = truncation.svd_of_product(adapter, torch.full_like(adapter.curvature.ranks.rank, 2))
     for whole, product in zip(products(adapter), cut(adapter, operators), strict=True):
         u, values, vh = torch.linalg.svd(whole, full_matrices=False)
         torch.testing.assert_close(product, (u[:, :2] * values[:2]) @ vh[:2], rtol=1e-6, atol=1e-9)
 
 
 def test_the_papers_projections_are_those_of_the_optimizer(adapter):
-    rank, curvature = torch.full_like(adapter.curvature.rank, 2), adapter.curvature
+    rank, curvature = torch.full_like(adapter.curvature.ranks.rank, 2), adapter.curvature
     for name, two_sided in (("one-sided (paper)", False), ("two-sided (paper)", True)):
         operators = truncation.METHODS[name](adapter, rank)
-        move, _ = paper_projection(curvature.factors, curvature.rank, RankPolicy(2, None, 1), 1, two_sided)
+        move, _ = paper_projection(
+            curvature.factors,
+            curvature.ranks.rank,
+            RankPolicy(2, None, 1),
+            curvature.factors_ready(),
+            two_sided,
+        )
         for i, product in enumerate(cut(adapter, operators)):
             b, a = adapter.b[i] @ move.b_weight[i], move.a_weight[i] @ adapter.a[i]
             torch.testing.assert_close(product, (b @ a).double(), rtol=1e-4, atol=1e-6)
 
 
 def test_balanced_truncation_is_predicted_to_cost_its_energies_and_the_least(adapter):
-    rank = torch.full_like(adapter.curvature.rank, 2)
+    rank = torch.full_like(adapter.curvature.ranks.rank, 2)
     costs = {name: adapter.predicted(method(adapter, rank)) for name, method in truncation.METHODS.items()}
     energies = adapter.curvature.factors.price.double() * adapter.found.energy[:, 2:].sum(-1)
     torch.testing.assert_close(costs["balanced"], energies, rtol=1e-2, atol=1e-12)
@@ -79,7 +85,7 @@ def test_balanced_truncation_is_predicted_to_cost_its_energies_and_the_least(ada
 
 def test_the_first_order_part_is_the_slope_of_the_loss(adapter):
     """Along B + t (B M − B), at t = 0, on the examples of the factors."""
-    operators = truncation.balanced(adapter, torch.full_like(adapter.curvature.rank, 2))
+    operators = truncation.balanced(adapter, torch.full_like(adapter.curvature.ranks.rank, 2))
     rows = [*examples(4, 0), *examples(4, 1)]
     losses, step = [], 1e-3
     for t in (step, -step):
