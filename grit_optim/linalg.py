@@ -1,9 +1,9 @@
-"""Pure batched algebra on stacks of r×r matrices.
+"""Batched algebra on stacks of r×r matrices, as pure functions.
 
 Shapes used throughout: ``S`` sites, ``r`` rank. A *factor* is a symmetric positive semi-definite tensor ``[S,
-r, r]``; a *mask* is a boolean tensor ``[S, r]`` that is true where a rank coordinate is in use. Nothing here
-knows of hooks, modules or optimizers, and nothing reads a tensor's value back to the host except where it
-already lies there (CPU).
+r, r]``. A *mask* is a boolean tensor ``[S, r]`` that is true where a rank coordinate is in use. Nothing here
+depends on hooks, modules or optimizers. No function reads a value back from a device, since the host would
+have to wait; on the CPU values are looked at where that saves work.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ ESCALATIONS = 5
 
 
 SMALLEST_NEWTON_DAMPING = 1e-3
-"""Relative damping below which roots are not taken by products of fp32 matrices."""
+"""Relative damping below which :func:`damped_root` decomposes: fp32 does not carry the Newton iteration."""
 
-_NEWTON_TOLERANCE = 1e-7
+_NEWTON_TOLERANCE = 1e-7  # the iteration ends when the smallest eigenvalue is this close to 1
 
 
 def eye_like(factor: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def eye_like(factor: Tensor) -> Tensor:
 
 
 def symmetric(matrix: Tensor) -> Tensor:
-    """The symmetric part of ``[S, r, r]``: a product of three matrices is symmetric only up to rounding."""
+    """``(M + Mᵀ) / 2`` ``[S, r, r]``: rounding leaves a product of three matrices not quite symmetric."""
     return (matrix + matrix.mT) / 2
 
 
@@ -36,16 +36,20 @@ def mean_eigenvalue(factor: Tensor, rank: Tensor | None = None) -> Tensor:
 
     Args:
         factor: the matrices.
-        rank: how many coordinates are in use ``[S]``, the others being zero; by default all.
+        rank: number of coordinates in use ``[S]``, in the place of r; M is zero on the others. None: all.
     """
     mean = factor.diagonal(dim1=-2, dim2=-1).mean(-1)
     return mean if rank is None else mean * (factor.shape[-1] / rank.clamp_min(1))
 
 
 def damping_strength(factor: Tensor, damping: float, relative: bool, rank: Tensor | None = None) -> Tensor:
-    """λ for each matrix, ``[S]``: ``damping`` times the mean eigenvalue if ``relative``, else ``damping`` itself.
+    """λ for each matrix, ``[S]``: ``damping``, times the mean eigenvalue if ``relative``.
 
-    The mean is over the ``rank`` ``[S]`` coordinates in use, by default all.
+    Args:
+        factor: the matrices ``[S, r, r]``.
+        damping: λ, or λ in units of the mean eigenvalue.
+        relative: whether ``damping`` is in units of the mean eigenvalue.
+        rank: number of coordinates in use ``[S]``, over which the mean is taken; None: all.
     """
     scale = mean_eigenvalue(factor, rank)
     return damping * scale if relative else torch.full_like(scale, damping)
@@ -57,20 +61,20 @@ def damped(factor: Tensor, strength: Tensor) -> Tensor:
 
 
 def damped_inverse(factor: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
-    """``(M + λ I)⁻¹`` by Cholesky factorisation, λ escalating tenfold for a matrix that is not positive definite.
+    """``(M + λ I)⁻¹`` by Cholesky factorisation; where it fails, λ is raised tenfold until it does not.
 
     Args:
         factor: symmetric matrices ``[S, r, r]``.
         strength: λ per matrix ``[S]``.
 
     Returns:
-        The inverses ``[S, r, r]`` and λ as used ``[S]``. Where every escalation failed (a zero or non-finite
-        matrix) the inverse is the identity and λ is NaN.
+        The inverses ``[S, r, r]`` and the λ used ``[S]``. Where all :data:`ESCALATIONS` failed too (a zero or
+        non-finite matrix) the inverse is the identity and λ is NaN.
     """
     cholesky, info = torch.linalg.cholesky_ex(damped(factor, strength))
-    if factor.device.type == "cpu" and not info.any():  # the usual case; looking costs nothing on the host
+    if factor.device.type == "cpu" and not info.any():  # the usual case; on the CPU looking costs nothing
         return torch.cholesky_inverse(cholesky), strength
-    # All rungs of the ladder at once, as a batch: no rung's outcome has to be read back before the next.
+    # All values of λ are tried in one batch: trying them one by one, the host would wait for each outcome.
     rungs = (
         strength * (10.0 ** torch.arange(ESCALATIONS + 1, device=factor.device, dtype=factor.dtype))[:, None]
     )
@@ -80,7 +84,7 @@ def damped_inverse(factor: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
     sites = torch.arange(factor.shape[0], device=factor.device)
     usable = succeeded.any(0)
     chosen = torch.where(usable[:, None, None], cholesky[first, sites], eye_like(factor))
-    # On a device cholesky_inverse looks at its error code, and so waits; a triangular solve has none.
+    # On a GPU cholesky_inverse reads its error code back and so waits; a triangular solve has none.
     half = torch.linalg.solve_triangular(chosen, eye_like(chosen), upper=False)
     return half.mT @ half, torch.where(usable, rungs[first, sites], torch.nan)
 
@@ -91,18 +95,17 @@ def damped_power(factor: Tensor, strength: Tensor, power: float) -> tuple[Tensor
     Args:
         factor: symmetric positive semi-definite matrices ``[S, r, r]``.
         strength: λ per matrix ``[S]``.
-        power: 1 for the inverse, 0.5 for the inverse root.
+        power: 1 for the inverse, 0.5 for the inverse square root.
 
     Returns:
-        The powers ``[S, r, r]`` and λ as used ``[S]``. Where M + λ I has no positive eigenvalue (a zero or
+        The powers ``[S, r, r]`` and the λ used ``[S]``. Where M + λ I has no positive eigenvalue (a zero or
         non-finite matrix) the power is the identity and λ is NaN.
     """
     values, vectors = descending_eigh(factor)
     values = values.clamp_min(0) + strength[:, None]
     largest = values[:, :1]
     usable = (largest > 0) & largest.isfinite()
-    # Rounding may leave an eigenvalue at zero where λ is tiny; it counts as what the largest one's rounding
-    # hides.
+    # Where λ is tiny, rounding may leave an eigenvalue at zero: take the largest one's rounding error for it.
     floor = largest * torch.finfo(values.dtype).eps
     scaled = torch.where(usable, torch.maximum(values, floor), 1.0).pow(-power)
     result = (vectors * scaled[:, None, :]) @ vectors.mT
@@ -114,17 +117,18 @@ def damped_power(factor: Tensor, strength: Tensor, power: float) -> tuple[Tensor
 def damped_root(factor: Tensor, strength: Tensor, order: int, damping: float) -> tuple[Tensor, Tensor]:
     """``(M + λ I)^(−1/order)``.
 
-    On the CPU by eigendecomposition; elsewhere by products alone where the damping bounds the condition
-    number, since an eigendecomposition makes the host wait for the device.
+    On the CPU by eigendecomposition. On other devices by matrix products alone where the damping bounds the
+    condition number, since an eigendecomposition makes the host wait for the device.
 
     Args:
         factor: symmetric positive semi-definite matrices ``[S, r, r]``.
         strength: λ per matrix ``[S]``.
-        order: 2 for the inverse root, 4 for its root; others go by eigendecomposition.
-        damping: what λ is in units of tr(M)/r, or less.
+        order: 2 for the inverse square root, 4 for the inverse fourth root; any other goes by
+            eigendecomposition.
+        damping: a lower bound of λ in units of tr(M)/r.
 
     Returns:
-        As :func:`damped_power`.
+        The roots ``[S, r, r]`` and the λ used ``[S]``, as from :func:`damped_power`.
     """
     if factor.device.type == "cpu" or order not in (2, 4) or damping < SMALLEST_NEWTON_DAMPING:
         return damped_power(factor, strength, 1 / order)
@@ -139,7 +143,7 @@ def newton_root(factor: Tensor, strength: Tensor, order: int, damping: float) ->
         factor: symmetric positive semi-definite matrices ``[S, r, r]``.
         strength: λ per matrix ``[S]``.
         order: 2 or 4.
-        damping: what λ is in units of tr(M)/r, or less; under :data:`SMALLEST_NEWTON_DAMPING` fp32 does not
+        damping: a lower bound of λ in units of tr(M)/r. Below :data:`SMALLEST_NEWTON_DAMPING` fp32 does not
             carry the iteration.
 
     Returns:
@@ -149,9 +153,8 @@ def newton_root(factor: Tensor, strength: Tensor, order: int, damping: float) ->
     size = torch.linalg.matrix_norm(matrix, keepdim=True)
     usable = (size > 0) & size.isfinite()
     matrix = torch.where(usable, matrix / size, eye_like(matrix))
-    smallest = damping / (
-        factor.shape[-1] * (1 + damping)
-    )  # λ over the trace, which is no less than the norm
+    # A lower bound of the smallest eigenvalue: λ over the trace of M + λ I, which is no less than the norm.
+    smallest = damping / (factor.shape[-1] * (1 + damping))
     root, result = _newton_schulz(matrix, smallest)
     if order == 4:
         _, result = _newton_schulz(root, smallest**0.5)
@@ -164,7 +167,7 @@ def _newton_schulz(matrix: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
     while 1 - smallest > _NEWTON_TOLERANCE:
         correction = 1.5 * identity - 0.5 * (inverse @ root)
         root, inverse = root @ correction, correction @ inverse
-        smallest *= (3 - smallest) ** 2 / 4  # what a step makes of it, so that the host can count the steps
+        smallest *= (3 - smallest) ** 2 / 4  # follows the iteration on the host, so nothing is read back
     return root, inverse
 
 
@@ -174,11 +177,11 @@ def damped_elementwise_power(values: Tensor, strength: Tensor, power: float) -> 
     Args:
         values: s ≥ 0 ``[S, rows, columns]``.
         strength: λ per matrix ``[S]``.
-        power: 1 for the inverse, 0.5 for the inverse root.
+        power: 1 for the inverse, 0.5 for the inverse square root.
 
     Returns:
-        The powers ``[S, rows, columns]`` and λ as used ``[S]``; ones and NaN where s is zero throughout or
-        not finite.
+        The powers ``[S, rows, columns]`` and the λ used ``[S]``. Where a matrix is zero throughout, or not
+        finite, its powers are ones and its λ is NaN.
     """
     damped_values = values + strength[:, None, None]
     largest = damped_values.amax((1, 2))
@@ -191,7 +194,7 @@ def damped_elementwise_power(values: Tensor, strength: Tensor, power: float) -> 
 def descending_eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues ``[S, r]`` and eigenvectors ``[S, r, r]`` (columns), the largest eigenvalue first.
 
-    A matrix that holds a non-finite value counts as zero: on the CPU ``eigh`` would give an answer for it
+    A matrix that holds a non-finite value counts as zero. On the CPU ``eigh`` would return numbers for it
     without complaint.
     """
     finite = torch.isfinite(factor).all(-1).all(-1)
@@ -200,7 +203,7 @@ def descending_eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def block(matrix: Tensor, mask: Tensor) -> Tensor:
-    """``matrix`` ``[S, r, r]`` on the coordinates in ``mask`` ``[S, r]``, exactly the identity on the others."""
+    """``matrix`` ``[S, r, r]`` on the coordinates in ``mask`` ``[S, r]``, exactly the identity elsewhere."""
     inside = mask[:, :, None] & mask[:, None, :]
     return torch.where(
         inside, matrix, torch.where(mask[:, :, None], torch.zeros_like(matrix), eye_like(matrix))
@@ -208,21 +211,25 @@ def block(matrix: Tensor, mask: Tensor) -> Tensor:
 
 
 def leading_eigenbasis(factor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of a factor that is zero outside the leading block ``mask``, block-exact.
+    """Eigenvalues and eigenvectors of a factor that is zero outside the leading block ``mask``.
+
+    Args:
+        factor: the matrices ``[S, r, r]``.
+        mask: the coordinates in use ``[S, r]``, a leading block.
 
     Returns:
-        Eigenvalues ``[S, r]``, largest first and zero outside the mask, and an orthogonal ``[S, r, r]`` that
-        is exactly the identity outside the mask, so that coordinates that were given up stay exactly zero
-        under it.
+        Eigenvalues ``[S, r]``, largest first and zero outside the mask, and orthogonal matrices ``[S, r,
+        r]``. These are exactly the identity outside the mask, so given-up coordinates stay exactly zero under
+        them.
     """
-    # A given-up coordinate has eigenvalue 0, which a rank-deficient factor has too; −1 keeps the two apart.
+    # A given-up coordinate has eigenvalue 0. So may a coordinate in use: −1 tells the two apart.
     isolated = torch.where(mask[:, None, :] & mask[:, :, None], factor, -eye_like(factor) * ~mask[:, None, :])
     values, vectors = descending_eigh(isolated)
     return values.clamp_min(0) * mask, block(vectors, mask)
 
 
 def projector(vectors: Tensor, keep: Tensor) -> Tensor:
-    """``V_k V_kᵀ`` of the leading columns: eigenvectors ``[S, r, r]`` and a column mask ``[S, r]`` to ``[S, r, r]``."""
+    """``V_k V_kᵀ`` ``[S, r, r]`` of the columns of ``vectors`` ``[S, r, r]`` in ``keep`` ``[S, r]``."""
     leading = vectors * keep[:, None, :]
     return leading @ leading.mT
 
@@ -233,11 +240,11 @@ def leading_mask(rank: Tensor, size: int) -> Tensor:
 
 
 def balance(activation: Tensor, gradient: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The change of coordinates that makes both factors diagonal and proportional (balanced truncation).
+    """The change of coordinates T that makes both factors diagonal and equal (balanced truncation).
 
     With ``Σ_a = L Lᵀ`` and ``Lᵀ Σ_g L = U Λ² Uᵀ``: ``T = Λ^{1/2} Uᵀ L⁻¹`` gives ``T Σ_a Tᵀ = T⁻ᵀ Σ_g T⁻¹ =
-    Λ``; T is then scaled to ``|det T| = 1``, so that neither A nor B grows as a whole (Moore 1981, on the
-    K-FAC factors of a LoRA pair).
+    Λ`` (Moore 1981, here on the K-FAC factors of a LoRA pair). T is then scaled to ``|det T| = 1``, so that
+    neither A nor B grows as a whole; after that the two factors are proportional to Λ.
 
     Args:
         activation: Σ_a, positive definite on the mask ``[S, r, r]``.
@@ -245,16 +252,15 @@ def balance(activation: Tensor, gradient: Tensor, mask: Tensor) -> tuple[Tensor,
         mask: the coordinates in use, a leading block ``[S, r]``; T is the identity on the others.
 
     Returns:
-        ``T``, ``T⁻¹`` ``[S, r, r]`` and Λ ``[S, r]``, largest first and zero outside the mask; in double
-        precision, since T may be much worse conditioned than what it is applied to.
+        ``T`` and ``T⁻¹`` ``[S, r, r]``, and Λ ``[S, r]``, largest first and zero outside the mask. All are in
+        double precision, since T may be conditioned much worse than the matrices it is applied to.
     """
     activation = block(activation.double(), mask)
     gradient = torch.where(mask[:, :, None] & mask[:, None, :], gradient.double(), 0.0)
     lower, info = torch.linalg.cholesky_ex(activation)
     lower = torch.where((info == 0)[:, None, None], lower, eye_like(lower))
-    squared, rotation = descending_eigh(
-        lower.mT @ gradient @ lower
-    )  # 0 on given-up coordinates: they sort last
+    # Given-up coordinates have eigenvalue 0 and so come last.
+    squared, rotation = descending_eigh(lower.mT @ gradient @ lower)
     rotation = block(rotation, mask)
     spectrum = torch.where(mask, squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt(), 1.0)
     log_det = (0.5 * spectrum.log() - lower.diagonal(dim1=-2, dim2=-1).log()).sum(-1)
@@ -266,9 +272,10 @@ def balance(activation: Tensor, gradient: Tensor, mask: Tensor) -> tuple[Tensor,
 
 
 def effective_rank(spectrum: Tensor) -> Tensor:
-    """``exp(−Σ p log p)`` with ``p = x/Σx`` (Roy and Vetterli 2007): ``[S, r] -> [S]``, from 1 to r; 0 for zeros.
+    """``exp(−Σ p log p)`` with ``p = x/Σx`` (Roy and Vetterli 2007): ``[S, r] -> [S]``.
 
-    It is k for k equal entries and falls towards 1 as one of them comes to dominate.
+    It is k for k equal entries, and falls towards 1 as one entry comes to dominate. It is 0 where all entries
+    are zero.
 
     Args:
         spectrum: eigenvalues or singular values, non-negative.

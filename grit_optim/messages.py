@@ -1,4 +1,4 @@
-"""What users are told: warnings that name the caller's line, and names in messages."""
+"""How users are told: warnings that point at a line of their own program, and lists of names for messages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from types import FrameType
 
+# Packages between the user's program and this one: a warning points at none of their lines.
 _LIBRARIES = {
     "grit_optim",
     "torch",
@@ -20,9 +21,10 @@ _LIBRARIES = {
 
 
 def warn(message: str) -> None:
-    """Issue a UserWarning for the nearest caller outside this package and the libraries that training goes through.
+    """Issue a UserWarning that points at the line of the user's program that led here.
 
-    Where there is none (a hook on a thread of autograd's own), the outermost frame is named.
+    That line is in the nearest frame outside this package and the libraries that run training. Where there is
+    no such frame (in a hook that autograd runs on a thread of its own), the outermost frame is taken.
     """
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and _library(frame) in _LIBRARIES:
@@ -35,5 +37,5 @@ def _library(frame: FrameType) -> str:
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first ``most`` names for a message, with an ellipsis where there are more."""
+    """The first ``most`` names, separated by commas, with an ellipsis where there are more."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")

@@ -1,4 +1,4 @@
-"""Seconds per stage of a step, and copies from a device to the host that nobody waits for."""
+"""Seconds spent in each stage of a step, and copies from a device that do not make the host wait."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ import torch
 from torch import Tensor
 
 STAGES = ("capture", "fold", "refresh", "precondition", "base", "reproject", "record")
+"""The stages that are timed, in the order of a step."""
 
 
 class StageTimes:
-    """Host seconds spent in each stage, also marked as ``grit::stage`` in profiler traces."""
+    """Host seconds spent in each stage. Profiler traces show the stages too, as ``grit::<stage>``.
+
+    Attributes:
+        seconds: stage to seconds, since the optimizer was built.
+    """
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(STAGES, 0.0)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time the body of a ``with`` statement."""
-        # Entering a record_function costs more than a small stage does, so it is left out while nobody
-        # profiles.
+        """Add the time that the body of a ``with`` statement takes to ``stage``, one of :data:`STAGES`."""
+        # A record_function costs more than a small stage does, so it is entered only while a profiler runs.
         named = (
             torch.profiler.record_function(f"grit::{stage}")
             if torch.autograd._profiler_enabled()
@@ -37,7 +41,11 @@ class StageTimes:
 
 
 class HostCopy:
-    """Tensors as they are now, by name, in the host's memory as soon as the device has got there."""
+    """Copies of tensors to the host, started now and read later; the host does not wait meanwhile.
+
+    Args:
+        tensors: name to tensor. The copies hold what the work queued on the device so far makes of them.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = {name: _started(tensor) for name, tensor in tensors.items()}
@@ -49,20 +57,21 @@ class HostCopy:
             self._events.append(event)
 
     def arrived(self) -> bool:
-        """Whether reading waits for nothing."""
+        """Whether all copies have arrived, so that :meth:`read` does not wait."""
         return all(event.query() for event in self._events)
 
     def read(self) -> dict[str, Tensor]:
-        """The tensors on the host; waits for what has not arrived."""
+        """The copies by name. Waits for those that have not arrived."""
         for event in self._events:
             event.synchronize()
         return self._tensors
 
 
 def _started(tensor: Tensor) -> Tensor:
+    """A copy on the host, complete only once the device has reached it."""
     tensor = tensor.detach()
     if tensor.device.type == "cpu":
         return tensor.clone()
-    pinned = tensor.device.type == "cuda"  # only into pinned memory does a copy run beside the host
+    pinned = tensor.device.type == "cuda"  # only a copy into pinned memory does not make the host wait
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
     return host.copy_(tensor, non_blocking=pinned)

@@ -1,1 +1,1 @@
-"""The optimizer that is wrapped: which ones can be, their settings, and their moments."""
+"""The base optimizer: the wrapper around it, which ones can be wrapped, their settings and their moments."""

@@ -1,4 +1,4 @@
-"""The optimizers of bitsandbytes: which update a kernel makes, and moments that are stored in 8 bits."""
+"""The optimizers of bitsandbytes: which update they make, and their moments, which they store in 8 bits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ SQUARES_FIRST = ("adagrad", "rmsprop")  # kernels of bitsandbytes whose ``state1
 
 
 def kernel(base: Optimizer) -> str | None:
-    """The name of the update that a bitsandbytes optimizer runs, None for any other."""
+    """The name of the update that a bitsandbytes optimizer makes, such as ``"adam"``; None for any other."""
     theirs = any(kind.__module__.startswith("bitsandbytes") for kind in type(base).__mro__)
     return getattr(base, "optimizer_name", None) if theirs else None
 
 
 def dequantized(state: dict[str, Any], which: str) -> Tensor | None:
-    """The moment ``state1`` or ``state2`` in fp32, dequantized where it is stored in 8 bits by blocks."""
+    """The moment ``state1`` or ``state2``, in fp32 where it is stored in 8 bits by blocks; None if absent.
+
+    Args:
+        state: the state of one parameter.
+        which: ``"1"`` or ``"2"``.
+    """
     value = state.get(f"state{which}")
     if not isinstance(value, Tensor) or value.dtype != torch.uint8:
         return value
@@ -32,7 +37,12 @@ def dequantized(state: dict[str, Any], which: str) -> Tensor | None:
 
 
 def quantize(state: dict[str, Any], value: Tensor) -> None:
-    """Set bitsandbytes' ``state1``, stored in 8 bits by blocks."""
+    """Write ``value`` into ``state1``, which is stored in 8 bits by blocks.
+
+    Args:
+        state: the state of one parameter.
+        value: the moment, as many entries as ``state1`` has.
+    """
     from bitsandbytes import functional
 
     codes, scales = state["state1"], state["absmax1"]
@@ -45,4 +55,5 @@ def quantize(state: dict[str, Any], value: Tensor) -> None:
 
 
 def _block_size(codes: Tensor, scales: Tensor) -> int:
+    """Entries per scale, a power of two. The last block may be incomplete."""
     return 2 ** math.ceil(math.log2(codes.numel() / scales.numel()))

@@ -1,4 +1,4 @@
-"""The moments that a base optimizer keeps of each parameter's gradient, read and written by their usual names."""
+"""Reading and writing the moments that a base optimizer keeps of each gradient, under their usual names."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from torch.optim import Optimizer
 from grit_optim.base.bitsandbytes import SQUARES_FIRST, dequantized, kernel, quantize
 
 SQUARE_LIKE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
-"""State tensors that average squared gradients."""
+"""Names of state tensors that average squared gradients."""
 
 
 def first_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
-    """The base's average (or decayed sum) of the gradient for ``parameter``, in the parameter's shape, or None."""
+    """The base's average (or decayed sum) of the gradient of ``parameter``, in its shape; None if absent."""
     state = base.state.get(parameter, {})
     for name in ("exp_avg", "grad_avg", "momentum_buffer"):
-        averages_gradients = (
-            name != "momentum_buffer" or "square_avg" not in state
-        )  # RMSprop's is of scaled gradients
+        # RMSprop's momentum_buffer averages scaled gradients.
+        averages_gradients = name != "momentum_buffer" or "square_avg" not in state
         if isinstance(state.get(name), Tensor) and averages_gradients:
             return state[name]
     return None if kernel(base) in SQUARES_FIRST else dequantized(state, "1")
@@ -30,17 +29,17 @@ def first_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
 def moment_weight(
     base: Optimizer, parameter: Tensor, settings: dict[str, Any], decay: float
 ) -> Tensor | float:
-    """What :func:`first_moment` is to be divided by to be a mean of gradients: the sum of the weights in it.
+    """The sum of the weights in :func:`first_moment`. The moment divided by it is a mean of gradients.
 
     Args:
         base: the base optimizer.
         parameter: one of its parameters, after at least one step.
         settings: the parameter's group.
-        decay: what the average keeps per step, β₁ or SGD's momentum.
+        decay: the share of the average that is kept per step: β₁ or SGD's momentum.
 
     Returns:
-        ``1 − β₁ᵗ`` for Adam's average after t steps, ``(1 − dampening) / (1 − β)`` for SGD's momentum buffer,
-        which sums, 1 for any other.
+        ``1 − β₁ᵗ`` for Adam's average after t steps; ``(1 − dampening) / (1 − β)`` for SGD's momentum buffer,
+        which is a sum; 1 for any other.
     """
     if "dampening" in settings:
         return (1 - settings["dampening"]) / (1 - decay)
@@ -51,10 +50,10 @@ def moment_weight(
 def freshened_correction(
     base: Optimizer, parameter: Tensor, settings: dict[str, Any], decay: float, wanted: float
 ) -> Tensor | float:
-    """What Adam's step is too long by where its average keeps less than Adam believes, as a factor that mends it.
+    """The factor that mends the length of Adam's step where its average forgets faster than Adam believes.
 
-    In step t an average that kept ``w`` per step until then has the weight β₁ (1 − wᵗ⁻¹) + 1 − β₁, and Adam
-    divides by 1 − β₁ᵗ.
+    Let the average have kept the share w per step until now, and β₁ in step t. Its weights then sum to β₁ (1
+    − wᵗ⁻¹) + 1 − β₁, but Adam's bias correction divides by 1 − β₁ᵗ. The factor is the latter over the former.
 
     Args:
         base: the base optimizer.
@@ -62,6 +61,9 @@ def freshened_correction(
         settings: the parameter's group.
         decay: β₁.
         wanted: w.
+
+    Returns:
+        The factor; 1 for a base without bias correction.
     """
     steps = base.state.get(parameter, {}).get("step")
     if steps is None or "betas" not in settings:
@@ -70,7 +72,7 @@ def freshened_correction(
 
 
 def set_first_moment(base: Optimizer, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Put other values into what :func:`first_moment` reads; bitsandbytes' 8-bit states are quantized anew."""
+    """Write ``values`` into what :func:`first_moment` reads; bitsandbytes' 8-bit state is quantized anew."""
     plain: list[tuple[Tensor, Tensor]] = []
     for parameter, value in zip(parameters, values, strict=True):
         state = base.state[parameter]
@@ -84,7 +86,7 @@ def set_first_moment(base: Optimizer, parameters: Sequence[Tensor], values: Sequ
 
 
 def second_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
-    """The base's average of the squared gradient for ``parameter``, elementwise, or None."""
+    """The base's average of the squared gradient of ``parameter``, entry by entry; None if it has none."""
     state = base.state.get(parameter, {})
     for name in SQUARE_LIKE:
         value = state.get(name)

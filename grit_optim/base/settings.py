@@ -1,7 +1,7 @@
-"""What a base optimizer's settings say: its rate, its weight decay, and how fast its average forgets.
+"""What a base optimizer's settings say: its learning rate, weight decay, and how fast its average forgets.
 
-Settings and classes are known by name, so that any optimizer that uses the field's names is served without
-being imported.
+Settings and classes are recognised by name. Any optimizer that uses the field's names is served, and none has
+to be imported.
 """
 
 from __future__ import annotations
@@ -15,22 +15,25 @@ from torch.optim import Optimizer
 
 from grit_optim.base.bitsandbytes import kernel
 
-# Classes of these names decay the weights by lr·weight_decay outside the gradient, as Loshchilov and Hutter
-# (2019) do; and these of bitsandbytes' kernels, whatever the class that calls them.
+# Signs of decoupled weight decay (Loshchilov and Hutter 2019), lr·weight_decay outside the gradient: parts of
+# class names, kernels of bitsandbytes, and settings that say it.
 _DECOUPLED_NAMES = ("AdamW", "Lion", "Muon", "Adafactor")
 _DECOUPLED_KERNELS = ("adam", "ademamix", "lamb", "lion")
 _DECOUPLED_FLAGS = ("decoupled_weight_decay", "weight_decouple", "decouple_weight_decay")
 
 
 def rate(settings: dict[str, Any]) -> float | Tensor:
-    """The learning rate of a parameter group in the step just taken; schedule-free's warm-up is its own, beside ``lr``."""
+    """The learning rate of a parameter group in the step just taken.
+
+    Schedule-free optimizers warm the rate up themselves, and keep what they used beside ``lr``.
+    """
     return settings["scheduled_lr"] if "scheduled_lr" in settings else settings["lr"]
 
 
 def decoupled_decay(
     base: Optimizer, settings: dict[str, Any], parameters: Sequence[Tensor]
 ) -> float | Tensor:
-    """The share of the weights that ``base`` takes off in one step beside its update: rate·weight_decay, or 0.
+    """The share of the weights that ``base`` takes off beside its update in one step: rate·weight_decay or 0.
 
     Args:
         base: the base optimizer, after its step.
@@ -38,7 +41,7 @@ def decoupled_decay(
         parameters: m parameters of that group.
 
     Returns:
-        A number, or ``[m, 1, 1]`` where each parameter has its own rate (transformers' Adafactor).
+        A number, or ``[m, 1, 1]`` where each parameter has a rate of its own (transformers' Adafactor).
     """
     decay = settings.get("weight_decay", 0.0)
     if not decay or not _decouples(base, settings):
@@ -53,7 +56,7 @@ def decoupled_decay(
 
 
 def coupled_decay(base: Optimizer, settings: dict[str, Any]) -> float:
-    """What ``base`` multiplies the weights by to add them to the gradient (an L2 penalty), 0 if it does not."""
+    """The factor with which ``base`` adds the weights to the gradient (an L2 penalty); 0 if it does not."""
     return 0.0 if _decouples(base, settings) else settings.get("weight_decay", 0.0)
 
 
@@ -68,15 +71,15 @@ def _decouples(base: Optimizer, settings: dict[str, Any]) -> bool:
 
 
 def is_adam(base: Optimizer) -> bool:
-    """Whether the base is some kind of Adam, by the names of its class and of those that it inherits from."""
+    """Whether the base is a kind of Adam, by the names of its class and of the classes it inherits from."""
     return any("Adam" in kind.__name__ for kind in type(base).__mro__)
 
 
 def finds_its_rate(base: Optimizer) -> bool:
-    """Whether the base finds its learning rate itself; D-Adaptation and Prodigy keep it as ``d``."""
+    """Whether the base finds its learning rate itself. D-Adaptation and Prodigy do, and keep it as ``d``."""
     return any("d" in group for group in base.param_groups)
 
 
 def moment_decay(settings: Mapping[str, Any]) -> float:
-    """What the base's average of the gradient keeps per step: β₁ of any Adam, SGD's momentum, 0 without one."""
+    """The share that the base's average of the gradient keeps per step: Adam's β₁, SGD's momentum, else 0."""
     return float(settings["betas"][0] if "betas" in settings else settings.get("momentum", 0.0))

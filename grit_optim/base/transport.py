@@ -1,10 +1,10 @@
-"""Moving what a base optimizer keeps to other coordinates of A and B, and cutting it to fewer.
+"""Moving the base optimizer's state to other coordinates of A and B, and cutting it to fewer coordinates.
 
-State tensors are known by name. What transforms like a gradient is multiplied as a gradient is, copies of the
-weights as the weights are. Squared gradients are multiplied by the squared entries, which is exact for
-permutations and changes of sign; where the K-FAC factors tell how a gradient's entries are correlated over
-the rank, by the correlations too. Any other tensor of the parameter's shape is not understood: the
-parameter's state is then dropped and named, and the base starts it anew.
+State tensors are recognised by name. Averages of gradients are multiplied as gradients are, copies of the
+weights as the weights are. Averages of squared gradients are multiplied by the squared entries of the
+operator, which is exact for permutations and changes of sign. Where the K-FAC factors tell how a gradient's
+entries are correlated over the rank, the correlations enter too. Any other tensor of state cannot be moved:
+the parameter's state is dropped with a warning, and the base starts it anew.
 """
 
 from __future__ import annotations
@@ -22,13 +22,21 @@ from grit_optim.lora.buckets import Group
 from grit_optim.messages import warn
 
 GRADIENT_LIKE = ("exp_avg", "momentum_buffer", "grad_avg")
+"""Names of state tensors that average gradients."""
 WEIGHT_LIKE = ("z",)
-"""A second copy of the weights, which schedule-free optimizers keep."""
+"""Names of state tensors that are a second copy of the weights, as schedule-free optimizers keep it."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """``A ← a_weight A``, ``B ← B b_weight``; gradients ``∇A ← a_gradient ∇A``, ``∇B ← ∇B b_gradient``; all ``[S, r, r]``."""
+    """A change of the coordinates of A and B, as operators ``[S, r, r]``.
+
+    Attributes:
+        a_weight: ``A ← a_weight A``.
+        b_weight: ``B ← B b_weight``.
+        a_gradient: ``∇A ← a_gradient ∇A``.
+        b_gradient: ``∇B ← ∇B b_gradient``.
+    """
 
     a_weight: Tensor
     b_weight: Tensor
@@ -37,21 +45,21 @@ class Move:
 
 
 def move_weights(groups: Iterable[Group], move: Move) -> None:
-    """Multiply the matrices of ``groups`` by the operators of ``move``, in its precision."""
+    """Multiply the matrices of ``groups`` by the operators of ``move``, in the operators' precision."""
     for group in groups:
         operator = move.a_weight if group.side == "A" else move.b_weight
         group.write(group.apply(operator, group.stack(group.parameters).to(operator.dtype)))
 
 
 def set_weights(base: Optimizer, group: Group, stacked: Tensor, changed: Tensor) -> None:
-    """Set the matrices of ``group`` to ``[m, rows, columns]``, and copies of the weights in the base's state likewise.
+    """Set the matrices of ``group``, and the copies of them that the base's state may hold.
 
     Args:
         base: the base optimizer.
         group: the matrices.
-        stacked: what they are from now on.
-        changed: rank coordinates ``[S, r]`` whose copies are set too; elsewhere a copy may differ from its
-            weight.
+        stacked: their new values ``[m, rows, columns]``.
+        changed: rank coordinates ``[S, r]`` whose copies are set too. Elsewhere a copy may differ from its
+            weight, and stays.
     """
     group.write(stacked)
     for name in WEIGHT_LIKE:
@@ -66,17 +74,17 @@ def set_weights(base: Optimizer, group: Group, stacked: Tensor, changed: Tensor)
 def move_state(
     base: Optimizer, groups: Iterable[Group], move: Move, covariances: tuple[Tensor, Tensor] | None = None
 ) -> None:
-    """Move the base's state for the parameters of ``groups`` as ``move`` says.
+    """Move the base's state of the parameters of ``groups`` to other coordinates.
 
-    Where a state tensor is not understood, those parameters' state is dropped with a warning, and the base
+    Where a state tensor is not recognised, those parameters' state is dropped with a warning, and the base
     starts it anew.
 
     Args:
         base: the base optimizer.
         groups: the matrices.
-        move: what happens to their coordinates.
-        covariances: of ∇A's and of ∇B's entries over the rank, up to a factor, before the move, ``[S, r, r]``
-            each; None where they are taken to be uncorrelated.
+        move: the change of coordinates.
+        covariances: of ∇A's and of ∇B's entries over the rank before the move, up to a factor, ``[S, r, r]``
+            each; None: take the entries to be uncorrelated.
     """
     a_square, b_square = move.a_gradient.square(), move.b_gradient.square()
     if covariances is not None:
@@ -104,10 +112,10 @@ def move_state(
 
 
 def _square_operator(operator: Tensor, covariance: Tensor) -> Tensor:
-    """What the second moments of g become where g becomes ``O g``: ``O²`` entry by entry, times what that leaves out.
+    """The operator on second moments of g where g becomes ``O g``: ``O²`` entry by entry, times a correction.
 
-    ``E[(O g)_i²] = Σ_kl O_ik O_il E[g_k g_l]``, of which ``O²`` has the terms k = l. The others are taken
-    from ``covariance``, which makes the result exact where the columns of a gradient have the same
+    ``E[(O g)_i²] = Σ_kl O_ik O_il E[g_k g_l]``. ``O²`` accounts for the terms k = l. ``covariance`` gives
+    those with k ≠ l, as one factor for each i. The result is exact where all columns of a gradient have equal
     correlations over the rank.
 
     Args:
@@ -121,7 +129,7 @@ def _square_operator(operator: Tensor, covariance: Tensor) -> Tensor:
 
 
 def _unknown_names(parameters: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> set[str]:
-    """State tensors, other than known ones and step counters, that a change of coordinates would make wrong."""
+    """Names of state tensors that a change of coordinates would make wrong, step counters left out."""
     known = {*GRADIENT_LIKE, *SQUARE_LIKE, *WEIGHT_LIKE, "step"}
     return {
         name
@@ -134,7 +142,7 @@ def _unknown_names(parameters: Sequence[Tensor], states: Sequence[dict[str, Any]
 
 
 def _move_named(group: Group, states: Sequence[dict[str, Any]], name: str, operator: Tensor) -> None:
-    """Move one kind of state tensor of a whole group by one batched product."""
+    """Move the state tensors of one name for a whole group, by one batched product."""
     present = [i for i, state in enumerate(states) if isinstance(state.get(name), Tensor)]
     if not present:
         return
@@ -147,17 +155,24 @@ def _move_named(group: Group, states: Sequence[dict[str, Any]], name: str, opera
 
 
 def _warn_dropped_state(base: Optimizer, names: set[str]) -> None:
-    """Say which state a change of coordinates could not carry along."""
+    """Warn of state that could not follow a change of coordinates."""
     warn(
-        f"GritOptimizer changed the coordinates of A and B, and {type(base).__name__} keeps state that it "
-        f"does not know how to move ({', '.join(sorted(names))}); that state was reset for the LoRA "
-        f"parameters. Use a base whose state is among {', '.join(GRADIENT_LIKE + SQUARE_LIKE)}, or a mode "
-        "that leaves the coordinates alone (precondition='steer' or 'inverse', reprojection='none')",
+        f"GritOptimizer changed the coordinates of A and B. {type(base).__name__} keeps state that it does "
+        f"not know how to move ({', '.join(sorted(names))}), so the state of these LoRA parameters was "
+        f"reset. Use a base whose state is among {', '.join(GRADIENT_LIKE + SQUARE_LIKE)}, or options that "
+        "leave the coordinates alone (precondition='steer' or 'inverse', reprojection='none')",
     )
 
 
 def narrow_state(base: Optimizer, parameter: Tensor, dim: int, rank: int) -> set[str]:
-    """Cut what has the parameter's shape along with it; state of another form is reset, and its names are returned."""
+    """Cut the base's state of ``parameter`` to the first ``rank`` entries of ``dim``.
+
+    Where a state tensor does not have the parameter's shape, or is quantized, the parameter's state is
+    dropped.
+
+    Returns:
+        The names of the tensors for which it was dropped; none if all were cut.
+    """
     state: dict[str, Any] = base.state.get(parameter, {})
     tensors = {
         name: value for name, value in state.items() if isinstance(value, Tensor) and value.numel() > 1

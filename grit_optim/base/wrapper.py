@@ -1,8 +1,8 @@
-"""A ``torch.optim.Optimizer`` that stands for another one.
+"""A ``torch.optim.Optimizer`` that stands for another one, its base.
 
-``param_groups``, ``state`` and ``defaults`` are the base's own, reached through properties: an alias of the
-list would go stale as soon as the base loads a state dict. Whatever the base merely has, such as
-``_step_supports_amp_scaling``, is not passed on: a GradScaler would then hand over gradients that are still
+``param_groups``, ``state`` and ``defaults`` are the base's own, reached through properties: a reference to
+the list would go stale as soon as the base loads a state dict. Other attributes of the base are not passed
+on. With ``_step_supports_amp_scaling``, for one, a GradScaler would hand over gradients that are still
 scaled.
 """
 
@@ -16,25 +16,25 @@ from torch.optim import Optimizer
 
 
 class OwnState(Protocol):
-    """What a wrapper keeps beside the base's state."""
+    """The state that a wrapper keeps beside the base's."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain containers."""
+        """The state as tensors and plain containers."""
 
     def check_state_dict(self, own: Mapping[str, Any]) -> None:
-        """Raise if ``own`` cannot be loaded; called before anything is changed."""
+        """Raise an error if ``own`` cannot be loaded. Called before anything is changed."""
 
     def load_state_dict(self, own: Mapping[str, Any] | None) -> None:
-        """Go on from a state, or start anew from None."""
+        """Go on from a saved state; from None, start anew."""
 
 
 class OptimizerWrapper(Optimizer):
-    """What every wrapper of an optimizer needs, without a step of its own.
+    """What every wrapper of an optimizer needs, except a step.
 
     Attributes:
         base: the optimizer that holds the parameters.
-        state_key: the one top-level key of the state dict under which the wrapper's own state lies; torch's
-            loaders ignore it.
+        state_key: the key of the state dict under which the wrapper's own state lies. torch's loaders ignore
+            it.
     """
 
     base: Optimizer
@@ -42,15 +42,12 @@ class OptimizerWrapper(Optimizer):
     _own: OwnState
 
     def _wrap(self, base: Optimizer, own: OwnState) -> None:
-        """Stand for ``base`` from now on, with ``own`` state beside it; takes the place of ``Optimizer.__init__``."""
+        """Stand for ``base`` from now on, with ``own`` state beside it; replaces ``Optimizer.__init__``."""
         self.base, self._own = base, own
-        Optimizer.__setstate__(
-            self, {}
-        )  # the hook dicts and the patched step, without touching the base's groups
-        for name in (
-            "train",
-            "eval",
-        ):  # schedule-free optimizers; a trainer asks whether there are such methods
+        # Sets up the dicts of hooks and the profiled step, without touching the base's groups.
+        Optimizer.__setstate__(self, {})
+        # Methods of schedule-free optimizers. A trainer asks whether they exist.
+        for name in ("train", "eval"):
             if callable(getattr(base, name, None)):
                 setattr(self, name, getattr(base, name))
 
@@ -66,7 +63,7 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The base optimizer's per-parameter state; the wrapper keeps nothing in it."""
+        """The base optimizer's state of each parameter. The wrapper keeps nothing in it."""
         return self.base.state
 
     @state.setter
@@ -93,7 +90,7 @@ class OptimizerWrapper(Optimizer):
         self.base.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state dict, with the wrapper's own state under one further key."""
+        """The base's state dict, with the wrapper's own state under :attr:`state_key`."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state = self.base.state_dict()
@@ -105,10 +102,10 @@ class OptimizerWrapper(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state dict of this class, or one of the plain base: the wrapper's own state then starts anew.
+        """Load a state dict of this class or of the plain base; the wrapper's own state then starts anew.
 
         Raises:
-            ValueError: the own part does not belong here; nothing is changed then.
+            ValueError: the wrapper's part does not belong to these parameters. Nothing has been changed then.
         """
         state = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

@@ -1,1 +1,1 @@
-"""What the forward and backward passes of a step show: activations and gradients at each pair, and the loss."""
+"""What a step's forward and backward passes show: activations and gradients at each site, and the loss."""

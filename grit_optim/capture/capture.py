@@ -1,4 +1,4 @@
-"""What a step's forward and backward passes showed, from the taps of this process or of all."""
+"""The statistics of a step's forward and backward passes, from the taps of this process or of all."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class Statistics:
     """What was gathered since the last step.
 
     Attributes:
-        sums: over tokens, one entry per bucket.
-        recorded: whether this step's tokens were recorded; if not, the sums are over none.
+        sums: sums over tokens, one entry per bucket.
+        recorded: whether this step's tokens were recorded (``cov_update_freq``). If not, no tokens are in the
+            sums.
     """
 
     sums: list[Sums]
@@ -31,10 +32,10 @@ class Statistics:
 
 
 class Capture:
-    """The taps of all pairs, and the watch over them.
+    """The taps of all sites, and the watch that compares them with the gradients.
 
     Attributes:
-        watch: compares taps and gradients in the first steps.
+        watch: makes the comparison in the first steps.
     """
 
     def __init__(self, options: CaptureOptions, times: StageTimes) -> None:
@@ -44,14 +45,14 @@ class Capture:
         self._taps = Taps([], [], None, times)
 
     def attach(self, sites: Sequence[Site], buckets: Sequence[Bucket]) -> None:
-        """Tap these pairs, and no others, from now on."""
+        """Tap these sites, and no others, from now on."""
         self._taps.close()
         if any(bucket.device.type == "meta" for bucket in buckets):
             self.watch.steps_left = 0  # there are no values to compare
         self._taps = Taps(sites, buckets, self._options.max_tokens, self._times)
 
     def collect(self) -> Statistics | None:
-        """What was seen since the last step; None if no tap has fired, in any process."""
+        """The statistics gathered since the last step; None if no tap has fired in any process."""
         with self._times("fold"):
             sums = self._own() if processes.size() == 1 else self._of_all()
         return None if sums is None else Statistics(sums, self._taps.active)
@@ -64,6 +65,7 @@ class Capture:
         return self._taps.collect()
 
     def _of_all(self) -> list[Sums] | None:
+        """As :meth:`_own`, summed over all processes; every process has to call it."""
         taps = self._taps
         if not taps.sites:
             return None
@@ -77,11 +79,11 @@ class Capture:
             return inspect(taps.sites, seen, rounding)
 
         self.watch.look(reports)
-        # A process that has seen something need not wait for the device to know that one has.
+        # A process whose own taps fired knows the answer without waiting for the device.
         return together.sums if any(fired) or together.fired.any() else None
 
     def check(self) -> list[SiteReport]:
-        """Whether the taps see what the gradients saw, per pair."""
+        """Compare taps and gradients now: one report per site."""
         taps = self._taps
         return inspect(taps.sites, taps.seen(), taps.rounding, compare=processes.size() == 1)
 
@@ -90,7 +92,7 @@ class Capture:
         self._taps.discard()
 
     def plan(self, step: int) -> None:
-        """Say whether the tokens of ``step`` are to be recorded."""
+        """Decide whether the tokens of step number ``step`` are recorded."""
         self._taps.active = capture_due(step, self._options.cov_update_freq)
 
     def close(self) -> None:
@@ -98,7 +100,7 @@ class Capture:
         self._taps.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides which tokens are taken next."""
+        """What decides which tokens of the next step are taken."""
         return {"calls_per_step": self._taps.calls_per_step, "offset": self._taps.offset}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,9 +1,9 @@
-"""Proof, per site, that the taps see what the gradients saw.
+"""Checks, per site, that the taps see what the gradients are made of.
 
 For every LoRA pair ``⟨A, ∇A⟩ = ⟨B, ∇B⟩ = Σ over tokens of h·δ``, since A enters the loss only through h = A x
-and B only through B h. A common factor between gradients and taps is the loss scale and the trainer's
-clipping; a factor of one site's own means that its taps missed, or doubled, some of what its gradients come
-from.
+and B only through B h. The loss scale and the trainer's clipping put a factor between gradients and taps that
+is common to all sites. A factor of one site's own means that its tap missed, or saw twice, a part of what its
+gradients come from.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from grit_optim.lora.site import Site
 from grit_optim.messages import listed, warn
 
 CHECKED_STEPS = 5
-"""In how many of the first steps the taps are compared with the gradients."""
+"""Steps at the start in which taps are compared with gradients."""
 
 RELATIVE_TOLERANCE = 0.02
-"""bf16 autocast alone makes about one per cent."""
+"""Relative difference that passes for equal. bf16 autocast alone makes about 1 %."""
 _FP32_EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """What the taps of one site saw, against its gradients.
+    """What the tap of one site saw, against the site's gradients.
 
     Attributes:
         name: the site.
         fired: backward passes that its tap saw.
-        tap_inner: Σ over tokens of h·δ, or None where nothing was recorded.
-        a_inner: ⟨A, ∇A⟩, or None without a gradient.
-        b_inner: ⟨B, ∇B⟩, or None without a gradient. A gradient of zeros is none.
+        tap_inner: Σ over tokens of h·δ; None where nothing was recorded.
+        a_inner: ⟨A, ∇A⟩; None without a gradient, or with one of zeros only.
+        b_inner: ⟨B, ∇B⟩; None without a gradient, or with one of zeros only.
         status: ``"ok"``; ``"unused"``: no gradient; ``"silent"``: gradients, but the tap never fired;
-            ``"mismatch"``: the tap saw something else than the gradients; ``"unknown"``: nothing to compare
-            (B is still zero, this step's rows were not recorded, or a value is not finite).
+            ``"mismatch"``: the tap saw something else than the gradients are made of; ``"unknown"``: nothing
+            to compare (B is still zero, this step's tokens were not recorded, or a value is not finite).
     """
 
     name: str
@@ -59,11 +59,15 @@ def inspect(
     """Compare taps and gradients now, after a backward pass and before the optimizer's step.
 
     Args:
-        sites: the pairs.
-        seen: per site, how often its tap fired, and Σ over tokens of h·δ or None, up to a common factor.
+        sites: the sites.
+        seen: per site, how often its tap fired, and Σ over tokens of h·δ (up to a factor common to all) or
+            None.
         rounding: the machine epsilon of the coarsest dtype that h or δ came in.
-        compare: whether the amounts can be compared; under data-parallel training one process's taps see its
-            own tokens and the gradients are averaged over all.
+        compare: whether the amounts can be compared. Under data-parallel training they cannot: the taps of a
+            process see its own tokens, and the gradients are averaged over all processes.
+
+    Returns:
+        One report per site.
     """
     measured = [
         _measure(site, fired, inner, rounding) for site, (fired, inner) in zip(sites, seen, strict=True)
@@ -77,15 +81,15 @@ def inspect(
 def _measure(
     site: Site, fired: int, inner: Tensor | float | None, rounding: float
 ) -> tuple[SiteReport, float]:
-    """The three amounts, and the rounding error to expect in them.
+    """A report with the three amounts, not judged yet, and the rounding error to expect in them.
 
-    Each entry of a gradient is off by ``rounding`` times itself, and independently so: in the sum over all
-    entries that is rounding·‖w ∘ ∇w‖, which matters where the sum itself nearly cancels.
+    Each entry of a gradient is off by ``rounding`` times itself, independently of the others. The sum over
+    all entries is then off by rounding·‖w ∘ ∇w‖, which matters where the sum itself nearly cancels.
     """
     products: list[float | None] = []
     slack = 0.0
     for weight in (site.a, site.b):
-        if weight.grad is None or not weight.grad.any():  # cleared without set_to_none, it is full of zeros
+        if weight.grad is None or not weight.grad.any():  # cleared without set_to_none, it is all zeros
             products.append(None)
             continue
         w, g = weight.detach().float(), weight.grad.detach().float()
@@ -97,6 +101,14 @@ def _measure(
 
 
 def _judge(report: SiteReport, slack: float, common: float, compare: bool) -> SiteReport:
+    """The report with its status.
+
+    Args:
+        report: of one site.
+        slack: the rounding error to expect.
+        common: gradients' amounts over taps' amounts, the median over all sites.
+        compare: whether the amounts can be compared.
+    """
     values = (report.name, report.fired, report.tap_inner, report.a_inner, report.b_inner)
     if report.a_inner is None and report.b_inner is None:
         return SiteReport(*values, "unused")
@@ -110,10 +122,10 @@ def _judge(report: SiteReport, slack: float, common: float, compare: bool) -> Si
 
 
 class TapWatch:
-    """Compares taps and gradients in the first steps, until every site has been seen to agree, and warns.
+    """Compares taps and gradients in the first steps, until all sites have been seen to agree, and warns.
 
     Attributes:
-        steps_left: how many steps with gradients are still looked at; 0 to look at none.
+        steps_left: how many more steps with gradients are looked at.
     """
 
     def __init__(self) -> None:
@@ -122,7 +134,7 @@ class TapWatch:
         self._suspects: set[str] = set()
 
     def look(self, report: Callable[[], list[SiteReport]]) -> None:
-        """Judge one step by its reports, which are asked for only while steps are left."""
+        """Judge one step. ``report`` makes its reports, and is called only while steps are left."""
         if self.steps_left == 0:
             return
         reports = report()
@@ -135,9 +147,8 @@ class TapWatch:
         self.steps_left -= 1
         if all(r.status == "ok" for r in reports):
             self.steps_left = 0
-        # A single mismatch is what a step skipped by a GradScaler leaves, if the trainer cleared the
-        # gradients by model.zero_grad(): the taps still hold that batch. A second one in a row is no
-        # accident.
+        # One mismatch alone does not count. A GradScaler may have skipped a step and the trainer cleared the
+        # gradients by model.zero_grad(); the taps then still hold the skipped batch.
         suspects, self._suspects = self._suspects, {r.name for r in reports if r.status == "mismatch"}
         if any(r.status == "silent" for r in reports) or suspects & self._suspects:
             self.steps_left = 0
@@ -145,7 +156,7 @@ class TapWatch:
 
 
 def _warn_of(reports: Iterable[SiteReport]) -> None:
-    """One warning that names the sites whose taps do not see what their gradients saw, and the remedy."""
+    """Warn of the sites whose taps do not see what their gradients are made of, and name the remedy."""
     by_status: dict[str, list[str]] = {}
     for report in reports:
         by_status.setdefault(report.status, []).append(report.name)
@@ -153,25 +164,26 @@ def _warn_of(reports: Iterable[SiteReport]) -> None:
         warn(
             f"GRIT does nothing for {_sites(by_status['silent'])}: their weights receive gradients, but the "
             "forward pass of `lora_A` is never called. A fused kernel (Unsloth, Axolotl), a merged adapter "
-            "or a model compiled before the optimizer was built goes around it: turn the fused LoRA kernels "
-            "off, unmerge, or build the optimizer before the first compiled call",
+            "or a model compiled before the optimizer was built goes around it. Turn the fused LoRA kernels "
+            "off, unmerge the adapter, or build the optimizer before the first compiled call",
         )
     if "mismatch" in by_status:
         warn(
             f"the taps of {_sites(by_status['mismatch'])} do not see what their gradients come from (⟨A, "
-            "∇A⟩ differs from Σ h·δ): part of the forward passes goes around `lora_A`, the loss has a term "
-            "in the weights themselves, or gradients were left from before. GRIT's factors for them "
-            "describe something else; see check_capture()",
+            "∇A⟩ differs from Σ h·δ), so GRIT's factors for them are wrong. Part of the forward passes goes "
+            "around `lora_A`, the loss has a term in the weights themselves, or gradients were left from "
+            "before. Call check_capture() after backward() to see the amounts",
         )
 
 
 def _warn_of_idleness(steps: int, sites: int) -> None:
-    """Say that the steps so far had nothing to work with."""
+    """Warn that the steps so far had nothing to train."""
     warn(
-        f"GritOptimizer.step() was called {steps} times, and none of its {sites} LoRA site(s) had a gradient, so nothing is "
-        "trained: the model that is trained is another one than the optimizer was built on (a copy, or one that the trainer "
-        "built or wrapped anew), or its adapter is disabled or frozen. Build the optimizer on the model that is trained; "
-        "where transformers' Trainer builds it, pass optimizer_cls_and_kwargs=(grit_optim.for_trainer, {...})",
+        f"GritOptimizer.step() was called {steps} times, and none of its {sites} LoRA site(s) had a "
+        "gradient, so it trains nothing. Either the model that is trained is not the one that the optimizer "
+        "was built on (a copy, or one that the trainer built or wrapped anew), or its adapter is disabled "
+        "or frozen. Build the optimizer on the model that is trained. Where transformers' Trainer builds "
+        "that model, pass optimizer_cls_and_kwargs=(grit_optim.for_trainer, {...})",
     )
 
 

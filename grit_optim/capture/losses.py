@@ -1,4 +1,4 @@
-"""The loss of each step, from whoever knows it, without reading it from the device."""
+"""The loss of each step, as the user, a closure or the model's output tells it, not read from the device."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from grit_optim.capture import processes
 
 
 class OutputTap:
-    """Forward hook on the whole model that takes note of ``output.loss``. Holds its collector weakly, as the other taps do."""
+    """Forward hook on the whole model that takes note of ``output.loss``.
+
+    It holds its collector weakly, so that no model keeps an optimizer alive.
+    """
 
     def __init__(self, losses: Losses | None) -> None:
         self._losses = weakref.ref(losses) if losses is not None else None
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """Take the loss of a training pass; evaluation builds no graph.
+        """Take the loss of a training pass. Evaluation builds no graph, so its losses are left out.
 
-        A Trainer that tells the model how many tokens the whole step has (``num_items_in_batch``) gets this
-        micro-batch's share of the step's loss, not a mean of its own.
+        Where the caller passes ``num_items_in_batch``, as transformers' Trainer does, the loss is this
+        micro-batch's share of the step's loss. Else it is the micro-batch's mean.
         """
         losses = self._losses() if self._losses is not None else None
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
@@ -33,7 +36,10 @@ class OutputTap:
 
 
 class Losses:
-    """Collects the losses between two steps; what was observed goes before the closure's, that before the model's output."""
+    """Collects the losses between two steps.
+
+    A loss that the user observed counts before the closure's, and the closure's before the model's own.
+    """
 
     def __init__(self) -> None:
         self._observed: list[Tensor | float] = []
@@ -53,21 +59,31 @@ class Losses:
             self._hook = None
 
     def observe(self, loss: Tensor | float) -> None:
-        """Take a loss that the user hands over."""
+        """Take a loss that the user hands over.
+
+        Raises:
+            TypeError: it is neither a number nor a tensor.
+            ValueError: it is a tensor of several values.
+        """
         self._observed.append(_single(loss))
 
     def from_output(self, loss: Tensor, is_share: bool = False) -> None:
-        """Take the loss that the model put out: a micro-batch's mean, or its share of the step's loss."""
+        """Take a loss that the model put out, one of several values as their mean.
+
+        Args:
+            loss: the loss of a micro-batch.
+            is_share: whether it is the micro-batch's share of the step's loss, rather than a mean of its own.
+        """
         self._shares = is_share
         self._outputs.append(loss.detach().float().mean())
 
     def take(self, returned: Any = None, shared_on: torch.device | None = None) -> Tensor | float | None:
-        """The loss of this step, over all its micro-batches, or None if nobody told. Forgets it.
+        """The loss of this step over all its micro-batches; None if no source told one. Forgets it.
 
         Args:
             returned: what the closure returned.
-            shared_on: the device on which the processes that train together take the mean of their losses;
-                None where each keeps its own.
+            shared_on: the device on which all processes take the mean of their losses; None: keep this
+                process's own.
         """
         if not self._observed and _is_single(returned):
             self._observed.append(_single(returned))
@@ -86,8 +102,8 @@ def _single(loss: Tensor | float) -> Tensor | float:
     """A loss as one number, on its device.
 
     Raises:
-        TypeError: it is no number and no tensor.
-        ValueError: a tensor of several values.
+        TypeError: it is neither a number nor a tensor.
+        ValueError: it is a tensor of several values.
     """
     if isinstance(loss, bool) or not isinstance(loss, Tensor | float | int):
         raise TypeError(

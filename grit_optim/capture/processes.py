@@ -1,9 +1,9 @@
-"""Several processes that train one model together (data parallelism): what each has seen, added up over all of them.
+"""Data-parallel training: what each process has seen, added up over all of them.
 
-Under DDP every process sees its own tokens, while ``.grad`` is the average over all. One all-reduce in each
-step adds the sums behind the factors up; whatever is derived from them, in the same order from the same bits,
-is then the same everywhere, and so is the step. The whole default process group takes part, whether a process
-has seen anything in a step or not.
+Under DDP every process sees its own tokens, while ``.grad`` is the average over all. One all-reduce per step
+adds up the sums behind the factors. All processes derive the rest from the same bits in the same order, so
+they take the same step. The whole default process group takes part, also processes that have seen nothing in
+a step.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Together(NamedTuple):
     """What all processes have seen in a step.
 
     Attributes:
-        sums: as one process would have them that had seen all tokens, one entry per bucket.
+        sums: the sums that one process would have that had seen all tokens, one entry per bucket.
         fired: backward passes that each site's tap saw, ``[sites]``.
         inner: Σ over tokens of h·δ per site ``[sites]``, of the processes' own losses.
-        known: in how many processes ``inner`` is known ``[sites]``.
+        known: number of processes in which ``inner`` is known ``[sites]``.
     """
 
     sums: list[Sums]
@@ -40,15 +40,15 @@ class Together(NamedTuple):
 
 
 def add_up(sums: Sequence[Sums], fired: Sequence[int], inner: Sequence[Tensor | None]) -> Together:
-    """Add up what the processes have seen; every one of them has to call it.
+    """Add up what the processes have seen. Every process has to call it.
 
-    The loss that is trained is the mean of the processes' losses, so its δ are theirs divided by their
-    number.
+    The loss that is trained is the mean of the processes' losses. Its δ are the processes' own δ divided by
+    their number, so Σ δ δᵀ is divided by its square.
 
     Args:
-        sums: of this process's tokens.
+        sums: the sums over this process's tokens, one entry per bucket.
         fired: how often each site's tap has seen a gradient.
-        inner: Σ over tokens of h·δ of each site, or None where it is not known.
+        inner: Σ over tokens of h·δ of each site; None where it is not known.
     """
     device = sums[0].rows.device
     values = [
@@ -75,8 +75,16 @@ def add_up(sums: Sequence[Sums], fired: Sequence[int], inner: Sequence[Tensor | 
 
 
 def mean_loss(loss: Tensor | float | None, device: torch.device) -> Tensor | None:
-    """The mean of the processes' losses, over those that know one; None if none does. Every process has to call it."""
-    # Filled where it lies: copying a number to a GPU would wait for it.
+    """The mean of the losses over the processes that know one. Every process has to call it.
+
+    Args:
+        loss: this process's loss, or None.
+        device: where the result is wanted.
+
+    Returns:
+        The mean in fp32; None if no process knows a loss.
+    """
+    # torch.full fills on the device itself: copying a number to a GPU would wait for it.
     own = (
         loss.to(device, torch.float32)
         if isinstance(loss, Tensor)
@@ -84,6 +92,6 @@ def mean_loss(loss: Tensor | float | None, device: torch.device) -> Tensor | Non
     )
     total = torch.stack((own, torch.full((), float(loss is not None), device=device)))
     torch.distributed.all_reduce(total)
-    if loss is None and not total[1]:  # only a process without a loss has to look
+    if loss is None and not total[1]:  # only a process without a loss has to wait for the device
         return None
     return total[0] / total[1]

@@ -1,4 +1,4 @@
-"""What the tokens of one step add up to."""
+"""Sums over the tokens of one step, from which the K-FAC factors are made."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Sums:
-    """What one step's tokens add up to, per site of a bucket.
+    """Sums over one step's tokens, for each site of a bucket.
 
     Attributes:
         activation: Σ over tokens of h hᵀ, ``[S, r, r]``.
         gradient: Σ over tokens of δ δᵀ, ``[S, r, r]``.
-        rows: number of tokens with δ ≠ 0, ``[S]``; the others are in neither sum.
-        tokens: how many such tokens the step had, of which ``rows`` were taken, ``[S]``; by default all of
-            them were.
+        rows: number of tokens with δ ≠ 0 in the two sums, ``[S]``. Tokens with δ = 0 are in neither.
+        tokens: number of tokens with δ ≠ 0 that the step had, ``[S]``. ``rows`` of them were taken; by
+            default all.
     """
 
     activation: Tensor

@@ -1,8 +1,8 @@
-"""Taps on the outputs of ``lora_A``: from one hook per site, h in the forward pass and δ in the backward pass.
+"""Taps on the outputs of ``lora_A``: one hook per site gives h in the forward and δ in the backward pass.
 
-The forward value of ``lora_A``'s output is h = A x and the gradient that arrives there is δ = ∂L/∂h, so one
-tap gives both Fisher factors without any product of width d_in or d_out. A tensor hook fires exactly once for
-each backward pass through a forward pass, whatever activation checkpointing recomputes.
+The output of ``lora_A`` is h = A x, and the gradient that arrives there is δ = ∂L/∂h. One tap gives both
+K-FAC factors, without any product of width d_in or d_out. A tensor hook fires exactly once for each backward
+pass through a forward pass, whatever activation checkpointing recomputes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from grit_optim.lora.site import Site
 from grit_optim.profiling import StageTimes
 
 PENDING_LIMIT = 2**22
-"""Numbers in h and δ of a bucket's sites that may wait to be added up: what bounds memory under long accumulation, and still
-lets many sites share one batched product."""
+"""Numbers in h and δ of one bucket that may wait to be added up.
+
+The limit bounds memory under long accumulation, and still lets many sites share one batched product.
+"""
 
 
 class _Seen(NamedTuple):
@@ -31,9 +33,9 @@ class _Seen(NamedTuple):
 
     Attributes:
         slot: the site's place in its bucket.
-        h: as it came.
-        delta: as it came.
-        stride: out of how many tokens one is taken.
+        h: the output of ``lora_A``, in its own shape and dtype.
+        delta: the gradient of ``h``.
+        stride: of so many tokens one is taken.
     """
 
     slot: int
@@ -43,10 +45,10 @@ class _Seen(NamedTuple):
 
 
 class Tap:
-    """Forward hook on ``lora_A``. Holds its owner weakly, so that no model keeps an optimizer alive.
+    """Forward hook on ``lora_A``.
 
-    A copied or unpickled model carries taps that do nothing: its optimizer, if it has one, puts its own
-    there.
+    It holds its owner weakly, so that no model keeps an optimizer alive. A copied or unpickled model carries
+    taps that do nothing; its optimizer, if it has one, puts its own there.
     """
 
     def __init__(self, taps: Taps | None, position: int) -> None:
@@ -54,13 +56,13 @@ class Tap:
         self.position = position
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        """Watch for the gradient of ``output`` where there will be one."""
+        """Watch for the gradient of ``output``, if it will get one."""
         taps = self.owner()
         if taps is not None and isinstance(output, Tensor) and output.requires_grad:
             taps.watch(self.position, output)
 
     def owner(self) -> Taps | None:
-        """Whose tap this is; None in a copy, and after its owner is gone."""
+        """The :class:`Taps` that this tap belongs to; None in a copy, and after they are gone."""
         return self._taps() if self._taps is not None else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -68,12 +70,22 @@ class Tap:
 
 
 class Taps:
-    """Gathers the rows of h and δ that the taps see, and adds them up per bucket.
+    """Gathers h and δ of the tokens that the taps see, and adds them up per bucket.
+
+    Args:
+        sites: the sites, in the model's order.
+        buckets: the same sites, stacked.
+        max_tokens: tokens per site and step that enter the sums, evenly spaced; None: all.
+        times: where the seconds spent in hooks are counted.
 
     Attributes:
-        active: whether rows are recorded; taps that fire are counted in any case.
+        active: whether tokens are recorded. Taps that fire are counted in any case.
         fired: how often each site's tap has seen a gradient since the last :meth:`collect`, in the order of
             ``sites``.
+        calls_per_step: how often the busiest tap fired in the last step, among which ``max_tokens`` are
+            shared out.
+        offset: steps collected so far, which shifts the first token that is taken.
+        bypass: notices steps around the optimizer.
     """
 
     def __init__(
@@ -103,13 +115,13 @@ class Taps:
         self._dtypes = {torch.float32}
         self._stash: list[list[_Seen]] = [[] for _ in self.buckets]
         self._pending = [0] * len(self.buckets)
-        # Σ h·δ of what is no longer in the stash, [S], and of which sites there is any.
+        # Σ h·δ of what is no longer in the stash, [S], and the sites for which there is any.
         self._inner = [torch.zeros(len(b.sites), device=b.device) for b in self.buckets]
         self._added: list[set[int]] = [set() for _ in self.buckets]
         self._sums = [Sums.zeros(len(b.sites), b.rank, b.device) for b in self.buckets]
 
     def watch(self, position: int, output: Tensor) -> None:
-        """Take note of h and ask for its gradient."""
+        """Take note of h, and ask for its gradient."""
         if self.bypass.watches(position):
             self.bypass.forward(
                 position, self.sites[position], self.fired[position], partial(self.inner, position)
@@ -127,7 +139,7 @@ class Taps:
         self.fired[position] += 1
 
     def _record(self, position: int, h: Tensor, delta: Tensor) -> None:
-        """Take note of one backward pass, and leave the work to :meth:`_reduce`, which does it for many sites at once."""
+        """Take note of one backward pass. :meth:`_reduce` does the work later, for many sites at once."""
         self.fired[position] += 1
         self._dtypes.update((h.dtype, delta.dtype))
         bucket, slot = self._slots[position]
@@ -138,9 +150,9 @@ class Taps:
             self._reduce(bucket, keep_inner=True)
 
     def inner(self, position: int) -> Tensor | None:
-        """Σ over tokens of h·δ of a site since the last :meth:`collect`, or None where nothing was recorded.
+        """Σ over tokens of h·δ of a site since the last :meth:`collect`; None where nothing was recorded.
 
-        Worked out when asked for, as far as h and δ are still there.
+        It is computed only when asked for, from h and δ as far as they are still there.
         """
         bucket, slot = self._slots[position]
         waiting = [seen for seen in self._stash[bucket] if seen.slot == slot]
@@ -154,23 +166,23 @@ class Taps:
         return total
 
     def seen(self) -> list[tuple[int, Tensor | None]]:
-        """Per site, how often its tap fired since the last :meth:`collect`, and :meth:`inner`."""
+        """For each site, how often its tap fired since the last :meth:`collect`, and its :meth:`inner`."""
         return [(fired, self.inner(position)) for position, fired in enumerate(self.fired)]
 
     @property
     def rounding(self) -> float:
-        """The machine epsilon of the coarsest dtype that h or δ came in since the last :meth:`collect` (autocast)."""
+        """Machine epsilon of the coarsest dtype of h and δ since the last :meth:`collect` (autocast)."""
         return max(torch.finfo(dtype).eps for dtype in self._dtypes)
 
     def _stride(self, rows: int) -> int:
-        """Every how many rows to take one, so that a step's calls together stay within ``max_tokens`` per site."""
+        """The stride with which a call of ``rows`` tokens keeps its share of ``max_tokens``."""
         if self.max_tokens is None:
             return 1
         per_call = max(1, self.max_tokens // self.calls_per_step)
         return max(1, -(-rows // per_call))
 
     def _reduce(self, bucket: int, keep_inner: bool) -> None:
-        """Add what waits in a bucket to its sums, one batched product for all sites with equally many tokens."""
+        """Add what waits in a bucket to its sums: one batched product per shape of h and δ."""
         entries, self._stash[bucket], self._pending[bucket] = self._stash[bucket], [], 0
         by_shape: dict[tuple[Any, ...], list[_Seen]] = {}
         for seen in entries:
@@ -179,8 +191,8 @@ class Taps:
         for (*_, stride), members in by_shape.items():
             index = self._index(bucket, tuple(seen.slot for seen in members))
             h, delta = self._stacked(bucket, index, members, keep_inner)
-            # Padding, and tokens after which nothing is predicted, have δ = 0 but h ≠ 0: they say nothing of
-            # the loss.
+            # Padding, and tokens after which nothing is predicted, have δ = 0 but h ≠ 0. They do not affect
+            # the loss, so h is left out too.
             matters = torch.linalg.vecdot(delta, delta)[..., None] != 0
             h = torch.where(matters, h, 0.0)
             sums.activation.index_add_(0, index, h.mT @ h)
@@ -192,11 +204,11 @@ class Taps:
     def _stacked(
         self, bucket: int, index: Tensor, members: list[_Seen], keep_inner: bool
     ) -> tuple[Tensor, Tensor]:
-        """The tokens of h and δ that are taken, ``[len(members), tokens, r]`` each, in fp32."""
+        """The tokens of h and of δ that are taken, each ``[len(members), tokens, r]`` in fp32."""
         taken = slice(self.offset % members[0].stride, None, members[0].stride)
         h = [self._by_token(bucket, seen.slot, seen.h) for seen in members]
         delta = [self._by_token(bucket, seen.slot, seen.delta) for seen in members]
-        # Less to copy on the host; a device wants one copy of all.
+        # On the CPU only the tokens that are taken are copied. On a GPU one large copy costs less than many.
         if not keep_inner and self.buckets[bucket].device.type == "cpu":
             return torch.stack([t[taken] for t in h]).float(), torch.stack([t[taken] for t in delta]).float()
         all_h, all_delta = torch.stack(h), torch.stack(delta)
@@ -213,7 +225,10 @@ class Taps:
         return tensor.reshape(-1, site.rank).to(self.buckets[bucket].device)
 
     def _index(self, bucket: int, slots: tuple[int, ...]) -> Tensor:
-        """``slots`` as a tensor; the same few patterns recur in every step, and copying one to a GPU would wait for it."""
+        """``slots`` as a tensor on the bucket's device, cached.
+
+        The same few patterns recur in every step, and copying one to a GPU would wait for it.
+        """
         key = (bucket, slots)
         if key not in self._index_cache:
             if len(self._index_cache) > 256:
@@ -222,7 +237,7 @@ class Taps:
         return self._index_cache[key]
 
     def collect(self) -> list[Sums]:
-        """The sums over what was gathered since the last call, one entry per bucket; gathering starts anew."""
+        """The sums since the last call, one entry per bucket. Gathering starts anew."""
         for bucket in range(len(self.buckets)):
             if self._stash[bucket]:
                 self._reduce(bucket, keep_inner=False)

@@ -1,1 +1,1 @@
-"""The LoRA pairs of a model: how they are found, stacked and followed."""
+"""The LoRA pairs (sites) of a model: finding them, stacking them by rank, following changes of the model."""

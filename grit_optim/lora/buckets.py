@@ -1,9 +1,9 @@
 """Sites stacked for batched algebra.
 
-A :class:`Bucket` holds the sites of one rank on one device, so that their factors form tensors ``[S, r, r]``.
-Within it, a :class:`Group` holds the matrices of one side (A or B) that share a shape, a dtype and a
-parameter group of the base optimizer. What is applied to all of them is one batched product, never a loop
-with a kernel for each site.
+A :class:`Bucket` holds the sites of one rank on one device; their factors form tensors ``[S, r, r]``. Within
+it, a :class:`Group` holds the matrices of one side (A or B) that share a shape, a dtype and a parameter group
+of the base optimizer. An operation on all of them is one batched product, never a loop with one kernel per
+site.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Group:
     Attributes:
         side: which matrix of the pair these are.
         parameters: the m parameters, in the order of ``index``.
-        index: position of each in its bucket, ``[m]``, on the bucket's device.
-        positions: ``index`` as plain numbers.
-        param_group: position in the base optimizer's ``param_groups`` of the group that holds them (the dict
-            itself is replaced by ``load_state_dict``).
+        index: position of each one's site in the bucket, ``[m]``, on the bucket's device.
+        param_group: position in the base optimizer's ``param_groups`` of the group that holds them. The dict
+            itself is replaced by ``load_state_dict``.
+        positions: ``index`` as Python numbers, to be had without waiting for the device.
     """
 
     side: Side
@@ -42,12 +42,12 @@ class Group:
     positions: tuple[int, ...] = ()
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The m tensors as one tensor of matrices ``[m, rows, columns]``, in fp32 or better."""
+        """The m tensors as matrices ``[m, rows, columns]``, in fp32 or better."""
         stacked = torch.stack([t if t.dim() == 2 else t.flatten(1) for t in tensors]).detach()
         return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 
     def unstack(self, stacked: Tensor) -> list[Tensor]:
-        """Views of ``[m, rows, columns]`` with each parameter's own shape, in its dtype."""
+        """Views of ``[m, rows, columns]`` in the shape of each parameter, in the parameters' dtype."""
         stacked = stacked.to(self.parameters[0].dtype)
         return [matrix.view_as(parameter) for matrix, parameter in zip(stacked, self.parameters, strict=True)]
 
@@ -57,29 +57,29 @@ class Group:
         return chosen @ stacked if self.side == "A" else stacked @ chosen
 
     def masked(self, stacked: Tensor, mask: Tensor) -> Tensor:
-        """``[m, rows, columns]`` with the rank coordinates outside each site's mask ``[S, r]`` exactly zero."""
+        """``[m, rows, columns]``, exactly zero on rank coordinates outside each site's mask ``[S, r]``."""
         chosen = mask[self.index]
         return torch.where(chosen[:, :, None] if self.side == "A" else chosen[:, None, :], stacked, 0.0)
 
     def subset(self, positions: Sequence[int]) -> Group:
-        """The group of only some of its members, given by their positions in ``parameters``."""
+        """The group of some of its members, given by their positions in ``parameters``."""
         chosen = torch.tensor(positions, device=self.index.device)
         members, places = [self.parameters[i] for i in positions], tuple(self.positions[i] for i in positions)
         return Group(self.side, members, self.index[chosen], self.param_group, places)
 
     def with_gradient(self) -> Group | None:
-        """The group of those that have a gradient now, or None if none has."""
+        """The group of the members that have a gradient now; None if none has."""
         present = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
         if len(present) == len(self.parameters):
             return self
         return self.subset(present) if present else None
 
     def gradients(self) -> list[Tensor]:
-        """The parameters' gradients; all of them have one."""
+        """The gradients of the members that have one, in order; all do in :meth:`with_gradient`'s group."""
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     def write(self, stacked: Tensor) -> None:
-        """Set the m parameters to the matrices of ``[m, rows, columns]``."""
+        """Set the m parameters to the matrices ``[m, rows, columns]``, in place."""
         torch._foreach_copy_([p.detach() for p in self.parameters], self.unstack(stacked))
 
     @property
@@ -95,7 +95,14 @@ class Group:
 
 @dataclass(eq=False)
 class Bucket:
-    """The ``S`` sites of one rank ``r`` on one device, with the groups of their matrices."""
+    """The ``S`` sites of one rank ``r`` on one device, with the groups of their matrices.
+
+    Attributes:
+        sites: the sites, in the order of every ``[S, …]`` tensor.
+        rank: r, the number of rows of A.
+        device: where the sites' matrices lie.
+        groups: their matrices, those of A before those of B.
+    """
 
     sites: list[Site]
     rank: int
@@ -114,7 +121,7 @@ class Bucket:
 
 
 def build_buckets(sites: Iterable[Site], param_group_of: Mapping[int, int]) -> list[Bucket]:
-    """Stack the sites by rank and device, in the order in which each combination is first met.
+    """Stack the sites by rank and device, in the order in which each combination first occurs.
 
     Args:
         sites: the sites, in the model's order.
@@ -146,10 +153,10 @@ def _groups(bucket: Bucket, side: Side, param_group_of: Mapping[int, int]) -> li
 
 
 def check_distinct(sites: Sequence[Site]) -> None:
-    """Refuse sites that share a name or a pair.
+    """Refuse sites that share a name or a matrix.
 
     Raises:
-        ValueError: two sites have the same name, or the same A or B.
+        ValueError: two sites have the same name, the same A or the same B.
     """
     for what, keys in (
         ("the same name", [site.name for site in sites]),
@@ -160,7 +167,7 @@ def check_distinct(sites: Sequence[Site]) -> None:
         for i, key in enumerate(keys):
             if (other := first.setdefault(key, i)) != i:
                 raise ValueError(
-                    f"sites {other} ({sites[other].name!r}) and {i} ({sites[i].name!r}) have {what}; a "
-                    "site's name keys its state in checkpoints, and its pair is stepped once, so give each "
-                    "pair once, under a name of its own"
+                    f"sites {other} ({sites[other].name!r}) and {i} ({sites[i].name!r}) have {what}. A name "
+                    "keys a site's state in checkpoints, and a pair is stepped once. Give each pair once, "
+                    "under a name of its own"
                 )

@@ -1,6 +1,6 @@
-"""Finding the LoRA pairs of a model. The only module that knows how PEFT lays them out.
+"""Finding the LoRA pairs of a model. This module knows how PEFT lays them out.
 
-PEFT is recognised by the attributes of its layers, so that it need not be imported.
+PEFT's layers are recognised by their attributes, so that PEFT need not be imported.
 """
 
 from __future__ import annotations
@@ -14,23 +14,21 @@ from torch import Tensor, nn
 
 from grit_optim.lora.site import Site, mismatch
 
-# Layers that hold ``lora_A`` but never call it as a module on activations, so that a hook on it would not
-# fire.
+# Layers that hold ``lora_A`` but never call it as a module on activations: a hook on it would not fire.
 _UNTAPPABLE_LAYERS = {
     "ParamWrapper": "PEFT reads the weights of `target_parameters` (MoE experts) directly",
     "MultiheadAttention": "PEFT merges the adapter of nn.MultiheadAttention into its weight",
     "LoraParallelLinear": "the rank of a tensor-parallel layer is split over processes",
 }
-# Variants whose forward pass is lora_B(lora_A(x)); any other may scale, mask or skip what lies between A and
-# B.
+# Variants whose forward pass is lora_B(lora_A(x)). Others may scale, mask or skip values between A and B.
 _TAPPABLE_VARIANTS = {"DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant",
                       "ALoraLinearVariant"}  # fmt: skip
-# DataParallel's and DDP's prefix, and what torch.compile puts in front of each module that it was called on.
+# The prefix of DataParallel and DDP, and the one of torch.compile before each module that it was called on.
 _WRAPPER_NAMES = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 
 
 def _reason_untapped(layer: nn.Module, site: Site, trained: set[int], tied: set[int]) -> str | None:
-    """Why a LoRA pair that is trained cannot be tapped, or None."""
+    """Why a trained LoRA pair cannot be tapped; None if it can."""
     kind = type(layer).__name__
     if kind in _UNTAPPABLE_LAYERS:
         return _UNTAPPABLE_LAYERS[kind]
@@ -45,14 +43,22 @@ def _reason_untapped(layer: nn.Module, site: Site, trained: set[int], tied: set[
 
 
 def _site_of(name: str, adapter: str, layer: Any, bias_saved: bool = False) -> Site:
-    """The pair of one adapter in PEFT's layer of that name; a bias that is not trained, nor saved, is not held."""
+    """The site of one adapter in a PEFT layer.
+
+    Args:
+        name: the layer's name in the model.
+        adapter: the adapter's name.
+        layer: the layer.
+        bias_saved: whether PEFT saves the layer's bias with the adapter. A bias that is neither saved nor
+            trained is not part of the site.
+    """
     bias = getattr(getattr(layer, "base_layer", None), "bias", None)
     held = bias if bias is not None and (bias_saved or bias.requires_grad) else None
     return Site(f"{name}.{adapter}", adapter, layer.lora_A, layer.lora_B, layer.scaling, held)
 
 
 def _embedding_storages(model: nn.Module) -> set[int]:
-    """Where the matrices of embeddings' adapters lie in memory."""
+    """Addresses of the matrices that belong to adapters of embeddings."""
     kinds = ("lora_embedding_A", "lora_embedding_B")
     entries = (p for module in model.modules() for kind in kinds for p in getattr(module, kind, {}).values())
     return {place for p in entries if (place := p.untyped_storage().data_ptr())}  # 0 on the meta device
@@ -69,12 +75,12 @@ def find_sites(
 
     Args:
         model: a PEFT model, or any module that contains PEFT's LoRA layers.
-        parameters: the base optimizer's parameters; a pair of which neither matrix is among them is left
-            alone.
+        parameters: the base optimizer's parameters. A pair with neither matrix among them is left alone.
         frozen_too: take parameters that require no gradient now for trained as well.
 
     Returns:
-        The sites that can be tapped, and for the trained layers that cannot, name to reason.
+        The sites that can be tapped, in the model's order, and the trained adapters that cannot, name to
+        reason.
     """
     trained = {id(p) for p in parameters if p.requires_grad or frozen_too}
     tied = _embedding_storages(model)
@@ -102,7 +108,7 @@ def find_sites(
 
 
 def frozen_pairs(model: nn.Module, parameters: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """A and B of the pairs that an optimizer over ``parameters`` holds, and that do not both require gradients now."""
+    """A and B of each pair that is wholly among ``parameters`` but does not wholly require gradients now."""
     held = {id(p) for p in parameters}
     pairs = [
         (a_module.weight, layer.lora_B[adapter].weight)
@@ -126,14 +132,14 @@ def peft_model_in(model: nn.Module) -> Any:
         ):
             return module
     raise ValueError(
-        f"{type(model).__name__} holds no PeftModel, so there is no PEFT adapter to save; make one with "
-        "peft.get_peft_model(model, config). Hand-written LoRA is saved with the model's own state_dict(), "
-        "physically smaller after shrink_()"
+        f"{type(model).__name__} holds no PeftModel, so there is no PEFT adapter to save. Make one with "
+        "peft.get_peft_model(model, config). Save hand-written LoRA with the model's own state_dict(), "
+        "which is smaller after shrink_()"
     )
 
 
 def layers_of_pairs(model: nn.Module) -> dict[int, tuple[str, Any]]:
-    """``id(site.a_modules)`` of every PEFT layer with pairs, to the layer's name in ``model`` and the layer."""
+    """All PEFT layers with pairs: ``id(site.a_modules)`` to the layer's name in ``model`` and the layer."""
     found = ((_WRAPPER_NAMES.sub("", name), layer) for name, layer in model.named_modules())
     return {
         id(layer.lora_A): (name, layer)
@@ -144,12 +150,11 @@ def layers_of_pairs(model: nn.Module) -> dict[int, tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class AdapterLayers:
-    """The layers that one adapter of a PEFT model has.
+    """The layers of one adapter of a PEFT model, by their names in the base model.
 
     Attributes:
-        pairs: name in the base model to the pair, for plain pairs of A and B.
-        others: name in the base model to the layer, for all other LoRA layers (embeddings, MoE experts,
-            variants).
+        pairs: name to site, for plain pairs of A and B.
+        others: name to layer, for all other LoRA layers (embeddings, MoE experts, variants).
     """
 
     pairs: dict[str, Site]
@@ -181,12 +186,17 @@ def adapter_layers(peft_model: Any, adapter: str) -> AdapterLayers:
 
 
 def no_sites_message(model: nn.Module, untapped: Mapping[str, str]) -> str:
-    """What to tell a user whose model has no LoRA pair that can be tapped."""
+    """The error for a model without a LoRA pair that can be tapped.
+
+    Args:
+        model: the model.
+        untapped: the trained adapters that cannot be tapped, name to reason.
+    """
     found = "; ".join(f"{name}: {reason}" for name, reason in list(untapped.items())[:5])
     return (
         f"found no LoRA pair in {type(model).__name__} that both requires gradients and is among the base "
         f"optimizer's parameters{f' (seen but not usable: {found})' if found else ''}. Wrap the model "
         "first, as in `model = peft.get_peft_model(model, peft.LoraConfig(target_modules='all-linear'))`, "
-        "give the base optimizer its trainable parameters, or pass hand-written pairs as "
+        "and give the base optimizer its trainable parameters. Pass hand-written pairs as "
         "`sites=[Site.from_modules(name, a, b, scaling), ...]`"
     )

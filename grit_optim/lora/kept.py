@@ -1,4 +1,4 @@
-"""The ranks in force: how many of a pair's leading directions are in use."""
+"""The ranks in force: how many leading directions of each site are in use."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from grit_optim.lora.buckets import Bucket
 
 
 class KeptRanks:
-    """The directions that the pairs of a bucket keep.
+    """The ranks in force of a bucket's sites.
 
     Attributes:
-        bucket: the pairs, in the order of every ``[S, …]`` tensor.
+        bucket: the sites, in the order of every ``[S, …]`` tensor.
         rank: directions kept ``[S]``, int64.
-        first: directions at first ``[S]``, int64.
-        dropped: predicted rise of the loss by all that was given up so far ``[S]``, in the loss's unit.
-        given_up: whether directions beyond ``rank`` are out of use; the paper's projections leave all rows in
-            use.
-        compensates: whether the directions that stay move further, as under a budget.
+        first: directions when the optimizer was first built ``[S]``, int64.
+        dropped: predicted rise of the loss by everything given up so far ``[S]``, in the loss's unit.
+        given_up: whether directions beyond ``rank`` are out of use. The paper's projections leave all rows of
+            A in use.
+        compensates: whether the directions that stay take longer steps, as under a rank budget.
     """
 
     def __init__(self, bucket: Bucket, first: Mapping[str, int], given_up: bool, compensates: bool) -> None:
@@ -34,7 +34,7 @@ class KeptRanks:
 
     @property
     def mask(self) -> Tensor:
-        """Coordinates in use ``[S, r]``."""
+        """Coordinates in use, boolean ``[S, r]``."""
         rank = self.rank if self.given_up else torch.full_like(self.rank, self.bucket.rank)
         return linalg.leading_mask(rank, self.bucket.rank)
 
@@ -45,20 +45,21 @@ class KeptRanks:
 
     @property
     def step_rank(self) -> Tensor:
-        """What the square of a step's length grows with ``[S]``: the rank, or under a budget ``first²/rank``.
+        """What a step's squared length is proportional to ``[S]``: the rank; under a budget ``first²/rank``.
 
-        A direction moves by the same amount in each step whatever the rank is, so an adapter that gives
-        directions up learns less per step. Under a budget those that stay move by ``first / rank`` more: the
-        step's singular values, which are all alike in "spectral", add up to what they did before.
+        In each step a direction moves by an amount that does not depend on the rank, so an adapter that gives
+        directions up learns less per step. Under a budget the directions that stay move ``first / rank``
+        times as far. The step's singular values, which are all alike in "spectral", then add up to what they
+        did at first.
         """
         return self.first.square() / self.rank.clamp_min(1) if self.compensates else self.rank
 
     def by_name(self) -> dict[str, int]:
-        """Directions kept, by site (waits for the device)."""
+        """Directions kept, by site name. Waits for the device."""
         return dict(zip(self.bucket.names(), self.rank.tolist(), strict=True))
 
     def dropped_by_name(self) -> dict[str, float]:
-        """Predicted rise of the loss by what was given up, by site (waits for the device)."""
+        """Predicted rise of the loss by what was given up, by site name. Waits for the device."""
         return dict(zip(self.bucket.names(), self.dropped.tolist(), strict=True))
 
     def pack(self, position: int) -> dict[str, Tensor]:
@@ -66,7 +67,7 @@ class KeptRanks:
         return {"rank": self.rank[position].clone(), "dropped": self.dropped[position].clone()}
 
     def unpack(self, position: int, state: Mapping[str, Tensor]) -> None:
-        """Put one site's state back; checkpoints of before costs were predicted have no ``dropped``."""
+        """Put one site's state back. Checkpoints from before costs were predicted have no ``dropped``."""
         self.rank[position].copy_(state["rank"])
         if "dropped" in state:
             self.dropped[position].copy_(state["dropped"])

@@ -1,7 +1,7 @@
-"""One LoRA pair.
+"""One LoRA pair of a model, called a *site*.
 
-A *site* is a pair: ``A`` ``[r, d_in]`` (``lora_A.weight``) and ``B`` ``[d_out, r]`` (``lora_B.weight``),
-which add ``s·B·A·x`` to a frozen layer.
+Its matrices ``A`` ``[r, d_in]`` (``lora_A.weight``) and ``B`` ``[d_out, r]`` (``lora_B.weight``) add
+``s·B·A·x`` to the output of a frozen layer.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One LoRA pair, looked up anew at each access, since PEFT may replace the modules that it holds.
+    """One LoRA pair of a model.
+
+    The modules are looked up anew at each access, since PEFT may replace them.
 
     Attributes:
         name: the layer's name in the model and the adapter's, as in
-            ``model.layers.0.self_attn.q_proj.default``; it keys the site's state in checkpoints.
-        adapter: the key of the pair in the two mappings.
+            ``model.layers.0.self_attn.q_proj.default``. It keys the site's state in checkpoints.
+        adapter: the adapter's name, the key of the pair in the mappings that follow.
         a_modules: adapter name to the module whose weight is A; its output is h = A x.
         b_modules: adapter name to the module whose weight is B.
         scalings: adapter name to s.
-        layer_bias: the bias of the layer that the pair is added to, where PEFT trains and saves it
-            (``bias="lora_only"``).
+        layer_bias: the bias of the frozen layer, where PEFT trains and saves it with the adapter
+            (``bias="lora_only"``); else None.
     """
 
     name: str
@@ -66,39 +68,42 @@ class Site:
 
     @property
     def scaling(self) -> float:
-        """S in ΔW = s·B·A."""
+        """The factor s in ΔW = s·B·A."""
         return float(self.scalings[self.adapter])
 
     @property
     def channel_dim(self) -> int:
-        """The dimension of h that has length r, counted from the end: a convolution's input may come without a batch."""
+        """The dimension of h that has length r, counted from the end.
+
+        A convolution's input may come without a batch dimension, so counting from the front would not do.
+        """
         return 1 - self.a.dim() if isinstance(self.tap, _CONVOLUTIONS) else -1
 
     @property
     def has_bias(self) -> bool:
-        """Whether B adds a bias of its own (PEFT's ``lora_bias``), which is there whatever the rank."""
+        """Whether B adds a bias of its own (PEFT's ``lora_bias``). Its effect does not depend on the rank."""
         return getattr(self.b_modules[self.adapter], "bias", None) is not None
 
     @property
     def trains_bias(self) -> bool:
-        """Whether PEFT saves a bias with the pair, and drops it where the pair is left out."""
+        """Whether PEFT saves a bias with the pair. A saved adapter without the pair lacks that bias too."""
         return self.has_bias or self.layer_bias is not None
 
     @property
     def in_peft(self) -> bool:
-        """Whether a PEFT layer holds the pair, rather than hand-written code."""
+        """Whether a PEFT layer holds the pair. If not, it is hand-written LoRA."""
         return isinstance(self.a_modules, nn.ModuleDict)
 
     def narrow_(self, rank: int, layer: Any) -> None:
-        """Keep the leading ``rank`` directions of A and B alone, with their gradients; ΔW's scaling s stays.
+        """Cut A, B and their gradients to the leading ``rank`` directions, in place; the scaling s stays.
 
-        The Parameter objects stay the same, so that whoever holds them need not be told. At rank 0 a PEFT
+        The Parameter objects stay the same, so that nothing that holds them has to be told. At rank 0 a PEFT
         layer loses the adapter, as if it had never been a target.
 
         Args:
             rank: how many directions stay.
-            layer: PEFT's layer that holds the pair; None for hand-written LoRA. A site does not hold it
-                itself: a copy of the optimizer would then copy the frozen weights too.
+            layer: the PEFT layer that holds the pair; None for hand-written LoRA. The site does not keep it,
+                since a copy of the optimizer would then copy the frozen weights too.
         """
         scaling = self.scaling
         if rank == 0 and layer is not None:
@@ -123,27 +128,33 @@ class Site:
             layer.lora_alpha[self.adapter] = alpha_for(scaling, rank, rs)
 
     def holds(self, a: Tensor, b: Tensor) -> bool:
-        """Whether these are still the pair's weights; the adapter may have been replaced or deleted."""
+        """Whether ``a`` and ``b`` are still the pair's weights; PEFT may replace or delete the adapter."""
         there = self.adapter in self.a_modules and self.adapter in self.b_modules
         return there and self.a is a and self.b is b
 
     @classmethod
     def from_modules(cls, name: str, a: nn.Module, b: nn.Module, scaling: float = 1.0) -> Site:
-        """A site of hand-written LoRA: ``a`` maps x to h = A x, ``b`` maps h to B h, each with a ``weight``.
+        """A site of hand-written LoRA.
+
+        Args:
+            name: keys the site's state in checkpoints.
+            a: maps x to h = A x; its ``weight`` is A ``[r, d_in]``.
+            b: maps h to B h; its ``weight`` is B ``[d_out, r]``.
+            scaling: the factor s in ΔW = s·B·A.
 
         Raises:
-            ValueError: a weight is missing, or the ranks of the two do not agree.
+            ValueError: a weight is missing, or the ranks of A and B do not agree.
         """
         for label, module in (("a", a), ("b", b)):
             if not isinstance(getattr(module, "weight", None), Tensor):
                 raise ValueError(
-                    f"site {name!r}: `{label}` is a {type(module).__name__} without a `weight` tensor; pass "
+                    f"site {name!r}: `{label}` is a {type(module).__name__} without a `weight` tensor. Pass "
                     "the module (such as nn.Linear) whose weight is the LoRA matrix"
                 )
         site = cls(name, "", {"": a}, {"": b}, {"": scaling})
         problem = mismatch(site)
         if problem:
-            raise ValueError(f"site {name!r}: {problem}; A must be [r, d_in] and B [d_out, r]")
+            raise ValueError(f"site {name!r}: {problem}. A must be [r, d_in] and B [d_out, r]")
         return site
 
 
@@ -151,8 +162,7 @@ def _narrow(parameter: Tensor, dim: int, size: int) -> None:
     """Cut ``parameter`` and its gradient to the first ``size`` entries of ``dim``, keeping the object."""
     gradient, kept = parameter.grad, parameter.detach().narrow(dim, 0, size).clone()
     parameter.grad = None
-    # Autograd keeps the shape that it saw first for as long as an old graph is alive; a change of dtype makes
-    # it look again.
+    # While an old graph is alive, autograd keeps the parameter's old shape. A change of dtype renews it.
     other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
     parameter.data = parameter.data.to(other)
     parameter.data = kept
@@ -161,13 +171,16 @@ def _narrow(parameter: Tensor, dim: int, size: int) -> None:
 
 
 def alpha_for(scaling: float, rank: int, rank_stabilized: bool) -> float:
-    """The ``lora_alpha`` that gives ``scaling`` at ``rank``: s·r, or s·√r with rsLoRA; an int where it is a whole number."""
+    """The ``lora_alpha`` that gives the scaling s at rank r: s·r, or s·√r with rsLoRA.
+
+    It is an int where it is a whole number, as PEFT's own.
+    """
     alpha = scaling * (math.sqrt(rank) if rank_stabilized else rank)
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
 def mismatch(site: Site) -> str | None:
-    """What makes the pair unusable as A ``[r, …]`` and B ``[d_out, r]``, or None."""
+    """Why the pair cannot be used as A ``[r, …]`` and B ``[d_out, r]``; None if it can."""
     a, b = site.a, site.b
     if a.numel() == 0 or b.numel() == 0:
         return "its weights are empty here (ZeRO-3 partitions them)"

@@ -1,4 +1,7 @@
-"""Which pairs are worked on: those that the model trains at first, those that it trains later, those that are left."""
+"""The sites that an optimizer works on, followed while the model changes.
+
+A pair may be unfrozen, replaced, deleted or moved to another device in the course of training.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,17 @@ from grit_optim.messages import listed, warn
 
 
 class Sites:
-    """The pairs that an optimizer works on, in a model that may change.
+    """The sites that an optimizer works on, in a model that may change.
 
     Args:
-        base: the optimizer that holds their parameters.
-        model: where they are looked for; None for a copy, which knows its pairs and not the model. A weak
-            reference is kept.
-        given: the pairs, where they are not to be looked for.
+        base: the optimizer that holds the sites' parameters.
+        model: where LoRA pairs are looked for. A weak reference is kept. None in a copy of the optimizer,
+            which keeps its sites but not the model.
+        given: sites from the user, for hand-written LoRA; None: look for PEFT's in ``model``.
 
     Attributes:
-        all: the pairs, in the model's order.
-        given: whether they were handed over.
+        all: the sites worked on, in the model's order.
+        given: whether the user gave the sites, so that none are looked for.
     """
 
     def __init__(self, base: Optimizer, model: nn.Module | None, given: Sequence[Site] | None = None) -> None:
@@ -33,19 +36,21 @@ class Sites:
         self.given = given is not None
         self._base = base
         self._model = weakref.ref(model) if model is not None else None
-        self._frozen: list[tuple[Tensor, Tensor]] = []  # held by the base, not trained, and so not tapped
-        self._weights: list[tuple[Tensor, Tensor, object]] = []
+        self._frozen: list[tuple[Tensor, Tensor]] = []  # A and B that the base holds but that are not trained
+        self._weights: list[tuple[Tensor, Tensor, object]] = []  # A, B and A's device when they were taken
 
     @property
     def model(self) -> nn.Module | None:
-        """The model, if it is known and still there."""
+        """The model; None if it was not given or no longer exists."""
         return self._model() if self._model is not None else None
 
     def find(self, model: nn.Module) -> list[Site]:
-        """The pairs worked on, and the model's other pairs that are trained; those that cannot be tapped are named.
+        """The sites worked on now, and those of the model's other pairs that are trained.
+
+        Warns of trained adapters that cannot be tapped. Notes which pairs are frozen, for :meth:`unfrozen`.
 
         Raises:
-            ValueError: there is no pair.
+            ValueError: the model has no trained pair that can be tapped, and none is worked on.
         """
         parameters = self._parameters()
         found, untapped = find_sites(model, parameters)
@@ -57,22 +62,26 @@ class Sites:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in untapped.items())
             warn(
                 f"GRIT leaves {len(untapped)} adapter(s) to the base optimizer alone, since they cannot be "
-                f"tapped: {reasons}"
+                f"tapped: {reasons}. They are trained without curvature. Leave their layers out of the "
+                "LoraConfig if that is not wanted"
             )
         names = {site.name for site in self.all}
         return [*self.all, *(site for site in found if site.name not in names)]
 
     def with_trained(self) -> list[Site] | None:
-        """The pairs worked on and those that the base holds and that are trained now; None if they are not looked for."""
+        """The sites worked on, and those that have become trained since; None if sites are not looked for."""
         model = self.model
         return self.find(model) if model is not None and not self.given else None
 
     def unfrozen(self) -> bool:
-        """Whether a pair that was frozen when pairs were looked for is trained now."""
+        """Whether a pair that was frozen at the latest :meth:`find` is trained now."""
         return any(a.requires_grad and b.requires_grad for a, b in self._frozen)
 
     def with_named(self, names: Collection[str]) -> list[Site] | None:
-        """The pairs worked on and frozen ones of these names, which a checkpoint has state of; None if there are none."""
+        """The sites worked on, and frozen ones among ``names``, of which a checkpoint has state.
+
+        None where all names are worked on already, or no pair is frozen.
+        """
         model, missing = self.model, set(names) - {site.name for site in self.all}
         if model is None or not self._frozen or not missing:
             return None
@@ -80,13 +89,13 @@ class Sites:
         return [*self.all, *(site for site in found if site.name in missing)]
 
     def take(self, sites: list[Site]) -> list[Bucket]:
-        """Work on these pairs from now on.
+        """Work on ``sites`` from now on.
 
         Returns:
-            The pairs, stacked by rank and device.
+            The sites, stacked by rank and device.
 
         Raises:
-            ValueError: two pairs share a name or a matrix, or the base does not hold one.
+            ValueError: two sites share a name or a matrix, or the base does not hold one of the matrices.
             NotImplementedError: a matrix is partitioned over processes.
         """
         group_of = {id(p): i for i, group in enumerate(self._base.param_groups) for p in group["params"]}
@@ -95,8 +104,8 @@ class Sites:
         strangers = [site.name for site in sites if id(site.a) not in group_of or id(site.b) not in group_of]
         if strangers:
             raise ValueError(
-                f"site(s) {listed(strangers)} have weights that the base optimizer does not hold; build it "
-                "on the model's trainable parameters"
+                f"site(s) {listed(strangers)} have weights that the base optimizer does not hold. Build the "
+                "base optimizer on the model's trainable parameters"
             )
         buckets = build_buckets(sites, group_of)
         self.all = sites
@@ -104,7 +113,14 @@ class Sites:
         return buckets
 
     def left(self) -> list[Site] | None:
-        """The pairs that are still there, if any was replaced (PEFT's ``update_layer``), deleted or moved; else None."""
+        """The sites that are still in the model; None if none was replaced, deleted or moved.
+
+        PEFT's ``update_layer`` replaces weights, ``delete_adapter`` deletes them, ``Module.to`` may move
+        them. Warns of weights that were replaced or deleted.
+
+        Raises:
+            NotImplementedError: a matrix has been partitioned over processes.
+        """
         same = [site.holds(a, b) for site, (a, b, _) in zip(self.all, self._weights, strict=True)]
         moved = any(a.device != device for a, _, device in self._weights)
         if any(a.dim() < 2 for a, _, _ in self._weights):
@@ -115,13 +131,16 @@ class Sites:
         if replaced:
             warn(
                 f"the weights of {len(replaced)} LoRA site(s) ({listed(replaced)}) were replaced or deleted "
-                "after the optimizer was built, and the base optimizer does not hold the new ones, so they "
-                "are not trained; build a new optimizer after changing adapters"
+                "after the optimizer was built. The base optimizer does not hold the new ones, so they are "
+                "not trained. Build a new optimizer after changing adapters"
             )
         return [site for site, is_same in zip(self.all, same, strict=True) if is_same]
 
     def weight_versions(self) -> list[int]:
-        """How often each A was changed in place: who remembers them knows whether somebody has loaded weights since."""
+        """How often each A has been changed in place, by torch's count.
+
+        Counts that have changed between two steps show that somebody has loaded weights.
+        """
         return [a._version for a, _, _ in self._weights]
 
     def _parameters(self) -> list[Tensor]:
@@ -131,6 +150,9 @@ class Sites:
 def check_whole(parameters: Mapping[str, Tensor]) -> None:
     """Refuse parameters that are partitioned over processes.
 
+    Args:
+        parameters: site name to A.
+
     Raises:
         NotImplementedError: a parameter is a DTensor (FSDP2, tensor parallelism) or no matrix (FSDP1,
             ZeRO-3).
@@ -139,11 +161,11 @@ def check_whole(parameters: Mapping[str, Tensor]) -> None:
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             raise NotImplementedError(
                 f"site {name!r} holds a DTensor (FSDP2 or tensor parallelism): its rows lie on several "
-                "processes, and GritOptimizer needs whole matrices; use DDP, or a single process"
+                "processes. GritOptimizer needs whole matrices. Use DDP, or a single process"
             )
         if parameter.dim() < 2:
             raise NotImplementedError(
                 f"the weight of site {name!r} is a flat vector of {parameter.numel()} entries: FSDP1 or "
-                "ZeRO-3 has partitioned it over processes, and GritOptimizer needs whole matrices; use DDP, "
-                "or a single process"
+                "ZeRO-3 has partitioned it over processes. GritOptimizer needs whole matrices. Use DDP, or "
+                "a single process"
             )
