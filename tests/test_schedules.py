@@ -134,10 +134,10 @@ def test_periods_and_damping_in_force_are_used():
     assert optimizer.telemetry()["refreshes"] - before == 60 / 3
     told = optimizer.telemetry()
     assert told["kfac_damping"] < 0.1
-    curvature = optimizer._curvatures[0]
+    curvature = optimizer.curvature[0]
     assert curvature.damping == told["kfac_damping"]
     factor = curvature.factors.gradient
-    optimizer._mode.refresh(curvature)
+    support.mode(optimizer).refresh(curvature)
     strength = told["kfac_damping"] * factor.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     inverse = torch.linalg.inv(factor + strength * torch.eye(4))
     torch.testing.assert_close(curvature.a_operator, inverse, rtol=1e-3, atol=1e-3)
@@ -181,7 +181,7 @@ def test_every_source_of_the_loss_gives_the_same_schedule():
                 tiny.loss_of(model.eval(), 99)  # evaluation in between is not the loss
             model.train()
             optimizer.zero_grad()
-        state = optimizer._pace.pack()
+        state = support.parts(optimizer).schedule.pack()
         assert state["period_scale"] != 1
         told[source.__name__] = [state[key] for key in ("period_scale", "damping_scale", "previous_mean")]
     for name, values in told.items():
@@ -195,7 +195,7 @@ def test_what_is_observed_goes_before_the_models_output():
     optimizer.observe(7.0)
     optimizer.observe(torch.tensor([9.0]))
     optimizer.step()
-    assert optimizer._pace.pack()["losses"] == [8.0]
+    assert support.parts(optimizer).schedule.pack()["losses"] == [8.0]
 
 
 def test_a_run_resumed_in_the_middle_of_a_window_goes_on_exactly():
@@ -214,8 +214,8 @@ def test_a_run_resumed_in_the_middle_of_a_window_goes_on_exactly():
     fresh_model.load_state_dict(saved[0])
     fresh.load_state_dict(copy.deepcopy(saved[1]))  # torch would share the moments
     assert tiny.train(model, optimizer, 20, first=34) == tiny.train(fresh_model, fresh, 20, first=34)
-    assert optimizer._pace.pack() == fresh._pace.pack()
-    assert optimizer._pace.period_scale != 1
+    assert support.parts(optimizer).schedule.pack() == support.parts(fresh).schedule.pack()
+    assert support.parts(optimizer).schedule.period_scale != 1
 
 
 def test_a_checkpoints_pace_is_left_out_by_an_optimizer_that_does_not_adapt():
@@ -243,7 +243,7 @@ def test_a_closure_may_return_what_it_likes(returned):
         return returned
 
     assert optimizer.step(closure) is returned
-    assert len(optimizer._pace.pack()["losses"]) == 1, "then the model's output tells"
+    assert len(support.parts(optimizer).schedule.pack()["losses"]) == 1, "then the model's output tells"
 
 
 def test_silence_is_warned_of_once():

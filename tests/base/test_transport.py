@@ -29,7 +29,7 @@ def with_separable_moments(seed=1):
     optimizer = GritOptimizer(torch.optim.AdamW(tiny.trained(model)), model, precondition="none")
     tiny.train(model, optimizer, 1)
     random = torch.Generator().manual_seed(seed)
-    for curvature in optimizer._curvatures:
+    for curvature in optimizer.curvature:
         sites, rank = len(curvature.bucket.sites), curvature.bucket.rank
         roots = torch.randn(2, sites, rank, rank, generator=random)
         covariances = roots @ roots.mT

@@ -365,7 +365,7 @@ def plus_groups(model):
 def test_groups_follow_the_parameter_groups():
     model = llama()
     optimizer = GritOptimizer(AdamW(plus_groups(model)), model)
-    (bucket,) = [curvature.bucket for curvature in optimizer._curvatures]
+    (bucket,) = [curvature.bucket for curvature in optimizer.curvature]
     assert sorted({(g.side, g.param_group) for g in bucket.groups}) == [("A", 0), ("A", 1), ("B", 2)]
     for group in bucket.groups:
         held = {id(p) for p in optimizer.param_groups[group.param_group]["params"]}

@@ -244,7 +244,7 @@ def test_what_a_budget_gives_up_stays_exactly_zero_under_every_base(base, mode):
 
 
 def model_order(optimizer):
-    return [p for site in optimizer._sites for p in (site.a, site.b)]
+    return [p for site in support.sites(optimizer) for p in (site.a, site.b)]
 
 
 def test_the_budget_is_kept_on_the_way_and_never_overspent():
@@ -565,7 +565,7 @@ def test_under_a_budget_the_singular_values_of_a_step_add_up_to_what_they_did(ch
         assert len(set(o.ranks().values())) > 1
         tiny.train(m, o, 1, first=3)  # the fourth step, at which no reprojection is due
         checked = 0
-        for site in o._sites:
+        for site in support.sites(o):
             rank = o.ranks()[site.name]
             for p, width, kind in ((site.a, site.a.shape[1], "lora_A"), (site.b, site.b.shape[0], "lora_B")):
                 name = next(n for n, q in m.named_parameters() if q is p)
