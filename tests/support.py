@@ -1,4 +1,4 @@
-"""What tests need to see of an optimizer beside its public face. The only file of the tests that reads an underscore of ours."""
+"""What tests see of an optimizer beside its public face: the only test file that reads our underscores."""
 
 
 def parts(optimizer):

@@ -1,4 +1,4 @@
-"""check_capture() tells where the taps do not see what the gradients saw, and says so once, unasked, in the first steps."""
+"""check_capture() tells where the taps do not see what the gradients saw; the first steps warn of it once."""
 
 import warnings
 

@@ -15,7 +15,7 @@ TOKENS, R, D_IN, D_OUT = 40, 3, 6, 5
 
 
 class Layer(tiny.HandWritten):
-    """One hand-written pair in float64; every token goes through alone, so that each step's gradient is a token's."""
+    """One hand-written pair in float64; every token goes through alone, so a step's gradient is a token's."""
 
     def __init__(self):
         torch.manual_seed(3)
@@ -121,9 +121,8 @@ def test_ekfacs_eigenvalues_are_the_dense_ones_diagonal_in_its_basis(side):
     for gradient in gradients:
         moments.fold(group, curvature.to_eigenbasis(group, gradient[None]), torch.tensor([True]), None)
     expected = (basis.T @ dense[side] @ basis).diagonal()
-    torch.testing.assert_close(
-        moments.means[side][0].flatten(), expected, rtol=1e-6, atol=1e-8
-    )  # Q itself is fp32
+    # Q itself is fp32.
+    torch.testing.assert_close(moments.means[side][0].flatten(), expected, rtol=1e-6, atol=1e-8)
 
 
 def distance(approximation, dense):
@@ -134,7 +133,7 @@ def distance(approximation, dense):
 
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_ekfac_is_the_nearest_diagonal_in_kfacs_basis(side):
-    """So it can only be nearer to the dense Fisher than K-FAC's rank side is (George et al. 2018, theorem 2)."""
+    """So it can only be nearer to the dense Fisher than K-FAC's rank side (George et al. 2018, theorem 2)."""
     layer, x, g, dense = fisher_pair()
     twice = torch.cat((x, x)), torch.cat((g, g))
     options = {"kfac_update_freq": TOKENS}
@@ -238,9 +237,8 @@ def test_non_finite_gradients_leave_the_moments_alone(kind):
     tiny.train(model, optimizer, 2)
     before = [m.clone() for side in ("A", "B") for m in optimizer.curvature[0].moments.means[side]]
     tiny.loss_of(model, 2).backward()
-    tiny.trained(model)[5].grad[0, 0] = (
-        torch.inf
-    )  # as clipping may leave it, while the taps saw nothing wrong
+    # As clipping may leave it, while the taps saw nothing wrong.
+    tiny.trained(model)[5].grad[0, 0] = torch.inf
     optimizer.step()
     after = [m for side in ("A", "B") for m in optimizer.curvature[0].moments.means[side]]
     assert optimizer.telemetry()["dropped_folds"] == 1

@@ -85,7 +85,7 @@ def test_steer_takes_the_gradient_or_momentum_of_sgd(settings, of):
 
 
 def test_eigenbasis_is_adam_on_rotated_gradients():
-    """With fixed eigenbases, Adam's moments are those of the rotated gradient and the step is rotated back."""
+    """With fixed eigenbases, Adam's moments are of the rotated gradient and the step is rotated back."""
     model = tiny.llama()
     optimizer = tiny.grit(model, precondition="eigenbasis", kfac_update_freq=1000)
     support.parts(optimizer).schedule.steps = 1  # step 0 would refresh with nothing to go by

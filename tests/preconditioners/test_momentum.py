@@ -1,4 +1,4 @@
-"""``direction_momentum``: the base's average of the gradient is kept as if the base forgot that fast, for the pairs alone."""
+"""``direction_momentum``: the base's average of the pairs' gradients forgets as fast as the option says."""
 
 import copy
 
@@ -52,7 +52,8 @@ def test_whatever_beta1_is_the_default_walks_as_with_that_of_the_momentum(beta1)
     wanted, its_own, found = (
         trained_with(adamw(b), m)[0] for b, m in ((0.6, "base"), (beta1, "base"), (beta1, None))
     )
-    assert distance(found, wanted) < 0.01 * distance(its_own, wanted)  # not equal: steps blow rounding up
+    # Not equal: steps blow rounding up.
+    assert distance(found, wanted) < 0.01 * distance(its_own, wanted)
 
 
 @pytest.mark.parametrize("mode", ["spectral", "steer"])
@@ -65,7 +66,7 @@ def test_sgds_buffer_forgets_too(monkeypatch, mode, dampening):
     options = {"precondition": mode, "step_length": 0.5}
     runs = ((0.6, "base"), (0.9, "base"), (0.9, 0.6))
     wanted, its_own, found = (trained_with(sgd(m), w, **options)[0] for m, w in runs)
-    # torch takes the first gradient whole, whatever the dampening is, and another share of it is forgotten
+    # torch takes the first gradient whole, whatever the dampening is, and another share of it is forgotten.
     assert distance(found, wanted) < (0.01 if dampening == 0 else 0.2) * distance(its_own, wanted)
 
 

@@ -51,7 +51,7 @@ def test_spectral_orthogonalises_the_momentum_in_fisher_coordinates(weight_decay
 
 
 def test_spectral_without_curvature_is_the_orthogonalised_gradient(monkeypatch):
-    """Power 0 leaves the tokens' curvature out: Muon's direction, of the gradient of SGD, with SGD's length."""
+    """Power 0 leaves the tokens' curvature out: Muon's direction of SGD's gradient, with SGD's length."""
     monkeypatch.setattr(Spectral, "a_step_ratio", 1.0)
     monkeypatch.setattr(Spectral, "caution", 0.0)
     model, _, before, gradients = one_step({"precondition": "spectral", "kfac_power": 0.0})
@@ -108,7 +108,7 @@ def test_a_site_whose_gradient_is_zero_stays_where_it_is():
 @pytest.mark.parametrize("mode", ["spectral", "steer"])
 @pytest.mark.parametrize("absent", [0.0, math.nan], ids=["zero", "not finite"])
 def test_without_a_gradient_a_step_fades_out_with_the_bases_average(mode, absent):
-    """An expert that sees no token keeps gradients of zero, and must not go on at full length along what it saw last."""
+    """An expert that sees no token has zero gradients; it must not go on at full length along its last."""
     model = tiny.llama(layers=1)
     optimizer = tiny.grit(model, precondition=mode, step_length=0.6, direction_momentum=0.6)
     optimizer.param_groups[0]["weight_decay"] = 0.0

@@ -35,15 +35,14 @@ def test_the_scored_tokens_are_counted_where_only_they_have_a_gradient():
     answer_loss(model, tiny.tokens(batch=4, length=12), prompt=5).backward()
     sums = support.parts(optimizer).capture.collect().sums
     assert float(loss_tokens(sums)) == 4 * 7
-    assert (
-        float(sums[0].tokens.max()) == 4 * 11
-    )  # the last token is never an input of anything that is scored
+    # The last token is never an input of anything that is scored.
+    assert float(sums[0].tokens.max()) == 4 * 11
 
 
 @pytest.mark.parametrize("damping", ["relative", "absolute"])
 @pytest.mark.parametrize("max_tokens", [None, 8])
 def test_price_times_factors_is_half_n_t_times_the_product(damping, max_tokens):
-    """In whatever units the factors are kept, and however few tokens enter them, the price brings them back to the loss's."""
+    """Whatever the factors' units and however few tokens enter them, the price is in the loss's unit."""
     model = tiny.llama(init_lora_weights=False)
 
     def run():
@@ -77,9 +76,9 @@ def test_loss_tokens_of_nothing_is_nothing():
 
 
 def test_the_prediction_is_the_divergence_that_a_cut_causes():
-    """For labels drawn from the model itself the Fisher matrix is exact, and the expected rise is the KL divergence.
+    """For labels drawn from the model the Fisher matrix is exact and the expected rise is the KL divergence.
 
-    No noise is left in what is measured, so that the constant ½·N·T is seen: one site at a time, half its
+    No noise is left in what is measured, so the constant ½·N·T is seen. One site at a time loses half of its
     directions.
     """
     model = tiny.llama(rank=4, init_lora_weights=False).double()

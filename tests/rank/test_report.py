@@ -1,4 +1,4 @@
-"""The report of ranks: its numbers, its table, its JSON, and the command that reads saved adapters."""
+"""The report of ranks: its numbers, its table, its JSON, and ranks of weights that were loaded."""
 
 import json
 
@@ -6,10 +6,8 @@ import pytest
 import support
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
 
 from grit_optim import linalg
-from grit_optim.__main__ import main
 from grit_optim.rank.report import RankReport, SiteRank, effective_ranks, product_singular_values
 
 
@@ -75,100 +73,6 @@ def test_table():
     ]
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    path = tmp_path_factory.mktemp("adapter")
-    model = tiny.llama(rank=6)
-    optimizer = tiny.grit(model, min_lora_rank=0)
-    tiny.train(model, optimizer, 5)
-    optimizer.reduce_ranks_(0.4)
-    return path, optimizer.save_adapter(path), model
-
-
-def test_the_command_prints_what_was_saved(adapter, capsys):
-    path, saved, _ = adapter
-    assert main(["ranks", str(path), "--json"]) == 0
-    read = json.loads(capsys.readouterr().out)
-    by_name = {site["name"]: site for site in read["sites"]}
-    assert len(by_name) == 14
-    for site in saved.as_dict()["sites"]:
-        for key, value in site.items():
-            assert by_name[site["name"]][key] == pytest.approx(value), key
-    assert main(["ranks", str(path)]) == 0
-    table = capsys.readouterr().out
-    assert f"{saved.parameters:,}" in table.splitlines()[-1]
-    assert len(table.splitlines()) == 16
-
-
-def test_the_command_reads_adapters_that_peft_wrote(adapter, tmp_path, capsys):
-    adapter[2].save_pretrained(tmp_path)
-    assert main(["ranks", str(tmp_path), "--json", "--threshold", "0.5"]) == 0
-    read = json.loads(capsys.readouterr().out)
-    assert {site["rank"] for site in read["sites"]} == {6}
-    assert {site["predicted_loss"] for site in read["sites"]} == {None}
-    effective = {site["name"]: site["entropy_rank"] for site in read["sites"]}
-    for site in adapter[1].sites:
-        if site.rank:
-            assert effective[site.name] == pytest.approx(site.entropy_rank, rel=1e-3), (
-                "zero rows count for nothing"
-            )
-        else:
-            assert effective[site.name] is None
-
-
-def spoilt(path, name, content):
-    (path / name).write_bytes(content)
-
-
-def without(path, ending):
-    tensors = load_file(path / "adapter_model.safetensors")
-    del tensors[next(name for name in tensors if name.endswith(ending))]
-    save_file(tensors, path / "adapter_model.safetensors")
-
-
-BAD = {
-    "no adapter": (
-        lambda path: (path / "adapter_model.safetensors").unlink(),
-        "is no saved adapter: it has no adapter_model",
-    ),
-    "damaged": (lambda path: spoilt(path, "adapter_model.safetensors", b"xxxxxxxxxxxx"), "is damaged"),
-    "ranks file": (lambda path: spoilt(path, "grit_ranks.json", b"[]"), "is not what save_adapter"),
-    "incomplete ranks file": (
-        lambda path: spoilt(path, "grit_ranks.json", b'{"format": 1, "sites": [{"name": "x"}]}'),
-        "a site without parameters_before, predicted_loss, rank_before",
-    ),
-    "a pair without B": (
-        lambda path: without(path, ".lora_B.weight"),
-        "and no base_model.model.model.layers.0",
-    ),
-    "newer ranks file": (lambda path: spoilt(path, "grit_ranks.json", b'{"format": 99}'), "format 99"),
-}
-
-
-@pytest.mark.parametrize(("spoil", "message"), BAD.values(), ids=BAD.keys())
-def test_what_cannot_be_read_is_said_in_one_line(adapter, tmp_path, capsys, spoil, message):
-    for file in adapter[0].iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    spoil(tmp_path)
-    assert main(["ranks", str(tmp_path)]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_diverged_adapter_has_ranks_and_no_spectrum(adapter, tmp_path, capsys):
-    tensors = load_file(adapter[0] / "adapter_model.safetensors")
-    name = next(name for name in tensors if name.endswith("lora_A.weight"))
-    save_file({**tensors, name: tensors[name] * float("nan")}, tmp_path / "adapter_model.safetensors")
-    assert main(["ranks", str(tmp_path), "--json"]) == 0
-    sites = json.loads(capsys.readouterr().out)["sites"]
-    assert [site["entropy_rank"] is None for site in sites].count(True) == 1
-    assert all(site["rank"] for site in sites)
-
-
-def test_a_threshold_that_is_none(adapter, capsys):
-    assert main(["ranks", str(adapter[0]), "--threshold", "1.5"]) == 2
-    assert "--threshold must be in (0, 1]" in capsys.readouterr().err
-
-
 # -------------------------------------------------------------------- ranks of weights that were loaded
 
 
@@ -188,7 +92,7 @@ def set_directions(optimizer, sites, value):
 
 
 def test_ranks_follow_weights_that_lost_or_regained_directions():
-    """Both ways, on a part of the sites; the factors of those that regained some start anew, and only theirs."""
+    """Both ways, on some of the sites; only the factors of those that regained directions start anew."""
     model, optimizer = balanced()
     tiny.train(model, optimizer, 4)
     some = [site.name for site in support.sites(optimizer)][:3]
@@ -205,9 +109,7 @@ def test_ranks_follow_weights_that_lost_or_regained_directions():
 
 
 def test_directions_that_regrew_with_a_zero_b_are_in_use():
-    model, optimizer = balanced(
-        rank_budget=(0.4, 0.5), rank_budget_steps=4, reprojection_freq=2
-    )
+    model, optimizer = balanced(rank_budget=(0.4, 0.5), rank_budget_steps=4, reprojection_freq=2)
     tiny.train(model, optimizer, 9)
     told = {
         name: int(rank)

@@ -7,7 +7,7 @@ import torch
 from grit_optim import GritOptimizer, presets
 from grit_optim.curvature.factors import Factors
 from grit_optim.rank.projections import paper_projection
-from grit_optim.rank.selection import RankPolicy, rank_for_energy
+from grit_optim.rank.selection import RankPolicy
 
 BALANCED = {"reprojection": "balanced", "reprojection_freq": 4}
 
@@ -27,33 +27,6 @@ def without_training(model, optimizer):
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         group["weight_decay"] = 0.0
-
-
-@pytest.mark.parametrize(
-    ("spectrum", "threshold", "k"),
-    [
-        ([4.0, 3.0, 2.0, 1.0], 0.4, 1),
-        ([4.0, 3.0, 2.0, 1.0], 0.41, 2),
-        ([4.0, 3.0, 2.0, 1.0], 0.9, 3),
-        ([4.0, 3.0, 2.0, 1.0], 1.0, 4),
-        ([4.0, 3.0, 0.0, 0.0], 1.0, 2),
-        ([0.0, 0.0, 0.0, 0.0], 0.5, 4),
-    ],
-)
-def test_rank_for_energy(spectrum, threshold, k):
-    assert rank_for_energy(torch.tensor([spectrum]), threshold).tolist() == [k]
-
-
-def test_rank_policy_never_raises_a_rank_and_respects_floor_and_gate():
-    spectrum = torch.tensor([[9.0, 0.5, 0.5, 0.0]]).expand(4, 4)
-    current = torch.tensor([4, 1, 4, 3])
-    allowed = torch.tensor([True, True, False, True])
-    adaptive = RankPolicy(fixed=3, threshold=0.5, floor=2)
-    assert adaptive.next_rank(spectrum, current, allowed).tolist() == [2, 1, 4, 2]
-    fixed = RankPolicy(fixed=3, threshold=None, floor=2)
-    assert fixed.next_rank(spectrum, current, allowed).tolist() == [3, 1, 4, 3]
-    keep = RankPolicy(fixed=None, threshold=None, floor=2)
-    assert torch.equal(keep.next_rank(spectrum, current, allowed), current)
 
 
 def known_factors(samples_g=100.0):
