@@ -92,7 +92,7 @@ def test_the_papers_projections_give_up_no_rank():
 def test_ranks_of_the_papers_projections_are_not_taken_for_given_up(now, said):
     """A state saved with them, loaded without: every row is in use, and none may be cleared.
 
-    An older state does not say which reprojection it was saved with; "balanced" then is taken to have been it.
+    An older state does not say which reprojection it was saved with; "balanced" is then taken for it.
     """
     model = tiny.llama()
     optimizer = tiny.grit(model, reprojection="two_sided", reprojection_freq=2, reprojection_k=2)
