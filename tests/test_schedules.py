@@ -237,6 +237,9 @@ def test_a_checkpoints_pace_is_left_out_by_an_optimizer_that_does_not_adapt():
         optimizer.step()
         optimizer.zero_grad()
     assert optimizer.telemetry()["kfac_damping"] == pytest.approx(0.4)
+    resumed = adaptive(model)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.telemetry()["kfac_damping"] == pytest.approx(0.4), "before its first refresh, too"
     plain = adaptive(model, adaptive_schedule=False)
     plain.load_state_dict(optimizer.state_dict())
     assert plain.telemetry()["kfac_damping"] == 0.1

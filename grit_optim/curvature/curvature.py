@@ -55,12 +55,6 @@ class Curvature:
         """Whether the factors' eigenbases are what the moments of the gradients are expressed in."""
         return self.kind == "ekfac"
 
-    @property
-    def damping(self) -> float:
-        """λ in force; ``kfac_damping`` as the adaptive schedule has it now."""
-        assert self._options.kfac_damping is not None
-        return self._options.kfac_damping * (self.buckets[0].damping_scale if self.buckets else 1.0)
-
     def scale_damping(self, scale: float) -> None:
         """Multiply ``kfac_damping`` by this from now on."""
         for curvature in self.buckets:
