@@ -36,24 +36,24 @@ from grit_optim.telemetry.telemetry import Telemetry
 class GritOptimizer(OptimizerWrapper):
     """A base optimizer that sees the rank-space Fisher information of the LoRA pairs it trains.
 
-        Parameters that belong to no LoRA pair go to the base untouched. Learning rate, weight decay and all else are the
-        base's: ``param_groups``, ``state`` and ``defaults`` are its own. Where several processes train together (DDP), each
-        of them has to call :meth:`step` and whatever else changes the model (``reduce_ranks_``, ``shrink_``).
+    Parameters that belong to no LoRA pair go to the base untouched. Learning rate, weight decay and all else are the
+    base's: ``param_groups``, ``state`` and ``defaults`` are its own. Where several processes train together (DDP), each
+    of them has to call :meth:`step` and whatever else changes the model (``reduce_ranks_``, ``shrink_``).
 
     Args:
-            base: any ``torch.optim.Optimizer`` except LBFGS, already built on the model's trainable parameters.
-            model: the PEFT model, or one that contains such layers, in which the pairs are found. A weak reference is kept.
-                A pair that the base holds but that is frozen is tapped once it is trained.
-            sites: the pairs, instead of looking for PEFT's: hand-written LoRA is passed as
-                ``[Site.from_modules(name, a, b, scaling), …]``.
-    {options}
+        base: any ``torch.optim.Optimizer`` except LBFGS, already built on the model's trainable parameters.
+        model: the PEFT model, or one that contains such layers, in which the pairs are found. A weak reference is kept.
+            A pair that the base holds but that is frozen is tapped once it is trained.
+        sites: the pairs, instead of looking for PEFT's: hand-written LoRA is passed as
+            ``[Site.from_modules(name, a, b, scaling), …]``.
+        {options}
 
     Raises:
-            TypeError: ``base`` is no optimizer, or cannot be wrapped, or an option has the wrong type or name.
-            ValueError: an option is out of range, or no LoRA pair is found.
+        TypeError: ``base`` is no optimizer, or cannot be wrapped, or an option has the wrong type or name.
+        ValueError: an option is out of range, or no LoRA pair is found.
 
     Example:
-            >>> optimizer = GritOptimizer(torch.optim.AdamW(model.parameters(), lr=2e-4), model)  # doctest: +SKIP
+        >>> optimizer = GritOptimizer(torch.optim.AdamW(model.parameters(), lr=2e-4), model)  # doctest: +SKIP
     """
 
     state_key = KEY
