@@ -22,7 +22,7 @@ def one_step(options, base_class=torch.optim.SGD, warm=3, **settings):
 def sites_of(model, optimizer):
     """(name of A, name of B, Σ_a, Σ_g) per site, factors in float64."""
     names = {id(p): n for n, p in model.named_parameters()}
-    for curvature in optimizer._curvatures:
+    for curvature in optimizer.curvature:
         for i, site in enumerate(curvature.bucket.sites):
             factors = curvature.factors
             yield (

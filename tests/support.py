@@ -1,4 +1,4 @@
-"""What tests need to see of an optimizer beside its public face. The only file of the tests that reads an underscore of ours."""
+"""What tests see of an optimizer beside its public face: the only test file that reads our underscores."""
 
 
 def parts(optimizer):
@@ -14,3 +14,8 @@ def sites(optimizer):
 def mode(optimizer):
     """Its way to use the curvature."""
     return parts(optimizer).preconditioning.mode
+
+
+def waiting(optimizer):
+    """How many backward passes of a pair each bucket has yet to add up."""
+    return [len(stash) for stash in parts(optimizer).capture._taps._stash]

@@ -6,16 +6,19 @@ import math
 import statistics
 
 import pytest
+import support
 import tiny
 import torch
-from grit_optim.pace import Pace
 
-ASKED = {"kfac_update_freq": 8, "reprojection_freq": 40, "kfac_damping": 0.1}
+from grit_optim.options import ScheduleOptions
+from grit_optim.schedules import Schedule
+
+PERIODS = {"kfac_update_freq": 8, "reprojection_freq": 40}
+ASKED = {**PERIODS, "kfac_damping": 0.1}
 
 
-def pace(**options):
-    model = tiny.llama(layers=1)
-    return Pace(tiny.grit(model, **{"adaptive_schedule": True, **ASKED, **options}).options)
+def schedule(**options):
+    return Schedule(ScheduleOptions(**{"adaptive_schedule": True, **PERIODS, **options}))
 
 
 def twin(losses):
@@ -48,9 +51,9 @@ def series(kind):
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["floats", "tensors"])
 @pytest.mark.parametrize("kind", ["falling", "stalled", "growing noise", "wild", "calm"])
 def test_the_scales_are_the_slow_twins_at_every_step(kind, as_tensor):
-    losses, subject = series(kind).tolist(), pace()
+    losses, subject = series(kind).tolist(), schedule()
     for i, loss in enumerate(losses):
-        subject.take(torch.tensor(loss, dtype=torch.float64) if as_tensor else loss)
+        subject.advance(torch.tensor(loss, dtype=torch.float64) if as_tensor else loss)
         expected = twin(losses[: i + 1])
         assert (subject.period_scale, subject.damping_scale) == pytest.approx(expected, rel=1e-9), i
 
@@ -59,60 +62,68 @@ def test_the_scales_are_the_slow_twins_at_every_step(kind, as_tensor):
     ("kind", "refresh", "reprojection"), [("falling", 12, 60), ("stalled", 6, 30)], ids=["falling", "stalled"]
 )
 def test_periods_lengthen_while_the_loss_falls_and_shorten_when_it_stalls(kind, refresh, reprojection):
-    subject = pace()
+    subject = schedule()
     for loss in series(kind)[:60].tolist():
-        subject.take(loss)
+        subject.advance(loss)
     assert (subject.kfac_update_freq, subject.reprojection_freq) == (refresh, reprojection)
 
 
 def test_damping_follows_the_noise_within_its_bounds():
     scales = {}
     for kind in ("wild", "calm"):
-        subject = pace()
+        subject = schedule()
         for loss in series(kind).tolist():
-            subject.take(loss)
-        scales[kind] = subject.state()["kfac_damping"]
-    assert scales == pytest.approx({"wild": 0.4, "calm": 0.025})
+            subject.advance(loss)
+        scales[kind] = subject.damping_scale
+    assert scales == pytest.approx({"wild": 4, "calm": 0.25})
 
 
 def test_a_period_of_one_stays_one():
-    subject = pace(kfac_update_freq=1)
+    subject = schedule(kfac_update_freq=1)
     for kind in ("stalled", "falling"):
         for loss in series(kind).tolist():
-            subject.take(loss)
+            subject.advance(loss)
         assert subject.kfac_update_freq == 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_decides_nothing(bad):
-    subject = pace()
+    subject = schedule()
     for i, loss in enumerate(series("falling").tolist()):
-        subject.take(bad if 40 <= i < 45 else loss)
+        subject.advance(bad if 40 <= i < 45 else loss)
         assert math.isfinite(subject.period_scale)
         assert math.isfinite(subject.damping_scale)
     assert subject.period_scale == 1.5
 
 
 def test_work_is_due_when_the_period_in_force_has_passed():
-    subject = pace()
+    subject = schedule()
     due = []
     for step, loss in enumerate(series("falling")[:60].tolist()):
-        due += [step] * subject.refresh_due(step)
-        subject.take(loss)
+        due += [step] * subject.refresh_due()
+        subject.advance(loss)
     assert due[:4] == [0, 8, 16, 24]
     assert {b - a for a, b in itertools.pairwise(due[4:])} == {12}
 
 
 def test_off_means_the_plain_periods():
-    subject = pace(adaptive_schedule=False)
-    for loss in series("falling").tolist():
-        subject.take(loss)
-    assert [s for s in range(30) if subject.refresh_due(s)] == [0, 8, 16, 24]
-    assert [s for s in range(90) if subject.reprojection_due(s)] == [0, 40, 80]
-    assert subject.state() == ASKED
+    subject, refreshed, reprojected = schedule(adaptive_schedule=False), [], []
+    for step, loss in enumerate(series("falling").tolist()):
+        refreshed += [step] * subject.refresh_due()
+        reprojected += [step] * subject.reprojection_due()
+        subject.advance(loss)
+    assert refreshed == list(range(0, 100, 8))
+    assert reprojected == [0, 40, 80]
+    assert subject.in_force() == PERIODS
+    assert subject.damping_scale == 1
 
 
 # -------------------------------------------------------------------- in training
+
+
+def pace_of(optimizer):
+    """What a checkpoint keeps of the adaptive schedule."""
+    return optimizer.state_dict()["grit"]["pace"]
 
 
 def adaptive(model, **options):
@@ -133,10 +144,10 @@ def test_periods_and_damping_in_force_are_used():
     assert optimizer.telemetry()["refreshes"] - before == 60 / 3
     told = optimizer.telemetry()
     assert told["kfac_damping"] < 0.1
-    curvature = optimizer._curvatures[0]
+    curvature = optimizer.curvature[0]
     assert curvature.damping == told["kfac_damping"]
     factor = curvature.factors.gradient
-    optimizer._mode.refresh(curvature)
+    support.mode(optimizer).refresh(curvature)
     strength = told["kfac_damping"] * factor.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     inverse = torch.linalg.inv(factor + strength * torch.eye(4))
     torch.testing.assert_close(curvature.a_operator, inverse, rtol=1e-3, atol=1e-3)
@@ -180,7 +191,7 @@ def test_every_source_of_the_loss_gives_the_same_schedule():
                 tiny.loss_of(model.eval(), 99)  # evaluation in between is not the loss
             model.train()
             optimizer.zero_grad()
-        state = optimizer._pace.pack()
+        state = pace_of(optimizer)
         assert state["period_scale"] != 1
         told[source.__name__] = [state[key] for key in ("period_scale", "damping_scale", "previous_mean")]
     for name, values in told.items():
@@ -194,7 +205,7 @@ def test_what_is_observed_goes_before_the_models_output():
     optimizer.observe(7.0)
     optimizer.observe(torch.tensor([9.0]))
     optimizer.step()
-    assert optimizer._pace.pack()["losses"] == [8.0]
+    assert pace_of(optimizer)["losses"] == [8.0]
 
 
 def test_a_run_resumed_in_the_middle_of_a_window_goes_on_exactly():
@@ -213,8 +224,8 @@ def test_a_run_resumed_in_the_middle_of_a_window_goes_on_exactly():
     fresh_model.load_state_dict(saved[0])
     fresh.load_state_dict(copy.deepcopy(saved[1]))  # torch would share the moments
     assert tiny.train(model, optimizer, 20, first=34) == tiny.train(fresh_model, fresh, 20, first=34)
-    assert optimizer._pace.pack() == fresh._pace.pack()
-    assert optimizer._pace.period_scale != 1
+    assert pace_of(optimizer) == pace_of(fresh)
+    assert pace_of(optimizer)["period_scale"] != 1
 
 
 def test_a_checkpoints_pace_is_left_out_by_an_optimizer_that_does_not_adapt():
@@ -226,6 +237,9 @@ def test_a_checkpoints_pace_is_left_out_by_an_optimizer_that_does_not_adapt():
         optimizer.step()
         optimizer.zero_grad()
     assert optimizer.telemetry()["kfac_damping"] == pytest.approx(0.4)
+    resumed = adaptive(model)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.telemetry()["kfac_damping"] == pytest.approx(0.4), "before its first refresh, too"
     plain = adaptive(model, adaptive_schedule=False)
     plain.load_state_dict(optimizer.state_dict())
     assert plain.telemetry()["kfac_damping"] == 0.1
@@ -242,7 +256,7 @@ def test_a_closure_may_return_what_it_likes(returned):
         return returned
 
     assert optimizer.step(closure) is returned
-    assert len(optimizer._pace.pack()["losses"]) == 1, "then the model's output tells"
+    assert len(pace_of(optimizer)["losses"]) == 1, "then the model's output tells"
 
 
 def test_silence_is_warned_of_once():
@@ -255,7 +269,7 @@ def test_silence_is_warned_of_once():
             optimizer.step()
             optimizer.zero_grad()
 
-    with pytest.warns(UserWarning, match=r"no loss in 20 steps.*call optimizer\.observe") as caught:
+    with pytest.warns(UserWarning, match=r"no loss in 20 steps.*Call optimizer\.observe") as caught:
         train(45)
     assert len([w for w in caught if "no loss" in str(w.message)]) == 1
 

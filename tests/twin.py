@@ -35,7 +35,10 @@ def pairs_of(model, adapter="default"):
 
 
 def twin_sums(pairs, run):
-    """(Σ hhᵀ, Σ δδᵀ, tokens with δ ≠ 0, Σ h·δ) per pair over the backward passes in ``run()``, gradients left cleared."""
+    """Per pair, over the backward passes in ``run()``: Σ hhᵀ, Σ δδᵀ, tokens with δ ≠ 0, Σ h·δ.
+
+    Leaves the gradients cleared.
+    """
     kept = {name: [] for name in pairs}
     last, handles = {}, []
 

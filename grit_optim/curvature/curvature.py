@@ -55,12 +55,6 @@ class Curvature:
         """Whether moments of gradients are expressed in the operators, so that a checkpoint needs those."""
         return self.kind == "ekfac"
 
-    @property
-    def damping(self) -> float:
-        """``kfac_damping``, times the factor of the adaptive schedule."""
-        assert self._options.kfac_damping is not None
-        return self._options.kfac_damping * (self.buckets[0].damping_scale if self.buckets else 1.0)
-
     def scale_damping(self, scale: float) -> None:
         """Set the factor of the adaptive schedule on ``kfac_damping``."""
         for curvature in self.buckets:

@@ -61,7 +61,9 @@ class Telemetry:
 
     def _in_force(self) -> dict[str, Any]:
         """Periods and damping, as the adaptive schedule has them."""
-        return {**self._parts.schedule.in_force(), "kfac_damping": self._parts.curvature.damping}
+        schedule, damping = self._parts.schedule, self._parts.options.fisher.kfac_damping
+        assert damping is not None  # the mode has said
+        return {**schedule.in_force(), "kfac_damping": damping * schedule.damping_scale}
 
     def _per_site(self) -> dict[str, dict[str, Any]]:
         """Every site's own numbers now, with the whole spectrum of both factors."""

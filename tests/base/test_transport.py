@@ -1,4 +1,4 @@
-"""What a change of coordinates makes of the base's second moments, against second moments of the changed gradients."""
+"""The base's second moments after a change of coordinates, against those of the changed gradients."""
 
 import pytest
 import tiny
@@ -29,7 +29,7 @@ def with_separable_moments(seed=1):
     optimizer = GritOptimizer(torch.optim.AdamW(tiny.trained(model)), model, precondition="none")
     tiny.train(model, optimizer, 1)
     random = torch.Generator().manual_seed(seed)
-    for curvature in optimizer._curvatures:
+    for curvature in optimizer.curvature:
         sites, rank = len(curvature.bucket.sites), curvature.bucket.rank
         roots = torch.randn(2, sites, rank, rank, generator=random)
         covariances = roots @ roots.mT
@@ -81,7 +81,10 @@ def test_without_known_correlations_entries_count_as_uncorrelated():
 
 
 def errors_of_carried_moments(monkeypatch, correlated):
-    """Per move, the median relative distance of AdamW's second moments from those of all past gradients in new coordinates."""
+    """Per move, the median relative error of AdamW's second moments in the new coordinates.
+
+    The truth is made of all past gradients in these coordinates.
+    """
     past, errors = {}, []
     carry = transport.move_state
 

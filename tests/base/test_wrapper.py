@@ -1,4 +1,4 @@
-"""GritOptimizer stands for its base in everything that torch, a scaler or a training loop does to an optimizer."""
+"""GritOptimizer stands for its base in all that torch, a scaler or a training loop does to an optimizer."""
 
 import copy
 
@@ -205,7 +205,7 @@ def test_parameters_that_are_no_site_get_what_the_base_gives_them(mode):
 
 
 def test_closure_runs_once_with_gradients_and_its_loss_comes_back():
-    """Lightning clears, runs forward and backward inside step(closure); that must equal the hand-written loop."""
+    """Lightning clears and runs both passes inside step(closure); that must equal the hand-written loop."""
     ours, plain = llama(), llama()
     optimizer, calls = grit(ours), []
 

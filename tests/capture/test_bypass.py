@@ -1,4 +1,4 @@
-"""Silence is impossible: whatever goes around the optimizer is said once, within the first steps, with the remedy."""
+"""Whatever goes around the optimizer is said once, within the first steps, with the remedy."""
 
 import copy
 import warnings

@@ -1,6 +1,7 @@
 """What the taps gather equals what a slow twin computes from x and g, in every way a forward pass can run."""
 
 import pytest
+import support
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import HandWritten, llama, loss_of, tokens
@@ -16,7 +17,10 @@ BF16_IDENTITY = 0.02
 
 
 def assert_identity(optimizer, relative, sites=14):
-    """⟨A, ∇A⟩ = ⟨B, ∇B⟩ = Σ h·δ; after a backward pass, before the step. Sums that cancel get the rounding of their terms."""
+    """⟨A, ∇A⟩ = ⟨B, ∇B⟩ = Σ h·δ, after a backward pass and before the step.
+
+    Sums that cancel get the rounding of their terms.
+    """
     reports = optimizer.check_capture()
     assert len(reports) == sites
     largest = max(abs(r.a_inner) for r in reports)
@@ -28,7 +32,7 @@ def assert_identity(optimizer, relative, sites=14):
 
 
 def assert_twin(model, run, relative=1e-4, identity=FP32_IDENTITY, expected=None, sites=14):
-    """One step's statistics over ``run()`` against the twin's (computed here, unless another run's are given)."""
+    """One step's statistics over ``run()`` against the twin's, computed here unless ``expected`` is given."""
     expected = expected or twin_sums(pairs_of(model), run)
     optimizer = still(model)
     run()
@@ -129,7 +133,7 @@ def test_bf16_autocast(twin_in_bf16, seed):
 
 
 def test_padding_and_unpredicted_tokens_count_for_nothing():
-    """Sequences of 12, 9, 6 and 3 tokens predict 11 + 8 + 5 + 2; everything behind has δ = 0 at every site."""
+    """Sequences of 12, 9, 6 and 3 tokens predict 11 + 8 + 5 + 2; all behind them have δ = 0 at every site."""
     model = warm(llama())
     lengths = torch.tensor([12, 9, 6, 3])
     mask = (torch.arange(12) < lengths[:, None]).long()
@@ -263,13 +267,13 @@ def test_adding_up_early_gives_the_same(monkeypatch, micro_batches):
     expected = twin_sums(pairs_of(model), run)
     late, early = still(model), None
     run()
-    assert all(len(stash) == 14 * micro_batches for stash in late._capture._stash)
+    assert support.waiting(late) == [14 * micro_batches]
     late.step()
     late.zero_grad()
     monkeypatch.setattr(capture, "PENDING_LIMIT", 1000)
     early = still(model)
     run()
-    assert all(len(stash) < 14 for stash in early._capture._stash)
+    assert support.waiting(early)[0] < 14
     early.step()
     assert_sums_agree(late, expected)
     assert_sums_agree(early, expected)

@@ -1,8 +1,9 @@
-"""check_capture() tells where the taps do not see what the gradients saw, and says so once, unasked, in the first steps."""
+"""check_capture() tells where the taps do not see what the gradients saw; the first steps warn of it once."""
 
 import warnings
 
 import pytest
+import support
 import torch
 from tiny import HandWritten, adamw, grit, llama, loss_of, train, trained
 from torch import nn
@@ -194,14 +195,14 @@ def test_a_pair_that_rests_behind_zeroed_gradients_is_not_called_silent():
     model = warm(llama())
     layer = layer_of(model, "layers.1.mlp.up_proj")
     optimizer = grit(model)
-    optimizer._tap_watch.steps_left = 5
+    support.parts(optimizer).capture.watch.steps_left = 5
     forward = layer.forward
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for seed in range(4):
             layer.forward = layer.base_layer.forward if seed % 2 else forward
             loss_of(model, seed).backward()
-            optimizer._tap_watch.steps_left = 5  # look in every step
+            support.parts(optimizer).capture.watch.steps_left = 5  # look in every step
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
     assert grit_warnings(caught) == []

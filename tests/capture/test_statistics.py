@@ -11,7 +11,7 @@ from twin import assert_near, folded_sums, still, warm
 
 
 def rows_seen(model, optimizer, micro_batches):
-    """Tokens that one step adds per site: 44 of a batch of four times 12, of which the last of each predicts nothing."""
+    """Tokens that one step adds per site: 44 of four sequences of 12, whose last token predicts nothing."""
     before = optimizer.telemetry()["samples"]
     for seed in range(micro_batches):
         loss_of(model, seed).backward()
@@ -62,7 +62,7 @@ def test_subsample_meets_the_full_mean():
 
 @pytest.mark.parametrize(("period", "expected"), [(1, range(8)), (2, [0, 1, 3, 5, 7]), (3, [0, 1, 4, 7])])
 def test_cov_update_freq_decides_which_steps_record(period, expected):
-    """Besides every ``period``-th one, step 0 records: there B = 0 as a rule, so the count starts at step 1."""
+    """Step 0 records too: B = 0 there as a rule, so the count of the periods starts at step 1."""
     model = warm(llama())
     optimizer = still(model, cov_update_freq=period)
     counts = [rows_seen(model, optimizer, 1) for _ in range(8)]
@@ -96,8 +96,7 @@ def test_relative_factors_do_not_know_the_losss_unit(change):
     }[change]
     plain = relative_factors(model, lambda: loss_of(model).backward())
     other = relative_factors(model, changed)
-    # A query that sees one key has δ = 0 up to rounding, so whether such a token counts may change with the
-    # unit.
+    # A query that sees one key has δ = 0 up to rounding, so the unit may decide whether such a token counts.
     names = [name for name in plain if change == "loss times 1024" or "q_proj" not in name]
     assert len(names) == (14 if change == "loss times 1024" else 12)
     for name in names:
@@ -129,7 +128,7 @@ def spoiled(model, value):
 @pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=["inf", "nan"])
 @pytest.mark.parametrize("mode", ["spectral", "steer", "inverse", "eigenbasis", "balanced"])
 def test_non_finite_gradients_are_dropped_and_counted(mode, value):
-    """The step's statistics are left out and the base sees zero gradients: as if that step's loss had been constant."""
+    """Statistics are left out and the base sees zero gradients, as if the step's loss had been constant."""
     ours, reference = warm(llama()), warm(llama())
     options = {"precondition": mode, "kfac_update_freq": 1, "fisher_decay": None}
     optimizer, twin = grit(ours, **options), grit(reference, **options)

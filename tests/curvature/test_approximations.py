@@ -1,6 +1,7 @@
 """The Fisher approximations against a dense per-token Fisher information, in float64."""
 
 import pytest
+import support
 import tiny
 import torch
 from twin import assert_near
@@ -14,7 +15,7 @@ TOKENS, R, D_IN, D_OUT = 40, 3, 6, 5
 
 
 class Layer(tiny.HandWritten):
-    """One hand-written pair in float64; every token goes through alone, so that each step's gradient is a token's."""
+    """One hand-written pair in float64; every token goes through alone, so a step's gradient is a token's."""
 
     def __init__(self):
         torch.manual_seed(3)
@@ -70,7 +71,7 @@ def trained_through(layer, x, g, **options):
 
 def dense_of(kind, optimizer, side):
     """The dense matrix that an approximation stands for, with the other side isotropic."""
-    curvature, other = optimizer._curvatures[0], D_IN if side == "A" else D_OUT
+    curvature, other = optimizer.curvature[0], D_IN if side == "A" else D_OUT
     if kind == "kfac":
         a_factor, b_factor = curvature.paired_factors()
         return rank_side(side, (a_factor if side == "A" else b_factor)[0].double(), other)
@@ -90,7 +91,7 @@ def fisher_pair(correlated=True):
 def test_the_diagonal_is_the_dense_ones(side):
     layer, x, g, dense = fisher_pair()
     optimizer = trained_through(layer, x, g, fisher="diagonal")
-    mean = optimizer._curvatures[0].moments.means[side][0]
+    mean = optimizer.curvature[0].moments.means[side][0]
     torch.testing.assert_close(mean.flatten(), dense[side].diagonal(), rtol=1e-12, atol=0)
 
 
@@ -101,7 +102,7 @@ def test_the_block_is_the_dense_ones_partial_trace(side):
     shape, traced = ((R, D_IN), "iaja->ij") if side == "A" else ((D_OUT, R), "aiaj->ij")
     expected = torch.einsum(traced, dense[side].reshape(*shape, *shape))
     torch.testing.assert_close(
-        optimizer._curvatures[0].moments.matrices(side)[0], expected, rtol=1e-12, atol=1e-14
+        optimizer.curvature[0].moments.matrices(side)[0], expected, rtol=1e-12, atol=1e-14
     )
 
 
@@ -111,7 +112,7 @@ def test_ekfacs_eigenvalues_are_the_dense_ones_diagonal_in_its_basis(side):
     layer, x, g, dense = fisher_pair()
     twice = torch.cat((x, x)), torch.cat((g, g))
     optimizer = trained_through(layer, *twice, fisher="ekfac", kfac_update_freq=TOKENS)
-    curvature = optimizer._curvatures[0]
+    curvature = optimizer.curvature[0]
     basis = rank_side(side, curvature.operator(side)[0].double(), D_IN if side == "A" else D_OUT)
     assert not torch.allclose(basis, torch.eye(len(basis)).double(), atol=0.1)
     moments = GradientMoments("ekfac", curvature.bucket)
@@ -120,9 +121,8 @@ def test_ekfacs_eigenvalues_are_the_dense_ones_diagonal_in_its_basis(side):
     for gradient in gradients:
         moments.fold(group, curvature.to_eigenbasis(group, gradient[None]), torch.tensor([True]), None)
     expected = (basis.T @ dense[side] @ basis).diagonal()
-    torch.testing.assert_close(
-        moments.means[side][0].flatten(), expected, rtol=1e-6, atol=1e-8
-    )  # Q itself is fp32
+    # Q itself is fp32.
+    torch.testing.assert_close(moments.means[side][0].flatten(), expected, rtol=1e-6, atol=1e-8)
 
 
 def distance(approximation, dense):
@@ -133,7 +133,7 @@ def distance(approximation, dense):
 
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_ekfac_is_the_nearest_diagonal_in_kfacs_basis(side):
-    """So it can only be nearer to the dense Fisher than K-FAC's rank side is (George et al. 2018, theorem 2)."""
+    """So it can only be nearer to the dense Fisher than K-FAC's rank side (George et al. 2018, theorem 2)."""
     layer, x, g, dense = fisher_pair()
     twice = torch.cat((x, x)), torch.cat((g, g))
     options = {"kfac_update_freq": TOKENS}
@@ -151,7 +151,7 @@ def test_kfac_is_exact_on_its_rank_side_when_both_sides_are_independent(side):
     x, g = x[:8], g[:7]
     every_x, every_g = x.repeat_interleave(7, 0), g.repeat(8, 1)
     optimizer = trained_through(layer, every_x, every_g, fisher="kfac")
-    a_factor, b_factor = (factor[0].double() for factor in optimizer._curvatures[0].paired_factors())
+    a_factor, b_factor = (factor[0].double() for factor in optimizer.curvature[0].paired_factors())
     dense = dict(zip("AB", map(dense_fisher, per_token_gradients(layer, every_x, every_g)), strict=True))
     outer_x, outer_g = x.T @ x / 8, 0.25 * g.T @ g / 7  # the pair's scaling is ½
     expected = torch.kron(a_factor, outer_x) if side == "A" else torch.kron(outer_g, b_factor)
@@ -163,7 +163,7 @@ def test_kfac_is_exact_on_its_rank_side_when_both_sides_are_independent(side):
 def test_what_is_applied_is_the_dense_forms_damped_inverse(kind, side):
     layer, x, g, _ = fisher_pair()
     optimizer = trained_through(layer, x, g, fisher=kind, damping="relative", kfac_damping=0.1)
-    curvature = optimizer._curvatures[0]
+    curvature = optimizer.curvature[0]
     other = D_IN if side == "A" else D_OUT
     dense = dense_of(kind, optimizer, side) * (other if kind == "block_diagonal" else 1)
     dense = dense + 0.1 * dense.diagonal().mean() * torch.eye(len(dense)).double()
@@ -222,7 +222,7 @@ def test_relative_moments_do_not_know_the_losss_unit(kind):
         optimizer = tiny.grit(model, precondition="none", fisher=kind)
         (scale * tiny.loss_of(model)).backward()
         optimizer.step()
-        moments = optimizer._curvatures[0].moments
+        moments = optimizer.curvature[0].moments
         means.append([m for side in ("A", "B") for m in moments.means[side]])
     assert len(means[0]) == 28
     for one, other in zip(*means, strict=True):
@@ -235,13 +235,12 @@ def test_non_finite_gradients_leave_the_moments_alone(kind):
     model = tiny.llama(init_lora_weights=False)
     optimizer = tiny.grit(model, fisher=kind)
     tiny.train(model, optimizer, 2)
-    before = [m.clone() for side in ("A", "B") for m in optimizer._curvatures[0].moments.means[side]]
+    before = [m.clone() for side in ("A", "B") for m in optimizer.curvature[0].moments.means[side]]
     tiny.loss_of(model, 2).backward()
-    tiny.trained(model)[5].grad[0, 0] = (
-        torch.inf
-    )  # as clipping may leave it, while the taps saw nothing wrong
+    # As clipping may leave it, while the taps saw nothing wrong.
+    tiny.trained(model)[5].grad[0, 0] = torch.inf
     optimizer.step()
-    after = [m for side in ("A", "B") for m in optimizer._curvatures[0].moments.means[side]]
+    after = [m for side in ("A", "B") for m in optimizer.curvature[0].moments.means[side]]
     assert optimizer.telemetry()["dropped_folds"] == 1
     if kind != "ekfac":  # whose moments follow the eigenbasis, which the refresh of that step may turn
         assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
@@ -251,8 +250,8 @@ def test_non_finite_gradients_leave_the_moments_alone(kind):
 
 REFUSED = [
     ({"fisher": "ekfac", "pairing": "paper"}, "leave pairing at 'kfac'"),
-    ({"fisher": "diagonal", "precondition": "balanced"}, "which 'balanced' changes"),
-    ({"fisher": "block_diagonal", "reprojection": "balanced"}, "which 'balanced' changes"),
+    ({"fisher": "diagonal", "precondition": "balanced"}, "which precondition='balanced' changes"),
+    ({"fisher": "block_diagonal", "reprojection": "balanced"}, "which reprojection='balanced' changes"),
     ({"fisher": "diagonal", "precondition": "eigenbasis"}, "use precondition='none'"),
     ({"fisher": "ekfac", "precondition": "eigenbasis"}, "Adam's second moments are EK-FAC's eigenvalues"),
 ]
@@ -274,9 +273,9 @@ def test_ekfacs_moments_stay_in_their_eigenbasis_when_the_mode_changes():
         tiny.train(model, optimizer, 7)
         fresh = tiny.grit(model, precondition=mode, fisher="ekfac", kfac_update_freq=5)
         fresh.load_state_dict(optimizer.state_dict())
-        curvature = fresh._curvatures[0]
+        curvature = fresh.curvature[0]
         assert bool(curvature.a_ready.any()) == (mode == "inverse"), "scales of another power are not used"
-        fresh._mode.refresh(curvature)
+        support.mode(fresh).refresh(curvature)
         assert curvature.a_ready.all()
         refreshed.append(curvature.moments.means["A"])
     for one, other in zip(*refreshed, strict=True):
@@ -291,8 +290,8 @@ def test_a_checkpoint_of_another_approximation_starts_its_moments_anew(other):
     tiny.train(model, optimizer, 7)
     fresh = tiny.grit(model, precondition="inverse", fisher=other, kfac_update_freq=5)
     fresh.load_state_dict(optimizer.state_dict())
-    curvature = fresh._curvatures[0]
-    assert torch.equal(curvature.factors.activation, optimizer._curvatures[0].factors.activation)
+    curvature = fresh.curvature[0]
+    assert torch.equal(curvature.factors.activation, optimizer.curvature[0].factors.activation)
     assert not curvature.a_ready.any()
     assert torch.equal(curvature.a_operator, torch.eye(4).expand(14, 4, 4))
     if curvature.moments is not None:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from grit_optim.curvature.factors import Factors, Sums, gradient_unit
+from grit_optim.capture.sums import Sums
+from grit_optim.curvature.factors import Factors
+from grit_optim.curvature.units import gradient_unit
 
 CPU = torch.device("cpu")
 YES = torch.tensor(True)

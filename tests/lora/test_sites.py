@@ -1,184 +1,15 @@
-"""Which LoRA pairs are found, which are left to the base and why, and how they are stacked."""
+"""Pairs that are handed over, and pairs of a model that changes under the optimizer."""
 
 import warnings
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from tiny import HandWritten, adamw, grit, llama, loss_of, train, trained, weights
+from peft import LoraConfig
+from tiny import HandWritten, grit, llama, train, trained, weights
 from torch import nn
 from torch.optim import AdamW
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
-from twin import warm
 
 from grit_optim import GritOptimizer, Site
-from grit_optim.lora.buckets import build_buckets
-from grit_optim.lora.discovery import find_sites
-
-
-def found_in(model):
-    sites, untapped = find_sites(model, trained(model))
-    return [site.name for site in sites], untapped
-
-
-# -------------------------------------------------------------------- found
-
-
-def test_all_linear_gives_every_projection_its_own_name():
-    names, untapped = found_in(llama())
-    attention = [f"self_attn.{kind}_proj" for kind in "qkvo"]
-    mlp = [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]
-    expected = [
-        f"base_model.model.model.layers.{i}.{kind}.default" for i in (0, 1) for kind in attention + mlp
-    ]
-    assert sorted(names) == sorted(expected)
-    assert untapped == {}
-
-
-def test_a_site_knows_its_pair():
-    model = llama(rank_pattern={"q_proj": 2}, lora_alpha=6)
-    sites, _ = find_sites(model, trained(model))
-    shapes = {s.name.split(".")[-2]: (s.rank, tuple(s.a.shape), tuple(s.b.shape), s.scaling) for s in sites}
-    assert shapes["q_proj"] == (2, (2, 16), (16, 2), 3.0)
-    assert shapes["down_proj"] == (4, (4, 24), (16, 4), 1.5)
-    assert len(shapes) == 7
-
-
-@pytest.mark.parametrize("prefix", ["module", "_orig_mod", "module._orig_mod", "_orig_mod.module"])
-def test_wrappers_leave_no_trace_in_names(prefix):
-    """So that a checkpoint of a compiled or parallel run loads into a plain one."""
-    model = wrapped = llama()
-    for name in reversed(prefix.split(".")):
-        outer = nn.Module()
-        outer.add_module(name, wrapped)
-        wrapped = outer
-    assert found_in(wrapped) == found_in(model)
-    assert len(found_in(wrapped)[0]) == 14
-
-
-@pytest.mark.parametrize(
-    "wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")], ids=["parallel", "compiled"]
-)
-def test_real_wrappers_leave_no_trace_in_names(wrap):
-    model = llama()
-    assert found_in(wrap(model)) == found_in(model)
-
-
-def test_blocks_compiled_one_by_one_leave_no_trace_in_names():
-    model = llama()
-    names = found_in(model)
-    layers = model.base_model.model.model.layers
-    for i in range(len(layers)):
-        layers[i] = torch.compile(layers[i], backend="eager")
-    assert found_in(model) == names
-
-
-def test_a_frozen_adapter_beside_the_active_one_is_not_tapped():
-    model = llama()
-    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
-    names, untapped = found_in(model)
-    assert len(names) == 14
-    assert {name.rsplit(".", 1)[1] for name in names} == {"default"}
-    everything, untapped_of_all = find_sites(model, model.parameters())
-    assert [site.name for site in everything] == names
-    assert untapped == untapped_of_all == {}
-
-
-# -------------------------------------------------------------------- left to the base, with a reason
-
-
-def embedding_lora():
-    return llama(target_modules=["embed_tokens", "q_proj"]), 2, "embed_tokens", "looked up"
-
-
-def experts():
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=2,
-        vocab_size=48,
-    )
-    lora = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
-    return get_peft_model(MixtralForCausalLM(config), lora), 1, "mlp.experts", "target_parameters"
-
-
-def frozen_a():
-    model = llama()
-    for name, p in model.named_parameters():
-        if "layers.0.mlp.up_proj.lora_A" in name:
-            p.requires_grad_(False)
-    return model, 13, "layers.0.mlp.up_proj.default", "only B is trained"
-
-
-@pytest.mark.parametrize("make", [embedding_lora, experts, frozen_a])
-@pytest.mark.parametrize(
-    "given", [trained, lambda model: list(model.parameters())], ids=["trained", "all parameters"]
-)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_cannot_be_tapped_is_named_once_and_trained_by_the_base(make, given):
-    """In one step from the same weights the gradients are the same, so it moves exactly as the plain base moves it."""
-    (model, tapped, name, reason), (plain, *_) = make(), make()
-    for each in (model, plain):
-        warm(each)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        optimizer = GritOptimizer(AdamW(given(model), lr=1e-2), model, kfac_min_samples=8)
-        before = weights(model)
-        train(model, optimizer, 1)
-    train(plain, adamw(plain), 1)
-    told = [str(w.message) for w in caught if "GRIT" in str(w.message) or "taps" in str(w.message)]
-    assert len(told) == 1
-    assert "leaves 1 adapter(s) to the base optimizer alone" in told[0]
-    assert name in told[0]
-    assert reason in told[0]
-    assert optimizer.telemetry()["sites"] == optimizer.telemetry()["engaged_sites"] == tapped
-    ours, expected = weights(model), weights(plain)
-    own = [n for n in ours if name.removesuffix(".default") in n]
-    assert 1 <= len(own) <= 2
-    assert all(torch.equal(ours[n], expected[n]) for n in own)
-    assert sum(not torch.equal(ours[n], before[n]) for n in own) >= 1
-    assert sum(not torch.equal(ours[n], expected[n]) for n in ours) == 2 * tapped
-
-
-def adalora():
-    config = llama().base_model.model.config
-    return get_peft_model(
-        LlamaForCausalLM(config), AdaLoraConfig(target_modules=["q_proj"], total_step=10, init_r=4)
-    )
-
-
-def test_adalora_is_refused_with_the_reason():
-    model = adalora()
-    _, untapped = found_in(model)
-    assert len(untapped) == 2
-    with pytest.raises(ValueError, match=r"seen but not usable.*q_proj: AdaLoRA applies its own rank mask"):
-        GritOptimizer(adamw(model), model)
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        "found no LoRA pair in LlamaForCausalLM",
-        "peft.get_peft_model(model, peft.LoraConfig(target_modules='all-linear'))",
-        "sites=[Site.from_modules(name, a, b, scaling), ...]",
-    ],
-)
-def test_a_model_without_lora_is_told_what_to_do(part):
-    config = llama().base_model.model.config
-    model = LlamaForCausalLM(config)
-    with pytest.raises(ValueError) as raised:  # noqa: PT011  the message's parts are the parameters
-        GritOptimizer(adamw(model), model)
-    assert part in str(raised.value)
-
-
-def test_a_base_without_the_pairs_is_refused():
-    model, other = llama(), llama()
-    with pytest.raises(ValueError, match="among the base optimizer's parameters"):
-        GritOptimizer(adamw(other), model)
 
 
 def test_a_given_site_that_the_base_does_not_hold_is_refused():
@@ -227,8 +58,7 @@ def test_hand_written_pairs_are_checked(a, b, message):
         Site.from_modules("mine", a, b)
 
 
-# -------------------------------------------------------------------- a model that changes under the
-# optimizer
+# -------------------------------------------------------------------- a model that changes
 
 
 def change_adapter(model, how):
@@ -306,7 +136,7 @@ def test_a_replaced_adapter_is_named_once(how):
 
 
 def test_another_dtype_goes_on():
-    """``model.to(dtype)`` keeps the parameters and changes what is in them; AdamW itself does so before its first step."""
+    """``model.to(dtype)`` changes what is in the parameters; AdamW itself does so before its first step."""
     model = llama()
     optimizer = grit(model)
     model.to(torch.bfloat16)
@@ -325,73 +155,3 @@ def test_another_dtype_goes_on():
     assert len(moved) == 28
     assert min(moved) > 0.01
     assert max(moved) < 1.0
-
-
-# -------------------------------------------------------------------- buckets
-
-
-def test_buckets_hold_sites_of_one_rank():
-    model = llama(rank_pattern={"q_proj": 2, "down_proj": 7})
-    sites, _ = find_sites(model, trained(model))
-    buckets = build_buckets(sites, {id(p): 0 for p in trained(model)})
-    assert {bucket.rank: len(bucket.sites) for bucket in buckets} == {2: 2, 4: 10, 7: 2}
-    assert sorted(name for b in buckets for name in b.names()) == sorted(site.name for site in sites)
-    for bucket in buckets:
-        for side in "AB":
-            groups = [g for g in bucket.groups if g.side == side]
-            index = torch.cat([g.index for g in groups]).tolist()
-            assert sorted(index) == list(range(len(bucket.sites)))
-            for group in groups:
-                of = [getattr(bucket.sites[i], side.lower()) for i in group.index.tolist()]
-                assert all(p is q for p, q in zip(group.parameters, of, strict=True))
-                assert len({(p.shape, p.dtype) for p in group.parameters}) == 1
-
-
-def plus_groups(model):
-    """LoRA+ style: A and B apart, each with its own rate and decay, and layer 1's A apart again."""
-
-    def chosen(letter, layer):
-        return [
-            p for n, p in model.named_parameters() if p.requires_grad and f"lora_{letter}" in n and layer in n
-        ]
-
-    return [
-        {"params": chosen("A", "layers.0."), "lr": 1e-2, "weight_decay": 0.1},
-        {"params": chosen("A", "layers.1."), "lr": 3e-3, "weight_decay": 0.0},
-        {"params": chosen("B", "layers."), "lr": 5e-2, "weight_decay": 0.5},
-    ]
-
-
-def test_groups_follow_the_parameter_groups():
-    model = llama()
-    optimizer = GritOptimizer(AdamW(plus_groups(model)), model)
-    (bucket,) = [curvature.bucket for curvature in optimizer._curvatures]
-    assert sorted({(g.side, g.param_group) for g in bucket.groups}) == [("A", 0), ("A", 1), ("B", 2)]
-    for group in bucket.groups:
-        held = {id(p) for p in optimizer.param_groups[group.param_group]["params"]}
-        assert {id(p) for p in group.parameters} <= held
-    assert sum(len(g.parameters) for g in bucket.groups) == 28
-
-
-@pytest.mark.parametrize("reloaded", [False, True], ids=["built", "reloaded"])
-def test_steering_takes_each_groups_own_rate_and_decay(reloaded):
-    """Decay stays outside, and what is left keeps the base's length: true only with that group's own lr·wd."""
-    ours, plain = warm(llama()), warm(llama())
-    base = AdamW(plus_groups(plain))
-    optimizer = GritOptimizer(AdamW(plus_groups(ours)), ours, precondition="steer", kfac_min_samples=8)
-    if reloaded:
-        optimizer.load_state_dict(optimizer.state_dict())
-    for settings in (*optimizer.param_groups, *base.param_groups):  # a schedule reaches the decay as well
-        settings["lr"] *= 2
-    decay = {id(p): 1 - g["lr"] * g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-    before = [p.detach().clone() for p in trained(ours)]
-    train(ours, optimizer, 1)
-    train(plain, base, 1)
-    turned = 0
-    for w, p, q in zip(before, trained(ours), trained(plain), strict=True):
-        steered, taken = p.detach() - decay[id(p)] * w, q.detach() - decay[id(p)] * w
-        assert float(steered.norm()) == pytest.approx(float(taken.norm()), rel=1e-4)
-        turned += float((steered * taken).sum() / taken.norm() ** 2) < 0.999
-    assert turned == 28
-    assert optimizer.telemetry()["engaged_sites"] == 14
-    loss_of(ours).backward()

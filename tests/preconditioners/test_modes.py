@@ -3,12 +3,13 @@
 import copy
 
 import pytest
+import support
 import tiny
 import torch
-from grit_optim.preconditioners.modes import make_preconditioner
 from stepping import one_step, sites_of
 
 from grit_optim import GritOptimizer, presets
+from grit_optim.preconditioners.preconditioning import mode_named
 
 MODES = ("spectral", "steer", "eigenbasis", "balanced", "inverse")
 
@@ -21,7 +22,7 @@ def inverse_of(factor, damping, relative=True):
 @pytest.mark.parametrize("pairing", ["kfac", "paper"])
 @pytest.mark.parametrize("damping", ["relative", "absolute"])
 def test_inverse_multiplies_the_gradients_by_the_damped_inverses(pairing, damping):
-    options = {"precondition": "inverse", "pairing": pairing, "damping": damping, "preserve_norm": False}
+    options = {"precondition": "inverse", "pairing": pairing, "damping": damping, "step_length": "natural"}
     model, optimizer, before, gradients = one_step({**options, "kfac_damping": 0.05})
     after, checked = tiny.weights(model), 0
     for a, b, sigma_a, sigma_g in sites_of(model, optimizer):
@@ -84,18 +85,18 @@ def test_steer_takes_the_gradient_or_momentum_of_sgd(settings, of):
 
 
 def test_eigenbasis_is_adam_on_rotated_gradients():
-    """With fixed eigenbases, Adam's moments are those of the rotated gradient and the step is rotated back."""
+    """With fixed eigenbases, Adam's moments are of the rotated gradient and the step is rotated back."""
     model = tiny.llama()
     optimizer = tiny.grit(model, precondition="eigenbasis", kfac_update_freq=1000)
-    optimizer._steps = 1  # step 0 would refresh with nothing to go by
+    support.parts(optimizer).schedule.steps = 1  # step 0 would refresh with nothing to go by
     tiny.train(model, optimizer, 2)
-    optimizer._mode.refresh(optimizer._curvatures[0])
+    support.mode(optimizer).refresh(optimizer.curvature[0])
     reference = copy.deepcopy(dict(model.named_parameters()))
     start = {n: copy.deepcopy(optimizer.state[p]) for n, p in model.named_parameters() if p.requires_grad}
     tiny.loss_of(model, 50).backward()
     gradients = {n: p.grad.double() for n, p in model.named_parameters() if p.requires_grad}
     optimizer.step()
-    curvature, after = optimizer._curvatures[0], tiny.weights(model)
+    curvature, after = optimizer.curvature[0], tiny.weights(model)
     names = {id(p): n for n, p in model.named_parameters()}
     for i, site in enumerate(curvature.bucket.sites):
         name, basis = names[id(site.a)], curvature.a_operator[i].double()
@@ -114,11 +115,11 @@ def test_turning_the_basis_moves_the_first_moment_exactly():
     model = tiny.llama()
     optimizer = tiny.grit(model, precondition="eigenbasis", kfac_update_freq=2)
     tiny.train(model, optimizer, 6)
-    curvature = optimizer._curvatures[0]
+    curvature = optimizer.curvature[0]
     moments = [optimizer.state[s.a]["exp_avg"].clone() for s in curvature.bucket.sites]
     plain = [q @ m for q, m in zip(curvature.a_operator, moments, strict=True)]
     tiny.loss_of(model).backward()
-    optimizer._mode.refresh(curvature)
+    support.mode(optimizer).refresh(curvature)
     for i, site in enumerate(curvature.bucket.sites):
         now = curvature.a_operator[i] @ optimizer.state[site.a]["exp_avg"]
         torch.testing.assert_close(now, plain[i], rtol=1e-4, atol=1e-6 * plain[i].abs().max().item() + 1e-9)
@@ -129,7 +130,7 @@ def test_close_leaves_the_first_moments_in_the_coordinates_of_the_weights():
     model = tiny.llama()
     optimizer = tiny.grit(model, precondition="eigenbasis")
     tiny.train(model, optimizer, 5)
-    curvature = optimizer._curvatures[0]
+    curvature = optimizer.curvature[0]
     turned = [
         q @ optimizer.state[s.a]["exp_avg"]
         for q, s in zip(curvature.a_operator, curvature.bucket.sites, strict=True)
@@ -148,11 +149,12 @@ def test_a_base_that_fails_leaves_weights_and_gradients_as_they_were(mode):
     model = tiny.llama()
     optimizer = tiny.grit(model, precondition=mode, kfac_update_freq=100)
     tiny.train(model, optimizer, 3)
-    optimizer._steps = 100
+    parts = support.parts(optimizer)
+    parts.schedule.steps = 100
     tiny.loss_of(model, 9).backward()
-    optimizer._fold_statistics()
     with torch.no_grad():
-        optimizer._refresh()
+        parts.curvature.fold(parts.capture.collect())
+        parts.refresh_if_due()
     before, gradients = tiny.weights(model), [p.grad for p in tiny.trained(model)]
 
     def fail(closure=None):
@@ -178,19 +180,17 @@ def test_eigenbasis_with_sgd_is_plain_sgd():
 
 def test_balanced_coordinates_leave_the_logits_and_make_both_factors_diagonal():
     model = tiny.llama()
-    optimizer = tiny.grit(model, precondition="none", fisher_decay=None)
+    optimizer = tiny.grit(model, precondition="none", fisher_decay=None, kfac_damping=1e-7)
     tiny.train(model, optimizer, 5)
     ids = tiny.tokens(7)
     with torch.no_grad():
         before = model(input_ids=ids).logits
-    mode = make_preconditioner("balanced", optimizer.base)
+    balanced = mode_named("balanced")(optimizer.base, optimizer.options.step)
     with torch.no_grad():
-        for curvature in optimizer._curvatures:
-            curvature.options = copy.copy(curvature.options)
-            object.__setattr__(curvature.options, "kfac_damping", 1e-7)
-            mode.refresh(curvature)
+        for curvature in optimizer.curvature:
+            balanced.refresh(curvature)
         torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-4, atol=1e-5)
-    for curvature in optimizer._curvatures:
+    for curvature in optimizer.curvature:
         ratios = []
         for factor in (curvature.factors.activation, curvature.factors.gradient):
             diagonal = factor.diagonal(dim1=1, dim2=2)
@@ -211,7 +211,7 @@ def test_first_moments_follow_a_change_of_coordinates_as_gradients_do():
     """⟨A, m_A⟩ does not depend on the coordinates, nor does ⟨B, m_B⟩."""
     model = tiny.llama()
     optimizer = balanced_move(model, torch.optim.SGD, momentum=0.9)
-    curvature = optimizer._curvatures[0]
+    curvature = optimizer.curvature[0]
 
     def products():
         pairs = [
@@ -221,7 +221,7 @@ def test_first_moments_follow_a_change_of_coordinates_as_gradients_do():
 
     with torch.no_grad():
         before, a_before = products(), curvature.bucket.sites[0].a.clone()
-        optimizer._mode.refresh(curvature)
+        support.mode(optimizer).refresh(curvature)
         torch.testing.assert_close(products(), before, rtol=1e-3, atol=1e-5)
         assert not torch.allclose(curvature.bucket.sites[0].a, a_before, rtol=1e-2), (
             "the coordinates did change"
@@ -304,7 +304,7 @@ def test_every_mode_lowers_the_loss(mode):
 def test_paper_preset_names_every_default_of_the_seed():
     seed = {
         "kfac_update_freq": 50, "kfac_min_samples": 64, "kfac_damping": 1e-3, "reprojection_freq": 50,
-        "reprojection_k": 8, "reprojection": "two_sided", "cov_update_freq": 15, "enable_rank_adaptation": True,
+        "reprojection_k": 8, "reprojection": "two_sided", "cov_update_freq": 15,
         "rank_adaptation_threshold": 0.99, "min_lora_rank": 4, "rank_adaptation_start_step": 0,
         "reprojection_warmup_steps": 0, "ng_warmup_steps": 0, "kfac_inversion_device": "cpu",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""``direction_momentum``: the base's average of the gradient is kept as if the base forgot that fast, for the pairs alone."""
+"""``direction_momentum``: the base's average of the pairs' gradients forgets as fast as the option says."""
 
 import copy
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from grit_optim import GritOptimizer, for_trainer
+from grit_optim.preconditioners.preconditioning import mode_named
 
 STEPS = 12
 
@@ -51,19 +52,21 @@ def test_whatever_beta1_is_the_default_walks_as_with_that_of_the_momentum(beta1)
     wanted, its_own, found = (
         trained_with(adamw(b), m)[0] for b, m in ((0.6, "base"), (beta1, "base"), (beta1, None))
     )
-    assert distance(found, wanted) < 0.01 * distance(its_own, wanted)  # not equal: steps blow rounding up
+    # Not equal: steps blow rounding up.
+    assert distance(found, wanted) < 0.01 * distance(its_own, wanted)
 
 
 @pytest.mark.parametrize("mode", ["spectral", "steer"])
 @pytest.mark.parametrize("dampening", [0.0, 0.5])
-def test_sgds_buffer_forgets_too(mode, dampening):
+def test_sgds_buffer_forgets_too(monkeypatch, mode, dampening):
     def sgd(momentum):
         return lambda p: torch.optim.SGD(p, lr=1e-2, momentum=momentum, dampening=dampening)
 
-    options = {"precondition": mode, "step_length": 0.5, "gradient_share": 0.2}
+    monkeypatch.setattr(mode_named(mode), "gradient_share", 0.2)
+    options = {"precondition": mode, "step_length": 0.5}
     runs = ((0.6, "base"), (0.9, "base"), (0.9, 0.6))
     wanted, its_own, found = (trained_with(sgd(m), w, **options)[0] for m, w in runs)
-    # torch takes the first gradient whole, whatever the dampening is, and another share of it is forgotten
+    # torch takes the first gradient whole, whatever the dampening is, and another share of it is forgotten.
     assert distance(found, wanted) < (0.01 if dampening == 0 else 0.2) * distance(its_own, wanted)
 
 
@@ -189,4 +192,4 @@ def test_a_trainers_factory_still_hands_sgd_its_own_momentum():
     model = tiny.llama()
     optimizer = for_trainer(model, base=torch.optim.SGD, lr=0.1, momentum=0.9, direction_momentum=0.5)
     assert optimizer.defaults["momentum"] == 0.9
-    assert optimizer.options.direction_momentum == 0.5
+    assert optimizer.options.step.direction_momentum == 0.5

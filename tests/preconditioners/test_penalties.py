@@ -1,12 +1,13 @@
 """The two penalties: their gradients against autograd, their place in the step, their warm-up."""
 
 import pytest
+import support
 import tiny
 import torch
 from stepping import one_step, sites_of
 
 from grit_optim import GritOptimizer, presets
-from grit_optim.preconditioners import penalties as regularizers
+from grit_optim.preconditioners import penalties
 from grit_optim.rank.selection import rank_for_energy
 
 BOTH = {"lambda_kfac": 0.03, "lambda_reproj": 0.2, "reprojection_k": 2, "damping": "absolute"}
@@ -32,7 +33,7 @@ def by_autograd(a, b, *rest):
 
 def expected(optimizer, model, before, k=2, one_sided=False):
     """Name to the gradient of the penalties at ``before``, with the optimizer's factors."""
-    options, gradients = optimizer.options, {}
+    options, gradients = optimizer.options.penalty, {}
     for a, b, sigma_a, sigma_g in sites_of(model, optimizer):
         rank = k if k else int(rank_for_energy(torch.linalg.eigvalsh(sigma_a).flip(0)[None], 0.9))
         onto_a = leading_projector(sigma_a, rank)
@@ -61,7 +62,7 @@ def test_operators_are_the_gradients_of_the_formula():
     a, b, rows_a, rows_g = draw(3, 4, 6), draw(3, 5, 4), draw(3, 9, 4), draw(3, 9, 4)
     sigma_a, sigma_g = rows_a.mT @ rows_a, rows_g.mT @ rows_g
     onto_a, onto_g = (torch.stack([leading_projector(m, 2) for m in sigma]) for sigma in (sigma_a, sigma_g))
-    for_a, for_b = regularizers.operators(sigma_a, sigma_g, onto_a, onto_g, 0.3, 0.7)
+    for_a, for_b = penalties.operators(sigma_a, sigma_g, onto_a, onto_g, 0.3, 0.7)
     for i in range(3):
         grad_a, grad_b = by_autograd(a[i], b[i], sigma_a[i], sigma_g[i], onto_a[i], onto_g[i], 0.3, 0.7)
         torch.testing.assert_close(for_a[i] @ a[i], grad_a, rtol=1e-12, atol=1e-12)
@@ -86,7 +87,7 @@ def test_one_sided_reprojection_uses_the_activations_directions_for_both():
 
 
 def test_the_rank_follows_the_adaptation():
-    options = {"enable_rank_adaptation": True, "rank_adaptation_threshold": 0.9, "min_lora_rank": 1}
+    options = {"rank_adaptation_threshold": 0.9, "min_lora_rank": 1}
     never = {"reprojection": "two_sided", "reprojection_warmup_steps": 10**6}
     model, optimizer, before, gradients = one_step({"precondition": "none", **BOTH, **options, **never})
     extra = expected(optimizer, model, before, k=None)
@@ -95,7 +96,7 @@ def test_the_rank_follows_the_adaptation():
 
 def test_the_preconditioner_does_not_see_the_penalties():
     """The documented order: Σ⁻¹∇ first, then the penalties' gradient as it is."""
-    options = {"precondition": "inverse", "preserve_norm": False, "kfac_damping": 0.05, **BOTH}
+    options = {"precondition": "inverse", "step_length": "natural", "kfac_damping": 0.05, **BOTH}
     model, optimizer, before, gradients = one_step(options)
     extra, natural = expected(optimizer, model, before), {}
     for a, b, sigma_a, sigma_g in sites_of(model, optimizer):
@@ -141,7 +142,7 @@ def test_coordinates_that_were_given_up_stay_exactly_zero():
     optimizer = tiny.grit(model, lambda_kfac=0.1, lambda_reproj=0.1, **adapting)
     tiny.train(model, optimizer, 7)
     assert set(optimizer.ranks().values()) == {2}
-    for site in optimizer._sites:
+    for site in support.sites(optimizer):
         assert not site.a[2:].any()
         assert not site.b[:, 2:].any()
         assert site.a[:2].any()
@@ -155,7 +156,7 @@ def test_penalties_shrink_what_they_penalise():
     outside = []
     for _ in range(2):
         total = 0.0
-        for curvature in optimizer._curvatures:
+        for curvature in optimizer.curvature:
             for i, site in enumerate(curvature.bucket.sites):
                 onto = leading_projector(curvature.factors.activation[i].double(), 2)
                 total += float(((torch.eye(4) - onto) @ site.a).square().sum().detach())

@@ -8,7 +8,9 @@ import torch
 from stepping import one_step, sites_of
 
 from grit_optim import GritOptimizer
-from grit_optim.base import transport
+from grit_optim.base import moments
+from grit_optim.preconditioners.preconditioning import mode_named
+from grit_optim.preconditioners.spectral import Spectral
 
 
 def polar(matrix, damping=0.01):
@@ -48,11 +50,11 @@ def test_spectral_orthogonalises_the_momentum_in_fisher_coordinates(weight_decay
     assert checked == 28
 
 
-def test_spectral_without_curvature_is_the_orthogonalised_gradient():
-    """Power 0 leaves the tokens' curvature out: Muon's direction, of the gradient of SGD, with SGD's length."""
-    model, _, before, gradients = one_step(
-        {"precondition": "spectral", "kfac_power": 0.0, "a_step_ratio": 1.0, "caution": 0.0}
-    )
+def test_spectral_without_curvature_is_the_orthogonalised_gradient(monkeypatch):
+    """Power 0 leaves the tokens' curvature out: Muon's direction of SGD's gradient, with SGD's length."""
+    monkeypatch.setattr(Spectral, "a_step_ratio", 1.0)
+    monkeypatch.setattr(Spectral, "caution", 0.0)
+    model, _, before, gradients = one_step({"precondition": "spectral", "kfac_power": 0.0})
     after = tiny.weights(model)
     assert len(gradients) == 28
     for name, gradient in gradients.items():
@@ -62,8 +64,9 @@ def test_spectral_without_curvature_is_the_orthogonalised_gradient():
 
 
 @pytest.mark.parametrize("mode", ["spectral", "steer"])
-def test_step_length_and_ratio_say_how_long_a_step_is(mode):
-    options = {"precondition": mode, "step_length": 0.25, "a_step_ratio": 2.0}
+def test_step_length_and_ratio_say_how_long_a_step_is(monkeypatch, mode):
+    monkeypatch.setattr(mode_named(mode), "a_step_ratio", 2.0)
+    options = {"precondition": mode, "step_length": 0.25}
     model, _, before, gradients = one_step(options, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
     after = tiny.weights(model)
     for name in gradients:
@@ -72,11 +75,13 @@ def test_step_length_and_ratio_say_how_long_a_step_is(mode):
 
 
 @pytest.mark.parametrize("mode", ["spectral", "steer"])
-def test_full_caution_never_goes_up_the_newest_gradient(mode):
+def test_full_caution_never_goes_up_the_newest_gradient(monkeypatch, mode):
     moved = {}
+    monkeypatch.setattr(mode_named(mode), "a_step_ratio", 1.0)
     for caution in (0.0, 1.0):
-        options = {"precondition": mode, "caution": caution, "a_step_ratio": 1.0}
-        model, _, before, gradients = one_step(options, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+        monkeypatch.setattr(mode_named(mode), "caution", caution)
+        options, settings = {"precondition": mode}, {"lr": 1e-2, "weight_decay": 0.0}
+        model, _, before, gradients = one_step(options, torch.optim.AdamW, **settings)
         after = tiny.weights(model)
         moved[caution] = {name: before[name] - after[name] for name in gradients}
     uphill = {
@@ -103,7 +108,7 @@ def test_a_site_whose_gradient_is_zero_stays_where_it_is():
 @pytest.mark.parametrize("mode", ["spectral", "steer"])
 @pytest.mark.parametrize("absent", [0.0, math.nan], ids=["zero", "not finite"])
 def test_without_a_gradient_a_step_fades_out_with_the_bases_average(mode, absent):
-    """An expert that sees no token keeps gradients of zero, and must not go on at full length along what it saw last."""
+    """An expert that sees no token has zero gradients; it must not go on at full length along its last."""
     model = tiny.llama(layers=1)
     optimizer = tiny.grit(model, precondition=mode, step_length=0.6, direction_momentum=0.6)
     optimizer.param_groups[0]["weight_decay"] = 0.0
@@ -156,6 +161,6 @@ def test_the_weight_of_a_moment_makes_it_a_mean_of_gradients(make, steps):
     for _ in range(steps):
         parameter.grad = torch.full((2, 3), 5.0)
         base.step()
-    moment = transport.first_moment(base, parameter)
-    weight = transport.moment_weight(base, parameter, base.param_groups[0], 0.7)
+    moment = moments.first_moment(base, parameter)
+    weight = moments.moment_weight(base, parameter, base.param_groups[0], 0.7)
     torch.testing.assert_close(moment / weight, torch.full((2, 3), 5.0))

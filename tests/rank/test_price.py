@@ -1,12 +1,14 @@
 """The predicted cost of dropping directions, in units of the loss."""
 
 import pytest
+import support
 import tiny
 import torch
 import twin
 
 from grit_optim import GritOptimizer, linalg
-from grit_optim.curvature.factors import Sums, loss_tokens
+from grit_optim.capture.sums import Sums
+from grit_optim.curvature.units import loss_tokens
 from grit_optim.rank import pairs
 
 CPU = torch.device("cpu")
@@ -31,17 +33,16 @@ def test_the_scored_tokens_are_counted_where_only_they_have_a_gradient():
     model = tiny.llama(init_lora_weights=False)
     optimizer = still(model)
     answer_loss(model, tiny.tokens(batch=4, length=12), prompt=5).backward()
-    sums = optimizer._capture.collect()
+    sums = support.parts(optimizer).capture.collect().sums
     assert float(loss_tokens(sums)) == 4 * 7
-    assert (
-        float(sums[0].tokens.max()) == 4 * 11
-    )  # the last token is never an input of anything that is scored
+    # The last token is never an input of anything that is scored.
+    assert float(sums[0].tokens.max()) == 4 * 11
 
 
 @pytest.mark.parametrize("damping", ["relative", "absolute"])
 @pytest.mark.parametrize("max_tokens", [None, 8])
 def test_price_times_factors_is_half_n_t_times_the_product(damping, max_tokens):
-    """In whatever units the factors are kept, and however few tokens enter them, the price brings them back to the loss's."""
+    """Whatever the factors' units and however few tokens enter them, the price is in the loss's unit."""
     model = tiny.llama(init_lora_weights=False)
 
     def run():
@@ -51,7 +52,7 @@ def test_price_times_factors_is_half_n_t_times_the_product(damping, max_tokens):
     optimizer = still(model, damping=damping, max_tokens=max_tokens)
     run()
     optimizer.step()
-    curvature = optimizer._curvatures[0]
+    curvature = optimizer.curvature[0]
     for i, name in enumerate(curvature.bucket.names()):
         *_, rows, _ = known[name]
         raw = curvature.factors.gradient[i].double()
@@ -65,7 +66,7 @@ def test_tokens_of_a_subsample_count_for_those_left_out():
     model = tiny.llama(init_lora_weights=False)
     optimizer = still(model, max_tokens=8)
     tiny.loss_of(model).backward()
-    sums = optimizer._capture.collect()[0]
+    sums = support.parts(optimizer).capture.collect().sums[0]
     assert float(sums.rows.max()) <= 8
     assert sums.tokens.tolist() == pytest.approx([44.0] * 14, rel=0.2)
 
@@ -75,9 +76,9 @@ def test_loss_tokens_of_nothing_is_nothing():
 
 
 def test_the_prediction_is_the_divergence_that_a_cut_causes():
-    """For labels drawn from the model itself the Fisher matrix is exact, and the expected rise is the KL divergence.
+    """For labels drawn from the model the Fisher matrix is exact and the expected rise is the KL divergence.
 
-    No noise is left in what is measured, so that the constant ½·N·T is seen: one site at a time, half its
+    No noise is left in what is measured, so the constant ½·N·T is seen. One site at a time loses half of its
     directions.
     """
     model = tiny.llama(rank=4, init_lora_weights=False).double()
@@ -93,7 +94,7 @@ def test_the_prediction_is_the_divergence_that_a_cut_causes():
             torch.nn.functional.cross_entropy(logits, drawn).backward()
             optimizer.step()
             optimizer.zero_grad()
-    curvature = optimizer._curvatures[0]
+    curvature = optimizer.curvature[0]
     found = pairs.coordinates(curvature, 1e-6)
     ratios = []
     for i, site in enumerate(curvature.bucket.sites):

@@ -1,28 +1,27 @@
-"""The report of ranks: its numbers, its table, its JSON, and the command that reads saved adapters."""
+"""The report of ranks: its numbers, its table, its JSON, and ranks of weights that were loaded."""
 
 import json
 
 import pytest
+import support
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
 
-from grit_optim.__main__ import main
+from grit_optim import linalg
 from grit_optim.rank.report import RankReport, SiteRank, effective_ranks, product_singular_values
-from grit_optim.rank.selection import entropy_rank
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_k_equal_singular_values_have_entropy_rank_k(k):
     spectrum = torch.zeros(1, 6)
     spectrum[0, :k] = 0.7
-    assert entropy_rank(spectrum).item() == pytest.approx(k, rel=1e-5)
+    assert linalg.effective_rank(spectrum).item() == pytest.approx(k, rel=1e-5)
     assert effective_ranks(spectrum, 0.999) == [(pytest.approx(k, rel=1e-5), k)]
 
 
 def test_a_zero_spectrum_has_no_effective_rank():
     assert effective_ranks(torch.zeros(2, 4), 0.99) == [(None, None)] * 2
-    assert entropy_rank(torch.zeros(2, 4)).tolist() == [0, 0]
+    assert linalg.effective_rank(torch.zeros(2, 4)).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("r", "d_in", "d_out"), [(3, 7, 5), (4, 3, 9), (4, 9, 2)])
@@ -74,100 +73,6 @@ def test_table():
     ]
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    path = tmp_path_factory.mktemp("adapter")
-    model = tiny.llama(rank=6)
-    optimizer = tiny.grit(model, min_lora_rank=0)
-    tiny.train(model, optimizer, 5)
-    optimizer.reduce_ranks_(0.4)
-    return path, optimizer.save_adapter(path), model
-
-
-def test_the_command_prints_what_was_saved(adapter, capsys):
-    path, saved, _ = adapter
-    assert main(["ranks", str(path), "--json"]) == 0
-    read = json.loads(capsys.readouterr().out)
-    by_name = {site["name"]: site for site in read["sites"]}
-    assert len(by_name) == 14
-    for site in saved.as_dict()["sites"]:
-        for key, value in site.items():
-            assert by_name[site["name"]][key] == pytest.approx(value), key
-    assert main(["ranks", str(path)]) == 0
-    table = capsys.readouterr().out
-    assert f"{saved.parameters:,}" in table.splitlines()[-1]
-    assert len(table.splitlines()) == 16
-
-
-def test_the_command_reads_adapters_that_peft_wrote(adapter, tmp_path, capsys):
-    adapter[2].save_pretrained(tmp_path)
-    assert main(["ranks", str(tmp_path), "--json", "--threshold", "0.5"]) == 0
-    read = json.loads(capsys.readouterr().out)
-    assert {site["rank"] for site in read["sites"]} == {6}
-    assert {site["predicted_loss"] for site in read["sites"]} == {None}
-    effective = {site["name"]: site["entropy_rank"] for site in read["sites"]}
-    for site in adapter[1].sites:
-        if site.rank:
-            assert effective[site.name] == pytest.approx(site.entropy_rank, rel=1e-3), (
-                "zero rows count for nothing"
-            )
-        else:
-            assert effective[site.name] is None
-
-
-def spoilt(path, name, content):
-    (path / name).write_bytes(content)
-
-
-def without(path, ending):
-    tensors = load_file(path / "adapter_model.safetensors")
-    del tensors[next(name for name in tensors if name.endswith(ending))]
-    save_file(tensors, path / "adapter_model.safetensors")
-
-
-BAD = {
-    "no adapter": (
-        lambda path: (path / "adapter_model.safetensors").unlink(),
-        "is no saved adapter: it has no adapter_model",
-    ),
-    "damaged": (lambda path: spoilt(path, "adapter_model.safetensors", b"xxxxxxxxxxxx"), "is damaged"),
-    "ranks file": (lambda path: spoilt(path, "grit_ranks.json", b"[]"), "is not what save_adapter"),
-    "incomplete ranks file": (
-        lambda path: spoilt(path, "grit_ranks.json", b'{"format": 1, "sites": [{"name": "x"}]}'),
-        "a site without parameters_before, predicted_loss, rank_before",
-    ),
-    "a pair without B": (
-        lambda path: without(path, ".lora_B.weight"),
-        "and no base_model.model.model.layers.0",
-    ),
-    "newer ranks file": (lambda path: spoilt(path, "grit_ranks.json", b'{"format": 99}'), "format 99"),
-}
-
-
-@pytest.mark.parametrize(("spoil", "message"), BAD.values(), ids=BAD.keys())
-def test_what_cannot_be_read_is_said_in_one_line(adapter, tmp_path, capsys, spoil, message):
-    for file in adapter[0].iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    spoil(tmp_path)
-    assert main(["ranks", str(tmp_path)]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_diverged_adapter_has_ranks_and_no_spectrum(adapter, tmp_path, capsys):
-    tensors = load_file(adapter[0] / "adapter_model.safetensors")
-    name = next(name for name in tensors if name.endswith("lora_A.weight"))
-    save_file({**tensors, name: tensors[name] * float("nan")}, tmp_path / "adapter_model.safetensors")
-    assert main(["ranks", str(tmp_path), "--json"]) == 0
-    sites = json.loads(capsys.readouterr().out)["sites"]
-    assert [site["entropy_rank"] is None for site in sites].count(True) == 1
-    assert all(site["rank"] for site in sites)
-
-
-def test_a_threshold_that_is_none(adapter, capsys):
-    assert main(["ranks", str(adapter[0]), "--threshold", "1.5"]) == 2
-    assert "--threshold must be in (0, 1]" in capsys.readouterr().err
-
-
 # -------------------------------------------------------------------- ranks of weights that were loaded
 
 
@@ -181,16 +86,16 @@ def balanced(**options):
 def set_directions(optimizer, sites, value):
     """Fill the last two directions of A and B of the named sites."""
     with torch.no_grad():
-        for site in optimizer._sites:
+        for site in support.sites(optimizer):
             if site.name in sites:
                 site.a[2:], site.b[:, 2:] = value, value
 
 
 def test_ranks_follow_weights_that_lost_or_regained_directions():
-    """Both ways, on a part of the sites; the factors of those that regained some start anew, and only theirs."""
+    """Both ways, on some of the sites; only the factors of those that regained directions start anew."""
     model, optimizer = balanced()
     tiny.train(model, optimizer, 4)
-    some = [site.name for site in optimizer._sites][:3]
+    some = [site.name for site in support.sites(optimizer)][:3]
     set_directions(optimizer, some, 0.0)
     assert dict(optimizer.ranks()) == {name: 2 if name in some else 4 for name in optimizer.ranks()}
     seen = optimizer.telemetry()["samples"]
@@ -204,14 +109,12 @@ def test_ranks_follow_weights_that_lost_or_regained_directions():
 
 
 def test_directions_that_regrew_with_a_zero_b_are_in_use():
-    model, optimizer = balanced(
-        rank_budget=0.5, rank_budget_start=0.4, rank_regrowth=True, rank_budget_steps=4, reprojection_freq=2
-    )
+    model, optimizer = balanced(rank_budget=(0.4, 0.5), rank_budget_steps=4, reprojection_freq=2)
     tiny.train(model, optimizer, 9)
     told = {
         name: int(rank)
-        for c in optimizer._curvatures
-        for name, rank in zip(c.bucket.names(), c.rank, strict=True)
+        for c in optimizer.curvature
+        for name, rank in zip(c.bucket.names(), c.ranks.rank, strict=True)
     }
     assert dict(optimizer.ranks()) == told
 
@@ -220,6 +123,6 @@ def test_the_paper_gives_no_rank_up_so_none_is_taken_from_the_weights():
     model, optimizer = balanced(reprojection="two_sided", reprojection_k=3, reprojection_freq=2)
     tiny.train(model, optimizer, 5)
     assert set(optimizer.ranks().values()) == {3}
-    assert {int((site.a != 0).any(1).sum()) for site in optimizer._sites} == {4}
+    assert {int((site.a != 0).any(1).sum()) for site in support.sites(optimizer)} == {4}
     tiny.train(model, optimizer, 1, first=5)
     assert set(optimizer.ranks().values()) == {3}

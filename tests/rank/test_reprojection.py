@@ -6,8 +6,8 @@ import torch
 
 from grit_optim import GritOptimizer, presets
 from grit_optim.curvature.factors import Factors
-from grit_optim.rank import selection as rank
-from grit_optim.rank.coordinates import paper_projection
+from grit_optim.rank.projections import paper_projection
+from grit_optim.rank.selection import RankPolicy
 
 BALANCED = {"reprojection": "balanced", "reprojection_freq": 4}
 
@@ -29,33 +29,6 @@ def without_training(model, optimizer):
         group["weight_decay"] = 0.0
 
 
-@pytest.mark.parametrize(
-    ("spectrum", "threshold", "k"),
-    [
-        ([4.0, 3.0, 2.0, 1.0], 0.4, 1),
-        ([4.0, 3.0, 2.0, 1.0], 0.41, 2),
-        ([4.0, 3.0, 2.0, 1.0], 0.9, 3),
-        ([4.0, 3.0, 2.0, 1.0], 1.0, 4),
-        ([4.0, 3.0, 0.0, 0.0], 1.0, 2),
-        ([0.0, 0.0, 0.0, 0.0], 0.5, 4),
-    ],
-)
-def test_rank_for_energy(spectrum, threshold, k):
-    assert rank.rank_for_energy(torch.tensor([spectrum]), threshold).tolist() == [k]
-
-
-def test_rank_policy_never_raises_a_rank_and_respects_floor_and_gate():
-    spectrum = torch.tensor([[9.0, 0.5, 0.5, 0.0]]).expand(4, 4)
-    current = torch.tensor([4, 1, 4, 3])
-    allowed = torch.tensor([True, True, False, True])
-    adaptive = rank.RankPolicy(fixed=3, threshold=0.5, floor=2)
-    assert adaptive.next_rank(spectrum, current, allowed).tolist() == [2, 1, 4, 2]
-    fixed = rank.RankPolicy(fixed=3, threshold=None, floor=2)
-    assert fixed.next_rank(spectrum, current, allowed).tolist() == [3, 1, 4, 3]
-    keep = rank.RankPolicy(fixed=None, threshold=None, floor=2)
-    assert torch.equal(keep.next_rank(spectrum, current, allowed), current)
-
-
 def known_factors(samples_g=100.0):
     """Two sites whose leading eigenvectors differ between Σ_a and Σ_g."""
     factors = Factors.zeros(2, 3, torch.device("cpu"))
@@ -72,8 +45,9 @@ def known_factors(samples_g=100.0):
     ids=["two-sided", "two-sided without samples of g", "one-sided"],
 )
 def test_paper_projection_uses_the_leading_eigenvectors(two_sided, samples_g, onto_b):
-    policy = rank.RankPolicy(fixed=2, threshold=None, floor=1)
-    move, new_rank = paper_projection(known_factors(samples_g), torch.tensor([3, 3]), policy, 64, two_sided)
+    policy = RankPolicy(fixed=2, threshold=None, floor=1)
+    factors = known_factors(samples_g)
+    move, new_rank = paper_projection(factors, torch.tensor([3, 3]), policy, factors.ready(64), two_sided)
     torch.testing.assert_close(move.a_weight[0], torch.diag(torch.tensor([0.0, 1.0, 1.0])))
     torch.testing.assert_close(move.b_weight[0], torch.diag(torch.tensor(onto_b).float()))
     assert torch.equal(move.a_weight[1], torch.eye(3)), "a site without samples is left alone"
@@ -180,7 +154,6 @@ def test_rank_adaptation_starts_when_told_and_keeps_the_floor():
     model = tiny.llama(rank=6)
     optimizer = tiny.grit(
         model,
-        enable_rank_adaptation=True,
         rank_adaptation_threshold=0.3,
         min_lora_rank=2,
         rank_adaptation_start_step=6,
