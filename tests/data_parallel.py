@@ -11,6 +11,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import around
+import support
 import tiny
 import torch
 from torch import nn
@@ -33,7 +35,7 @@ OPTIONS = {
         "precondition": "inverse",
         "damping": "absolute",
         "kfac_damping": 1e-3,
-        "preserve_norm": False,
+        "step_length": "natural",
     },
     "in every second step": {"precondition": "inverse", "cov_update_freq": 2},
     "mean over all tokens": {"precondition": "inverse", "fisher_decay": None},
@@ -41,7 +43,7 @@ OPTIONS = {
     "ekfac": {"precondition": "inverse", "fisher": "ekfac"},
     "budget": BUDGET,
     "adaptive budget": {**BUDGET, "rank_budget_schedule": "adaptive"},
-    "regrowth": {**BUDGET, "rank_budget": 0.9, "rank_budget_start": 0.4, "rank_regrowth": True},
+    "regrowth": {**BUDGET, "rank_budget": (0.4, 0.9)},
     "two-sided": {
         "precondition": "inverse",
         "reprojection": "two_sided",
@@ -78,12 +80,12 @@ def ended(model, optimizer):
     told = optimizer.telemetry()
     return {
         "weights": tiny.weights(model),
-        "products": {site.name: site.b.detach() @ site.a.detach() for site in optimizer._sites},
+        "products": {site.name: site.b.detach() @ site.a.detach() for site in support.sites(optimizer)},
         "state": optimizer.state_dict(),
         "ranks": dict(optimizer.ranks()),
         "told": {key: told[key] for key in ("steps", "folds", "dropped_folds", "predicted_cost")},
-        "pace": optimizer._pace.state(),
-        "steps that are still compared": optimizer._tap_watch.steps_left,
+        "in force": {key: told[key] for key in ("kfac_update_freq", "reprojection_freq", "kfac_damping")},
+        "steps that are still compared": support.parts(optimizer).capture.watch.steps_left,
     }
 
 
@@ -210,12 +212,10 @@ def resting(rank, processes):
     return {**ended(model, optimizer), "before": before}
 
 
-def around(rank, processes):
+def unseen(rank, processes):
     """A layer that reads the adapter's weights and never calls its modules."""
-    from test_diagnosis import go_around_the_tap, layer_of
-
     model = llama()
-    go_around_the_tap(layer_of(model, "layers.0.self_attn.v_proj"))
+    around.go_around_the_tap(around.layer_of(model, "layers.0.self_attn.v_proj"))
     optimizer = grit(model)
     train(together(model), optimizer, rank, processes, 8)
     return ended(model, optimizer)
@@ -241,7 +241,7 @@ def trainer(rank, processes):
 SCENARIOS = {
     **{name: (lambda rank, processes, name=name: options_of(name, rank, processes)) for name in OPTIONS},
     "accumulated": accumulated, "resumed": resumed, "experts": experts, "overflow": overflow, "resting": resting,
-    "around": around, "Trainer": trainer,
+    "around": unseen, "Trainer": trainer,
 }  # fmt: skip
 
 

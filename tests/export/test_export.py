@@ -8,6 +8,7 @@ from pathlib import Path
 
 import bases
 import pytest
+import support
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -101,7 +102,7 @@ def grit(model, **options):
 def chosen(optimizer, by_end):
     """The ranks of a case: the longest end of a site's name decides."""
     ranks = {}
-    for site in optimizer._sites:
+    for site in support.sites(optimizer):
         layer = site.name.removesuffix(f".{site.adapter}")
         ends = [end for end in by_end if layer.endswith(end)]
         ranks[site.name] = min(site.rank, by_end[max(ends, key=len)] if ends else site.rank // 2)
@@ -141,7 +142,7 @@ def exported(base_folder, tmp_path_factory):
         results[name] = [report, root / str(number), bases.answer(kind, model), model]
     jobs = [(kind, str(base_folder), str(root / str(i))) for i, (kind, *_) in enumerate(CASES.values())]
     torch.save(jobs, root / "jobs.pt")
-    command = [sys.executable, str(Path(__file__).parent / "bases.py"), str(root / "jobs.pt")]
+    command = [sys.executable, bases.__file__, str(root / "jobs.pt")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for result, loaded in zip(results.values(), torch.load(f"{root / 'jobs.pt'}.answers"), strict=True):
@@ -298,7 +299,7 @@ def test_a_type_that_cannot_hold_the_adapter(base_folder, tmp_path):
     train("fp32", model, optimizer)
     optimizer.save_adapter(tmp_path)
     before = load_file(tmp_path / export.WEIGHTS)
-    optimizer._sites[1].b.data[0, 0] = 1e5
+    support.sites(optimizer)[1].b.data[0, 0] = 1e5
     with pytest.raises(
         ValueError, match=r"float16 cannot hold values of .*k_proj.lora_B.weight \(at most 65504\)"
     ):

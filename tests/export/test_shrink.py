@@ -6,6 +6,7 @@ import warnings
 
 import bases
 import pytest
+import support
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -67,10 +68,10 @@ def test_the_bases_state_of_what_remains_is_kept(base):
             {k: v.clone() for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)}
             for p in (site.a, site.b)
         ]
-        for site in optimizer._sites
+        for site in support.sites(optimizer)
     }
     optimizer.shrink_()
-    left = {site.name: site for site in optimizer._sites}
+    left = {site.name: site for site in support.sites(optimizer)}
     assert set(left) == {name for name, rank in ranks.items() if rank > 0}
     compared = 0
     for name, site in left.items():
@@ -115,7 +116,7 @@ def test_a_graph_that_is_still_alive_does_not_remember_the_old_shape():
 def test_gradients_that_are_there_are_cut_too():
     model, optimizer = reduced()
     tiny.loss_of(model).backward()
-    site = optimizer._sites[2]
+    site = support.sites(optimizer)[2]
     gradient, rank = site.a.grad.clone(), optimizer.ranks()[site.name]
     assert rank > 0
     optimizer.shrink_()
@@ -240,7 +241,7 @@ def test_a_copy_is_told_its_model_and_holds_no_frozen_weights():
     assert all(p.requires_grad for m in held for p in m.parameters())
     fields = {f.name for f in dataclasses.fields(Site)}
     assert fields == {"name", "adapter", "a_modules", "b_modules", "scalings", "layer_bias"}
-    assert all(site.layer_bias is None for site in optimizer._sites), "only a bias that is trained is held"
+    assert all(site.layer_bias is None for site in support.sites(optimizer)), "only a bias that is trained is held"
     with pytest.raises(ValueError, match="pass model="):
         twin.shrink_()
     before = logits(twin_model)

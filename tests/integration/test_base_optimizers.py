@@ -4,12 +4,13 @@ import inspect
 import warnings
 
 import pytest
+import support
 import tiny
 import torch
 from torch import optim
 
 from grit_optim import GritOptimizer
-from grit_optim.base import transport
+from grit_optim.base import moments
 
 
 def of_torch(name, **settings):
@@ -181,8 +182,8 @@ def test_squares_that_bitsandbytes_keeps_first_are_no_average():
     base = bitsandbytes.optim.RMSprop(tiny.trained(model), lr=1e-3)
     tiny.train(model, base, 1)
     parameter = next(p for p in tiny.trained(model) if base.state[p]["state1"].any())
-    assert transport.first_moment(base, parameter) is None
-    assert transport.second_moment(base, parameter) is base.state[parameter]["state1"]
+    assert moments.first_moment(base, parameter) is None
+    assert moments.second_moment(base, parameter) is base.state[parameter]["state1"]
 
 
 def test_the_bases_own_warm_up_sets_the_length():
@@ -205,7 +206,7 @@ def test_an_adam_that_finds_its_own_rate_says_how_long_a_step_is():
     peers = pytest.importorskip("pytorch_optimizer")
     model = tiny.llama(layers=1)
     optimizer = GritOptimizer(peers.DAdaptAdam(tiny.trained(model), lr=1.0), model, kfac_min_samples=8)
-    assert optimizer.options.step_length == optimizer.options.direction_momentum == "base"
+    assert optimizer.options.step.step_length == optimizer.options.step.direction_momentum == "base"
     before = tiny.weights(model)
     tiny.train(model, optimizer, 3)
     assert all((after - before[name]).abs().max() < 1e-2 for name, after in tiny.weights(model).items())
@@ -214,7 +215,7 @@ def test_an_adam_that_finds_its_own_rate_says_how_long_a_step_is():
 def test_lora_plus_keeps_its_two_rates():
     _, optimizer = built("LoRA+")
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    assert {(rates[id(site.a)], rates[id(site.b)]) for site in optimizer._sites} == {(1e-2, 4e-2)}
+    assert {(rates[id(site.a)], rates[id(site.b)]) for site in support.sites(optimizer)} == {(1e-2, 4e-2)}
 
 
 def test_schedule_free_changes_over_for_evaluation():

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import support
 import torch
 from tiny import adamw, grit, llama, train, trained, weights
 from torch.optim import AdamW
@@ -25,7 +26,6 @@ PAPER = {
 ADAPTING = {
     "reprojection": "balanced",
     "reprojection_freq": 3,
-    "enable_rank_adaptation": True,
     "rank_adaptation_threshold": 0.9,
     "min_lora_rank": 1,
 }
@@ -220,7 +220,7 @@ def test_moments_of_an_eigenbasis_checkpoint_come_back_to_plain_coordinates(tmp_
     model, optimizer = built({"precondition": "eigenbasis", "kfac_update_freq": frequency})
     train(model, optimizer, 4)
     turned = {}
-    for curvature in optimizer._curvatures:
+    for curvature in optimizer.curvature:
         for i, site in enumerate(curvature.bucket.sites):
             m_a, m_b = (optimizer.base.state[p]["exp_avg"] for p in (site.a, site.b))
             turned[site.name] = curvature.a_operator[i] @ m_a, m_b @ curvature.b_operator[i].T
@@ -228,7 +228,7 @@ def test_moments_of_an_eigenbasis_checkpoint_come_back_to_plain_coordinates(tmp_
     _, fresh = built({"precondition": mode})
     fresh.load_state_dict(saved(tmp_path / "turned.pt", optimizer)[0])
     assert len(turned) == 14
-    for site in fresh._sites:
+    for site in support.sites(fresh):
         for p, expected in zip((site.a, site.b), turned[site.name], strict=True):
             got = fresh.base.state[p]["exp_avg"]
             assert torch.allclose(got, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
@@ -245,7 +245,7 @@ def test_plain_checkpoint_loads_into_a_turned_base(tmp_path):
     pairs = list(zip(trained(model), trained(plain_model), strict=True))
     assert len(pairs) == 28
     assert all(torch.equal(optimizer.base.state[p]["exp_avg"], plain.state[q]["exp_avg"]) for p, q in pairs)
-    assert all(torch.equal(c.a_operator, torch.eye(4).expand(14, 4, 4)) for c in optimizer._curvatures)
+    assert all(torch.equal(c.a_operator, torch.eye(4).expand(14, 4, 4)) for c in optimizer.curvature)
 
 
 # -------------------------------------------------------------------- what does not belong here

@@ -20,7 +20,7 @@ def test_an_optimizer_built_before_the_first_compiled_call_sees_the_same_factors
         optimizer = tiny.grit(model, fisher_decay=None)
         tiny.train(torch.compile(model, backend="eager") if compiled else model, optimizer, 1)
         assert optimizer.telemetry()["engaged_sites"] == 7
-        factors.append(optimizer._curvatures[0].factors)
+        factors.append(optimizer.curvature[0].factors)
     assert factors[0].activation_samples.tolist() == factors[1].activation_samples.tolist()
     torch.testing.assert_close(factors[0].activation, factors[1].activation, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(factors[0].gradient, factors[1].gradient, rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ import pickle
 import weakref
 
 import pytest
+import support
 import torch
 from tiny import grit, llama, loss_of, train, trained, weights
 from torch.optim.lr_scheduler import LinearLR
@@ -60,6 +61,10 @@ def test_copy_of_the_optimizer_alone_leaves_the_model_alone():
     assert optimizer.telemetry()["samples"] == twin.telemetry()["samples"]
 
 
+def taps_of(model):
+    return [tap for module in model.modules() for tap in module._forward_hooks.values()]
+
+
 def test_copy_of_the_model_carries_taps_that_do_nothing():
     model = llama()
     optimizer = grit(model)
@@ -69,21 +74,22 @@ def test_copy_of_the_model_carries_taps_that_do_nothing():
     loss_of(model).backward()
     assert [r.fired for r in optimizer.check_capture()] == [1] * 14
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(trained(twin), trained(model), strict=True))
-    taps = [tap for m in twin.modules() for tap in m._forward_hooks.values()]
-    assert [tap._capture for tap in taps] == [None] * 14
+    assert [tap.owner() for tap in taps_of(twin)] == [None] * 14
 
 
 def test_model_does_not_keep_the_optimizer_alive():
     model = llama()
     optimizer = grit(model)
     train(model, optimizer, 2)
-    alive = weakref.ref(optimizer), weakref.ref(optimizer._capture)
+    alive, taps = weakref.ref(optimizer), taps_of(model)
+    assert len({tap.owner() for tap in taps}) == 1
     del optimizer
     gc.collect()
-    assert [ref() for ref in alive] == [None, None]
+    assert alive() is None
+    assert [tap.owner() for tap in taps] == [None] * 14
     loss_of(model).backward()  # the taps left behind do nothing
     successor = grit(model)
-    assert all(len(site.tap._forward_hooks) == 1 for site in successor._sites)
+    assert all(len(site.tap._forward_hooks) == 1 for site in support.sites(successor))
 
 
 # -------------------------------------------------------------------- close

@@ -113,7 +113,7 @@ def test_numbers_agree_with_the_host(device, mode, dtype, steps, products_on_the
 def test_state_lives_on_the_device(device):
     model, optimizer = started(device)
     train(model, optimizer, 2)
-    found = [c.factors.gradient for c in optimizer._curvatures]
+    found = [c.factors.gradient for c in optimizer.curvature]
     assert [t.device.type for t in found] == [device]
     assert {t.dtype for t in found} == {torch.float32}
     assert {report.status for report in _reports(model, optimizer)} == {"ok"}
@@ -329,7 +329,7 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(device, mode):
     other.load_state_dict(saved["model"])
     fresh.load_state_dict(saved["optimizer"])
     train(other, fresh, 4, first=4)
-    assert {c.factors.gradient.device.type for c in fresh._curvatures} == {device}
+    assert {c.factors.gradient.device.type for c in fresh.curvature} == {device}
     assert_near(on_cpu(other), on_cpu(model), 0 if device == "cpu" else 1e-5)
 
 
@@ -349,6 +349,6 @@ def test_a_model_that_moves_takes_its_curvature_along(device):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(GRIT|Grit).*")
         train(model, optimizer, 4)
-    assert {c.bucket.device.type for c in optimizer._curvatures} == {device}
+    assert {c.bucket.device.type for c in optimizer.curvature} == {device}
     assert optimizer.telemetry()["engaged_sites"] == 14
     assert {report.status for report in _reports(model, optimizer)} == {"ok"}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import data_parallel
 import pytest
+import support
 import tiny
 import torch
 
@@ -76,7 +77,7 @@ def test_together_they_are_one_process_with_all_rows(ends, name):
         assert (both["products"][key] - product).abs().max() < 1e-5 * largest, key
     assert both["ranks"] == alone["ranks"]
     assert both["told"] == pytest.approx(alone["told"], rel=1e-4)
-    assert both["pace"] == pytest.approx(alone["pace"], rel=1e-4)
+    assert both["in force"] == pytest.approx(alone["in force"], rel=1e-4)
 
 
 def test_the_scenarios_do_what_they_are_for(ends):
@@ -85,9 +86,9 @@ def test_the_scenarios_do_what_they_are_for(ends):
         assert min(alone[name]["ranks"].values()) < 4, name
         assert alone[name]["told"]["predicted_cost"] > 0, name
     assert sum(alone["regrowth"]["ranks"].values()) > 10 * 4 * 0.4
-    pace = alone["adaptive schedule"]["pace"]
-    assert pace["kfac_update_freq"] != 4
-    assert pace["kfac_damping"] != alone["inverse"]["pace"]["kfac_damping"]
+    adapted = alone["adaptive schedule"]["in force"]
+    assert adapted["kfac_update_freq"] != 4
+    assert adapted["kfac_damping"] != alone["inverse"]["in force"]["kfac_damping"]
 
 
 def test_an_overflow_of_one_is_dropped_by_all(ends):
@@ -126,7 +127,7 @@ def test_weights_that_were_partitioned_since_are_refused():
     model = tiny.llama()
     optimizer = tiny.grit(model)
     tiny.loss_of(model).backward()
-    site = optimizer._sites[3]
+    site = support.sites(optimizer)[3]
     site.a.data = site.a.data.flatten()[:7]
     with pytest.raises(
         NotImplementedError, match=r"site .*o_proj.default' is a flat vector of 7 entries: FSDP1 or ZeRO-3"

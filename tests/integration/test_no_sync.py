@@ -1,6 +1,7 @@
 """A step reads nothing back from the device: shown on the meta device, whose tensors have no values to read."""
 
 import pytest
+import support
 import torch
 from tiny import grit, llama, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,9 +32,7 @@ def waited_for(mode, steps=3, **options):
     """What the steps of a model on the meta device would wait for, without the checks of the first steps."""
     model = llama().to("meta")
     optimizer = grit(model, precondition=mode, **options)
-    optimizer._tap_watch.steps_left = (
-        0  # the comparison of taps and gradients in the first steps does read values
-    )
+    support.parts(optimizer).capture.watch.steps_left = 0  # comparing taps and gradients does read values
     waiting = set()
     for _ in range(steps):
         ids = tokens().to("meta")
@@ -42,7 +41,7 @@ def waited_for(mode, steps=3, **options):
             optimizer.step()
         optimizer.zero_grad()
         waiting |= set(watch.waiting)
-    assert optimizer._counters.refreshes > 0
+    assert support.parts(optimizer).preconditioning.refreshes > 0
     return waiting
 
 

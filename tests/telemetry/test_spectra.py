@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from grit_optim import linalg
 from grit_optim.telemetry import spectra
 
 
@@ -26,14 +27,14 @@ def factor_with(values, seed=0):
     ],
 )
 def test_effective_rank(values, expected):
-    got = spectra.effective_rank(torch.tensor([values], dtype=torch.float64))
+    got = linalg.effective_rank(torch.tensor([values], dtype=torch.float64))
     assert got.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_effective_rank_does_not_know_the_unit():
     values = torch.tensor([[3.0, 2.0, 0.1]], dtype=torch.float64)
-    assert spectra.effective_rank(values).item() == pytest.approx(
-        spectra.effective_rank(1e-9 * values).item()
+    assert linalg.effective_rank(values).item() == pytest.approx(
+        linalg.effective_rank(1e-9 * values).item()
     )
 
 

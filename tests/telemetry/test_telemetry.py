@@ -4,12 +4,14 @@ import json
 import math
 
 import pytest
+import support
 import tiny
 import torch
 from stepping import one_step, sites_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grit_optim import sinks
+from grit_optim.sinks.flattening import Flattener
 from grit_optim.telemetry.snapshot import Snapshot
 
 SCALARS = {
@@ -121,7 +123,7 @@ def test_spectra_and_eigenvectors_on_request():
     last = records[-2]["sites"]
     assert {len(values) for values in last["eigenvalues_a"] + last["eigenvalues_g"]} == {2}
     assert len(last["eigenvectors_a"]) == 3
-    factor = optimizer._curvatures[0].factors.activation[0].double()
+    factor = optimizer.curvature[0].factors.activation[0].double()
     vectors = torch.tensor(last["eigenvectors_a"][0], dtype=torch.float64)
     diagonal = vectors.T @ factor @ vectors
     torch.testing.assert_close(
@@ -224,7 +226,7 @@ def test_final_ranks_and_parameter_counts(tmp_path):
     tiny.train(model, optimizer, 5)
     final = optimizer.final_ranks(tmp_path / "ranks.json")
     assert final.keys() == optimizer.ranks().keys()
-    for site in optimizer._sites:
+    for site in support.sites(optimizer):
         told = final[site.name]
         assert (told["base_r"], told["final_k_a"], told["final_k_b"]) == (4, 3, 3)
         assert told["parameters"] == site.a.numel() + site.b.numel()
@@ -310,7 +312,7 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path, whole):
 
 def test_flattened_records_have_totals_and_sites():
     _, records, _ = recorded({}, log_fisher_spectrum=True, log_top_eigs=2)
-    short, whole = sinks.Flattener(per_site=False), sinks.Flattener(per_site=True)
+    short, whole = Flattener(per_site=False), Flattener(per_site=True)
     for flatten in (short, whole):
         assert flatten(records[0]) == {}
     totals, sites = short(records[-2]), whole(records[-2])
@@ -336,7 +338,7 @@ def test_tensorboard_gets_the_scalars(tmp_path):
     events.Reload()
     seen = [(event.step, event.value) for event in events.Scalars("GRIT/loss")]
     assert seen == [(1, rounded(losses[0])), (2, rounded(losses[1])), (4, rounded(losses[3]))]
-    assert f"Fisher/{optimizer._sites[0].name}/trace_g" in events.Tags()["scalars"]
+    assert f"Fisher/{support.sites(optimizer)[0].name}/trace_g" in events.Tags()["scalars"]
 
 
 def test_weights_and_biases_offline(tmp_path, monkeypatch):
@@ -353,7 +355,7 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     assert dict(sink.run.config)["grit"]["precondition"] == "spectral"
     assert [row["GRIT/step"] for row in logged] == [1, 2, 4, 4]
     assert logged[2]["GRIT/engaged_sites"] == 14
-    assert logged[3][f"Fisher/{optimizer._sites[0].name}/final_k_a"] == 4
+    assert logged[3][f"Fisher/{support.sites(optimizer)[0].name}/final_k_a"] == 4
     written = next(tmp_path.rglob("*.wandb")).read_bytes()
     assert b"GRIT/engaged_sites" in written
     assert b"final_k_a" in written
