@@ -1,6 +1,6 @@
 """What a study brings to the command line: its commands, and the report of the results that it writes.
 
-argparse reads the arguments; docs/dependencies.md says why, and what click and typer were measured at.
+argparse reads the arguments; docs/dependencies.md says why, and how click and typer compare.
 """
 
 from __future__ import annotations
