@@ -1,7 +1,6 @@
 """What a study brings to the command line: its commands, and the report of the results that it writes.
 
-argparse reads the arguments. click and typer were looked at and left: both lack options that exclude each
-other (`--minutes` or `--steps`), and `gpu.sh`, which installs nothing, must run to name missing packages.
+argparse reads the arguments; docs/dependencies.md says why, and how click and typer compare.
 """
 
 from __future__ import annotations
