@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from grit_optim.cli import options, plot, ranks, watch
-from grit_optim.cli.runs import RunError
+from grit_optim.cli.run_log import RunError
 
 COMMANDS = (plot, watch, ranks, options)
 

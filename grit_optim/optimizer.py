@@ -19,7 +19,7 @@ from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.export.shrink import shrink
 from grit_optim.export.trained import save_trained, warn_of_ranks_that_stay
 from grit_optim.lora.site import Site
-from grit_optim.lora.sites import Sites
+from grit_optim.lora.site_set import SiteSet
 from grit_optim.options import DECLARED, Options
 from grit_optim.options.documentation import arguments
 from grit_optim.parts import KEY, Parts
@@ -102,7 +102,7 @@ class GritOptimizer(OptimizerWrapper):
             raise TypeError(
                 f"the second argument must be the model (an nn.Module), got {type(model).__name__}"
             )
-        found = Sites(base, model, sites)
+        found = SiteSet(base, model, sites)
         self._assemble(base, options, found, list(sites) if sites is not None else found.find(model))
         warn_of_ranks_that_stay(self._parts)
 
@@ -110,7 +110,7 @@ class GritOptimizer(OptimizerWrapper):
         self,
         base: Optimizer,
         options: Options,
-        found: Sites,
+        found: SiteSet,
         sites: list[Site],
         origin: Mapping[str, Origin] | None = None,
     ) -> None:
@@ -188,7 +188,7 @@ class GritOptimizer(OptimizerWrapper):
         # The copy knows its pairs; the model they came from is not copied along.
         base, sites = state["base"], state["sites"]
         origin = {name: Origin(*values) for name, values in state["grit"]["origin"].items()}
-        found = Sites(base, None, sites if state["given_sites"] else None)
+        found = SiteSet(base, None, sites if state["given_sites"] else None)
         self._assemble(base, state["options"], found, sites, origin)
         self._parts.load_state_dict(state["grit"])
 

@@ -1,4 +1,4 @@
-"""The parts of a GritOptimizer: they work on the same pairs, and a checkpoint keeps their state."""
+"""The parts of a GritOptimizer: they work on the same LoRA pairs, and a checkpoint keeps their state."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from grit_optim.capture.capture import Capture
 from grit_optim.capture.losses import Losses
 from grit_optim.curvature.curvature import Curvature
 from grit_optim.lora.site import Site
-from grit_optim.lora.sites import Sites
+from grit_optim.lora.site_set import SiteSet
 from grit_optim.messages import listed
 from grit_optim.options import Options
 from grit_optim.preconditioners.preconditioning import Preconditioning
 from grit_optim.profiling import StageTimes
+from grit_optim.rank.adaptation import Ranks
 from grit_optim.rank.budget import Origin
 from grit_optim.rank.plan import Plan
-from grit_optim.rank.ranks import Ranks
 from grit_optim.schedules import Schedule
 
 VERSION = 1
@@ -39,7 +39,7 @@ class Parts:
     Args:
         base: the optimizer that holds the parameters.
         options: of all parts.
-        sites: which pairs there are.
+        sites: the LoRA pairs.
 
     Attributes:
         base: the optimizer that holds the parameters.
@@ -47,14 +47,14 @@ class Parts:
         times: seconds spent in each stage.
         losses: the loss of each step.
         schedule: how many steps are done, and what is due.
-        sites: the pairs.
+        sites: the LoRA pairs.
         capture: what the passes of a step show.
         curvature: the Fisher information.
         ranks: directions kept, and given up.
         preconditioning: what the curvature does to a step.
     """
 
-    def __init__(self, base: Optimizer, options: Options, sites: Sites) -> None:
+    def __init__(self, base: Optimizer, options: Options, sites: SiteSet) -> None:
         self.base, self.options, self.sites = base, options, sites
         self.times = StageTimes()
         self.losses = Losses()
@@ -64,7 +64,7 @@ class Parts:
         self.ranks = Ranks(base, options.rank, self.times)
         self.preconditioning = Preconditioning(base, options, self.times)
 
-    # ---------------------------------------------------------------- which pairs
+    # ---------------------------------------------------------------- which sites
 
     @property
     def follows_loss(self) -> bool:
@@ -72,10 +72,10 @@ class Parts:
         return self.schedule.follows_loss or self.ranks.follows_loss
 
     def start(self, sites: list[Site], origin: Mapping[str, Origin] | None = None) -> None:
-        """Work on these pairs, of which ``origin`` tells what they were at first.
+        """Work on these sites, of which ``origin`` tells what they were at first.
 
         Raises:
-            ValueError: two pairs share a name or a matrix, the base does not hold one, or a budget that
+            ValueError: two sites share a name or a matrix, the base does not hold one, or a budget that
                 cannot be met.
         """
         self.ranks.remember(sites, origin or {})
@@ -84,17 +84,17 @@ class Parts:
             self.losses.attach(self.sites.model)
 
     def take(self, sites: list[Site] | None) -> None:
-        """Work on these pairs from now on, with what is known of them so far; None changes nothing."""
+        """Work on these sites from now on, with what is known of them so far; None changes nothing."""
         if sites is not None:
             self.ranks.remember(sites, self.ranks.origin)
             self.attach(sites)
 
     def attach(self, sites: list[Site], known: Mapping[str, SiteState] | None = None) -> None:
-        """Stack and tap the pairs.
+        """Stack and tap the sites.
 
         Args:
-            sites: the pairs.
-            known: what is known of pairs of the same name and rank; by default what is known now.
+            sites: the LoRA pairs.
+            known: what is known of sites of the same name and rank; by default what is known now.
         """
         known = self.pack_sites(with_operators=True) if known is None else known
         buckets = self.sites.take(sites)
@@ -106,11 +106,11 @@ class Parts:
 
     def follow_model(self) -> None:
         """Notice weights that were replaced, moved to another device, or loaded since the last step."""
-        left = self.sites.left()
-        if left is None:
-            self.ranks.settle_if_loaded(self.curvature.buckets, self.sites.weight_versions())
+        remaining = self.sites.remaining()
+        if remaining is None:
+            self.ranks.follow_loaded_weights(self.curvature.buckets, self.sites.weight_versions())
         else:
-            self.attach(left)
+            self.attach(remaining)
 
     def tap_unfrozen(self) -> None:
         """Tap pairs that were frozen and are trained now."""
@@ -126,7 +126,7 @@ class Parts:
 
     def reproject_if_due(self) -> None:
         """Reproject the pairs and adapt their ranks, with everything that is in their coordinates."""
-        if not (self.ranks.reprojects and self.schedule.reprojection_due()):
+        if self.options.rank.reprojection == "none" or not self.schedule.reprojection_due():
             return
         with self.times("reproject"):
             self.preconditioning.to_plain_coordinates(self.curvature)
@@ -187,7 +187,7 @@ class Parts:
         with_operators = (
             self.schedule.refreshes_seldom
             or self.preconditioning.mode.moments_in_operators
-            or self.curvature.moments_in_operators
+            or self.curvature.gradient_moments_in_operators
         )
         return {
             "version": VERSION,
@@ -200,7 +200,7 @@ class Parts:
         }
 
     def check_state_dict(self, own: Mapping[str, Any]) -> None:
-        """Refuse a state that does not belong to these pairs, before anything is loaded.
+        """Refuse a state that does not belong to these sites, before anything is loaded.
 
         Raises:
             ValueError: the version is newer, site names differ, or a site's rank does.

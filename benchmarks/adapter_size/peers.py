@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from grit_optim import export_adapter, presets
-from grit_optim.rank import pairs
+from grit_optim.rank import moves
 from grit_optim.rank.selection import RankPolicy
 
 from ..base_model.load import load_base_model
@@ -108,7 +108,7 @@ def _project(job: Job, name: str, options: dict[str, Any], fixed: int | None, ta
     fit(job, model, optimizer)
     with torch.no_grad():
         for curvature in optimizer.curvature:
-            pairs.project(
+            moves.project(
                 optimizer.base,
                 curvature,
                 RankPolicy(fixed, tau, LEAST),

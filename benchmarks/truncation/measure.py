@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from grit_optim import GritOptimizer, linalg
 from grit_optim.curvature.bucket import BucketCurvature
-from grit_optim.rank import pairs
+from grit_optim.rank import moves
 from grit_optim.rank.coordinates import BALANCING_DAMPING, Coordinates
 from grit_optim.rank.projections import paper_projection
 from grit_optim.rank.selection import Bids, RankPolicy, ranks_within
@@ -73,7 +73,7 @@ class Adapter:
         self.model, self.curvature, self.gradient = model, curvature, gradient  # (∂L/∂B)ᵀ B, [S, r, r]
         sites = curvature.bucket.sites
         self.a, self.b = [s.a.detach().clone() for s in sites], [s.b.detach().clone() for s in sites]
-        self.found: Coordinates = pairs.coordinates(curvature, BALANCING_DAMPING)
+        self.found: Coordinates = moves.coordinates(curvature, BALANCING_DAMPING)
 
     def predicted(self, operators: Tensor) -> Tensor:
         """``½·N·T·tr((I − M)ᵀ Σ_g (I − M) Σ_a)`` of each site: ``[S, r, r] -> [S]``."""

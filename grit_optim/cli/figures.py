@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from grit_optim.cli.runs import RunError, RunLog
+from grit_optim.cli.run_log import RunError, RunLog
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grit_optim.cli.figures import FIGURES, make
-from grit_optim.cli.runs import RunError, read_run
+from grit_optim.cli.run_log import RunError, read_run
 
 FORMATS = ("png", "pdf", "svg")
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grit_optim.cli.runs import RunLog, read_run
+from grit_optim.cli.run_log import RunLog, read_run
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -12,7 +12,7 @@ from grit_optim.capture.sums import Sums
 from grit_optim.curvature.factors import Factors
 from grit_optim.curvature.moments import GradientMoments
 from grit_optim.lora.buckets import Bucket, Group
-from grit_optim.lora.kept import KeptRanks
+from grit_optim.lora.kept_ranks import KeptRanks
 from grit_optim.options import FisherOptions
 
 _OPERATORS = ("a_operator", "b_operator", "a_ready", "b_ready")

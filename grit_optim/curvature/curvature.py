@@ -11,7 +11,7 @@ from grit_optim.capture.capture import Statistics
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.curvature.moments import mean_square
 from grit_optim.curvature.units import gradient_unit, loss_tokens
-from grit_optim.lora.kept import KeptRanks
+from grit_optim.lora.kept_ranks import KeptRanks
 from grit_optim.options import FisherOptions
 from grit_optim.profiling import StageTimes
 
@@ -51,7 +51,7 @@ class Curvature:
         return self._options.fisher
 
     @property
-    def moments_in_operators(self) -> bool:
+    def gradient_moments_in_operators(self) -> bool:
         """Whether moments of gradients are expressed in the operators, so that a checkpoint needs those."""
         return self.kind == "ekfac"
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grit_optim.export import folder
+from grit_optim.export import atomic_folder
 from grit_optim.export import peft_config as adapter_config
 from grit_optim.lora.discovery import AdapterLayers, adapter_layers, peft_model_in
 from grit_optim.lora.site import Site
@@ -242,7 +242,7 @@ def _write(path: Path, peft_model: Any, tensors: dict[str, Tensor], config: Any,
     mapping = None
     if config.task_type is None:  # as PEFT does, for AutoPeftModel
         mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-    with folder.replaced(path, drop=(STALE_WEIGHTS,)) as new:
+    with atomic_folder.replaced(path, drop=(STALE_WEIGHTS,)) as new:
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(new), auto_mapping_dict=mapping)
         (new / FILE_NAME).write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from grit_optim.base.transport import narrow_state
 from grit_optim.export import peft_config
-from grit_optim.lora.discovery import adapter_layers, layers_of_pairs, peft_model_in
+from grit_optim.lora.discovery import adapter_layers, layers_of_pairs, peft_model_in, resize_layer
 from grit_optim.lora.site import Site
 from grit_optim.messages import warn
 from grit_optim.parts import Parts, narrowed
@@ -95,7 +95,10 @@ def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], pef
                 base.state.pop(parameter, None)
         else:
             strange |= narrow_state(base, a, 0, rank) | narrow_state(base, b, 1, rank)
-        site.narrow_(rank, layers[id(site.a_modules)][1] if site.in_peft else None)
+        if rank > 0 or not site.in_peft:
+            site.narrow_(rank)
+        if site.in_peft:
+            resize_layer(layers[id(site.a_modules)][1], site.adapter, rank)
     for group in base.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in removed]
     if strange:

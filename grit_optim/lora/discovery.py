@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from grit_optim.lora.site import Site, mismatch
+from grit_optim.lora.site import Site, alpha_for, mismatch
 
 # Layers that hold ``lora_A`` but never call it as a module on activations: a hook on it would not fire.
 _UNTAPPABLE_LAYERS = {
@@ -146,6 +146,21 @@ def layers_of_pairs(model: nn.Module) -> dict[int, tuple[str, Any]]:
         for name, layer in found
         if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict)
     }
+
+
+def resize_layer(layer: Any, adapter: str, rank: int) -> None:
+    """Let a PEFT layer say that its pair has ``rank`` directions now; the scaling s stays.
+
+    At rank 0 the layer loses the adapter, as if it had never been a target.
+    """
+    if rank == 0:
+        for name in (*layer.adapter_layer_names, *layer.other_param_names):
+            entries = getattr(layer, name)
+            if adapter in entries:
+                del entries[adapter]
+        return
+    layer.r[adapter] = rank
+    layer.lora_alpha[adapter] = alpha_for(layer.scaling[adapter], rank, layer.use_rslora.get(adapter, False))
 
 
 @dataclass(frozen=True)

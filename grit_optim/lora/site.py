@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,38 +93,23 @@ class Site:
         """Whether a PEFT layer holds the pair. If not, it is hand-written LoRA."""
         return isinstance(self.a_modules, nn.ModuleDict)
 
-    def narrow_(self, rank: int, layer: Any) -> None:
-        """Cut A, B and their gradients to the leading ``rank`` directions, in place; the scaling s stays.
+    def narrow_(self, rank: int) -> None:
+        """Cut A, B and their gradients to the leading ``rank`` directions, in place.
 
-        The Parameter objects stay the same, so that nothing that holds them has to be told. At rank 0 a PEFT
-        layer loses the adapter, as if it had never been a target.
+        The Parameter objects stay the same, so that nothing that holds them has to be told.
 
         Args:
             rank: how many directions stay.
-            layer: the PEFT layer that holds the pair; None for hand-written LoRA. The site does not keep it,
-                since a copy of the optimizer would then copy the frozen weights too.
         """
-        scaling = self.scaling
-        if rank == 0 and layer is not None:
-            for name in (*layer.adapter_layer_names, *layer.other_param_names):
-                entries = getattr(layer, name)
-                if self.adapter in entries:
-                    del entries[self.adapter]
-            return
-        a_module, b_module = self.a_modules[self.adapter], self.b_modules[self.adapter]
         _narrow(self.a, 0, rank)
         _narrow(self.b, 1, rank)
         for module, names in (
-            (a_module, ("out_features", "out_channels")),
-            (b_module, ("in_features", "in_channels")),
+            (self.a_modules[self.adapter], ("out_features", "out_channels")),
+            (self.b_modules[self.adapter], ("in_features", "in_channels")),
         ):
             for name in names:
                 if hasattr(module, name):
                     setattr(module, name, rank)
-        if layer is not None:
-            rs = layer.use_rslora.get(self.adapter, False)
-            layer.r[self.adapter] = rank
-            layer.lora_alpha[self.adapter] = alpha_for(scaling, rank, rs)
 
     def holds(self, a: Tensor, b: Tensor) -> bool:
         """Whether ``a`` and ``b`` are still the pair's weights; PEFT may replace or delete the adapter."""

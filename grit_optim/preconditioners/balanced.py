@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.options import Options
 from grit_optim.preconditioners.mode import Mode
-from grit_optim.rank import pairs
+from grit_optim.rank import moves
 from grit_optim.rank.coordinates import BALANCING_DAMPING
 
 
@@ -40,4 +40,4 @@ class Balanced(Mode):
 
     def refresh(self, curvature: BucketCurvature) -> None:
         """Move weights, moments and factors to balanced coordinates."""
-        pairs.balance(self.base, curvature, curvature.damping)
+        moves.balance(self.base, curvature, curvature.damping)

@@ -9,7 +9,7 @@ from torch import Tensor
 from grit_optim.base import transport
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.options import Options
-from grit_optim.preconditioners.held import Held
+from grit_optim.preconditioners.held_gradients import Held
 from grit_optim.preconditioners.mode import Mode
 
 _NOTHING_TO_TURN = {

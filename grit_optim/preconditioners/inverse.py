@@ -6,7 +6,7 @@ import torch
 
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.options import Options
-from grit_optim.preconditioners.held import Held, inner_product, norm
+from grit_optim.preconditioners.held_gradients import Held, inner_product, norm
 from grit_optim.preconditioners.mode import Mode
 
 

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.options import Options, PreconditionOptions
-from grit_optim.preconditioners.held import Held
+from grit_optim.preconditioners.held_gradients import Held
 
 
 class Mode:

@@ -13,7 +13,15 @@ from grit_optim.options import Options
 from grit_optim.options.checks import one_of
 from grit_optim.preconditioners.balanced import Balanced
 from grit_optim.preconditioners.eigenbasis import Eigenbasis
-from grit_optim.preconditioners.held import Held, Outcome, clip, give_back, hand_over, hold_gradients, norm
+from grit_optim.preconditioners.held_gradients import (
+    Held,
+    Outcome,
+    clip,
+    give_back,
+    hand_over,
+    hold_gradients,
+    norm,
+)
 from grit_optim.preconditioners.inverse import Inverse
 from grit_optim.preconditioners.mode import Mode
 from grit_optim.preconditioners.none import Identity

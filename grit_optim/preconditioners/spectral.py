@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from grit_optim import linalg
 from grit_optim.base.settings import finds_its_rate, is_adam
-from grit_optim.preconditioners.held import Held
+from grit_optim.preconditioners.held_gradients import Held
 from grit_optim.preconditioners.mode import Mode
 from grit_optim.preconditioners.steer import Steer
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from grit_optim.base import moments as base_moments
 from grit_optim.base import settings as base_settings
 from grit_optim.curvature.bucket import BucketCurvature
-from grit_optim.preconditioners.held import Held, inner_product, norm
+from grit_optim.preconditioners.held_gradients import Held, inner_product, norm
 from grit_optim.preconditioners.mode import Mode
 
 

@@ -13,9 +13,9 @@ from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.messages import listed
 from grit_optim.options import Options
 from grit_optim.options.checks import budget_value
-from grit_optim.rank import budget, pairs
+from grit_optim.rank import budget, moves
+from grit_optim.rank.adaptation import Ranks
 from grit_optim.rank.coordinates import Coordinates
-from grit_optim.rank.ranks import Ranks
 
 
 class Plan(NamedTuple):
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
         return {
             name: cost
             for c, f, w in zip(curvatures, self.found, self.wanted, strict=True)
-            for name, cost in zip(c.bucket.names(), pairs.predicted_loss(c, f, w).tolist(), strict=True)
+            for name, cost in zip(c.bucket.names(), moves.predicted_loss(c, f, w).tolist(), strict=True)
         }
 
     def ranks(self, curvatures: Sequence[BucketCurvature]) -> dict[str, int]:

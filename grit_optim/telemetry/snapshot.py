@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from grit_optim.curvature.bucket import BucketCurvature
-from grit_optim.preconditioners.held import Outcome
+from grit_optim.preconditioners.held_gradients import Outcome
 from grit_optim.profiling import HostCopy
 from grit_optim.telemetry import spectra
 

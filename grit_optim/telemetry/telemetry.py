@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.parts import Parts
-from grit_optim.preconditioners.held import Outcome
+from grit_optim.preconditioners.held_gradients import Outcome
 from grit_optim.sinks import JsonLines, Record
 from grit_optim.telemetry.recorder import Contents, Recorder, check_count
 from grit_optim.telemetry.snapshot import Snapshot

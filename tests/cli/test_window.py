@@ -12,7 +12,7 @@ import tiny
 from grit_optim.__main__ import main
 from grit_optim.cli import figures, watch
 from grit_optim.cli.plot import plot
-from grit_optim.cli.runs import RunError, parse_name, read_run
+from grit_optim.cli.run_log import RunError, parse_name, read_run
 
 pytest.importorskip("matplotlib")
 rich_console = pytest.importorskip("rich.console")

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from grit_optim import GritOptimizer, Site, export_adapter
 from grit_optim.export import adapter as export
-from grit_optim.export import folder
+from grit_optim.export import atomic_folder
 
 LLAMA = {"r": 6, "lora_alpha": 6, "target_modules": "all-linear"}
 NESTED = {"r": 4, "lora_alpha": 6, "target_modules": ["proj", "conv"]}

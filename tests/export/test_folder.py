@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from grit_optim.export import folder
+from grit_optim.export import atomic_folder
 
 
 def fill(path, text):
@@ -31,7 +31,7 @@ def old(tmp_path):
 def test_new_files_take_the_place_and_others_stay(old, exchange, monkeypatch):
     if not exchange:
         monkeypatch.setattr(folder, "_exchange", lambda one, other: False)
-    with folder.replaced(old, drop=["b"]) as new:
+    with atomic_folder.replaced(old, drop=["b"]) as new:
         (new / "a").write_text("new")
     assert (old / "a").read_text() == "new"
     assert (old / "deep" / "c").read_text() == "kept"
@@ -42,7 +42,7 @@ def test_new_files_take_the_place_and_others_stay(old, exchange, monkeypatch):
 
 def test_a_new_folder_appears_when_it_is_whole(tmp_path):
     path = tmp_path / "deep" / "x"
-    with folder.replaced(path) as new:
+    with atomic_folder.replaced(path) as new:
         fill(new, "new")
         assert not path.exists()
     assert content(path) == {"a": "new", "b": "new"}
@@ -54,7 +54,7 @@ def test_a_new_folder_appears_when_it_is_whole(tmp_path):
 def test_a_link_to_a_folder_stays_a_link(old):
     link = old.parent / "link"
     link.symlink_to(old)
-    with folder.replaced(link) as new:
+    with atomic_folder.replaced(link) as new:
         (new / "a").write_text("new")
     assert link.is_symlink()
     assert (old / "a").read_text() == "new"
@@ -62,7 +62,7 @@ def test_a_link_to_a_folder_stays_a_link(old):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "x").write_text("mine")
-    with pytest.raises(NotADirectoryError, match="is a file"), folder.replaced(tmp_path / "x"):
+    with pytest.raises(NotADirectoryError, match="is a file"), atomic_folder.replaced(tmp_path / "x"):
         pass
     assert (tmp_path / "x").read_text() == "mine"
 
@@ -72,7 +72,7 @@ def test_without_hard_links_files_are_copied(old, monkeypatch):
         raise OSError("no hard links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    with folder.replaced(old) as new:
+    with atomic_folder.replaced(old) as new:
         (new / "a").write_text("new")
     assert (old / "b").read_text() == "old"
 
@@ -85,7 +85,7 @@ def test_a_killed_process_leaves_old_or_new(old, place):
     if child == 0:
         if place.startswith("_"):
             setattr(folder, place, lambda *args: os._exit(9))
-        with folder.replaced(old) as new:
+        with atomic_folder.replaced(old) as new:
             (new / "a").write_text("new")
             if place == "body":
                 os._exit(9)
@@ -110,14 +110,14 @@ def test_a_folder_that_has_to_stay_gets_the_new_files(tmp_path, monkeypatch, why
     else:
         monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
     inode = path.stat().st_ino
-    with pytest.raises(IsADirectoryError), folder.replaced(path) as new:
+    with pytest.raises(IsADirectoryError), atomic_folder.replaced(path) as new:
         new.write_text("fails")
     assert {file.name: file.read_text() for file in path.iterdir()} == {
         "weights": "old",
         "stale": "old",
         "other": "old",
     }
-    with folder.replaced(path, drop=["stale"]) as new:
+    with atomic_folder.replaced(path, drop=["stale"]) as new:
         (new / "weights").write_text("new weights")
         (new / "config").write_text("new")
     assert {file.name: file.read_text() for file in path.iterdir()} == {
@@ -134,6 +134,6 @@ def test_a_process_whose_working_directory_is_gone_can_save(tmp_path, monkeypatc
     (tmp_path / "adapter").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    with folder.replaced(tmp_path / "adapter") as new:
+    with atomic_folder.replaced(tmp_path / "adapter") as new:
         (new / "weights").write_text("new")
     assert (tmp_path / "adapter" / "weights").read_text() == "new"

@@ -8,7 +8,7 @@ import torch
 
 from grit_optim import GritOptimizer
 from grit_optim.cli.ranks import read_ranks
-from grit_optim.cli.runs import read_run
+from grit_optim.cli.run_log import read_run
 from grit_optim.integrations.callback import GritCallback
 
 transformers = pytest.importorskip("transformers")

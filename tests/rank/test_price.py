@@ -9,7 +9,7 @@ import twin
 from grit_optim import GritOptimizer, linalg
 from grit_optim.capture.sums import Sums
 from grit_optim.curvature.units import loss_tokens
-from grit_optim.rank import pairs
+from grit_optim.rank import moves
 
 CPU = torch.device("cpu")
 
@@ -95,7 +95,7 @@ def test_the_prediction_is_the_divergence_that_a_cut_causes():
             optimizer.step()
             optimizer.zero_grad()
     curvature = optimizer.curvature[0]
-    found = pairs.coordinates(curvature, 1e-6)
+    found = moves.coordinates(curvature, 1e-6)
     ratios = []
     for i, site in enumerate(curvature.bucket.sites):
         b = site.b.detach().clone()

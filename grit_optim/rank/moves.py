@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from grit_optim import linalg
 from grit_optim.base import transport
 from grit_optim.curvature.bucket import BucketCurvature
-from grit_optim.lora.kept import KeptRanks
+from grit_optim.lora.kept_ranks import KeptRanks
 from grit_optim.rank.coordinates import Coordinates, balanced_coordinates
 from grit_optim.rank.projections import paper_projection
 from grit_optim.rank.selection import RankPolicy
@@ -99,7 +99,7 @@ def _typical_row_norm(stacked: Tensor, rank: Tensor) -> Tensor:
     return torch.where(total > 0, total.sqrt(), _START_NORM)[:, None, None]
 
 
-def settle_ranks(curvatures: Sequence[BucketCurvature]) -> None:
+def ranks_from_weights(curvatures: Sequence[BucketCurvature]) -> None:
     """Set each rank to what A and B use: all coordinates up to the last at which A or B is not zero.
 
     The optimizer itself leaves them so. Weights loaded from elsewhere may use more coordinates or fewer.
@@ -112,7 +112,7 @@ def settle_ranks(curvatures: Sequence[BucketCurvature]) -> None:
 
 
 def _settle(curvature: BucketCurvature, ranks: KeptRanks) -> None:
-    """As :func:`settle_ranks`, for one bucket."""
+    """As :func:`ranks_from_weights`, for one bucket."""
     used = torch.zeros_like(ranks.mask)
     for group in curvature.bucket.groups:
         there = (group.stack(group.parameters) != 0).any(3 - group.rank_dim)

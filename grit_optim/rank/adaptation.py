@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.lora.buckets import Bucket
-from grit_optim.lora.kept import KeptRanks
+from grit_optim.lora.kept_ranks import KeptRanks
 from grit_optim.lora.site import Site
 from grit_optim.options import RankOptions
 from grit_optim.options.declared import PAPER_PROJECTIONS
 from grit_optim.profiling import StageTimes
-from grit_optim.rank import pairs
+from grit_optim.rank import moves
 from grit_optim.rank.budget import BudgetSchedule, Origin, make_schedule
 from grit_optim.rank.coordinates import BALANCING_DAMPING, Coordinates
 from grit_optim.rank.report import RankReport, SiteRank, effective_ranks
@@ -84,7 +84,7 @@ class Ranks:
         if loss is not None and self.budget is not None and self.follows_loss:
             self.budget.observe(loss)
 
-    def settle_if_loaded(self, curvatures: Sequence[BucketCurvature], versions: list[int]) -> None:
+    def follow_loaded_weights(self, curvatures: Sequence[BucketCurvature], versions: list[int]) -> None:
         """Take the ranks from the weights, if somebody has changed these since the last step.
 
         Args:
@@ -92,19 +92,14 @@ class Ranks:
             versions: how often each A has been changed in place, by now.
         """
         if self._versions not in (None, versions):
-            pairs.settle_ranks(curvatures)
+            moves.ranks_from_weights(curvatures)
 
     def clear_given_up(self, curvatures: Sequence[BucketCurvature]) -> None:
         """Set coordinates that were given up to zero again, whatever the base has done to them."""
         if self._reduced:
             with self._times("reproject"):
                 for curvature in curvatures:
-                    pairs.clear_given_up(curvature)
-
-    @property
-    def reprojects(self) -> bool:
-        """Whether the options ask for reprojections."""
-        return self._options.reprojection != "none"
+                    moves.clear_given_up(curvature)
 
     @property
     def gives_up(self) -> bool:
@@ -121,12 +116,12 @@ class Ranks:
         self.reprojections += 1
         if not self.gives_up:
             for curvature in curvatures:
-                pairs.project(
+                moves.project(
                     self._base, curvature, self.policy(step), self._options.reprojection == "two_sided"
                 )
             return
-        pairs.settle_ranks(curvatures)
-        found = [pairs.coordinates(curvature, BALANCING_DAMPING) for curvature in curvatures]
+        moves.ranks_from_weights(curvatures)
+        found = [moves.coordinates(curvature, BALANCING_DAMPING) for curvature in curvatures]
         if self.budget is not None and step >= self.budget.first:
             ranks = self.within(curvatures, found, self.budget.advance(step), self.budget.rises)
         else:
@@ -186,9 +181,9 @@ class Ranks:
             for_good: whether the user asked for it, apart from any policy or budget.
         """
         for i, (curvature, coordinates, rank) in enumerate(zip(curvatures, found, ranks, strict=True)):
-            pairs.truncate(self._base, curvature, coordinates, rank)
+            moves.truncate(self._base, curvature, coordinates, rank)
             if self.budget is not None and self.budget.rises:
-                pairs.regrow(self._base, curvature, rank, seed=step * len(curvatures) + i)
+                moves.regrow(self._base, curvature, rank, seed=step * len(curvatures) + i)
         self._reduced = self._reduced or for_good or self.budget is not None or self.policy(step).reduces
 
     def end_step(self, versions: list[int]) -> None:
@@ -199,7 +194,7 @@ class Ranks:
 
     def by_name(self, curvatures: Sequence[BucketCurvature]) -> dict[str, int]:
         """Directions kept, by site name. Sites that were taken out come last, with 0."""
-        pairs.settle_ranks(curvatures)
+        moves.ranks_from_weights(curvatures)
         kept = {name: rank for ranks in self.kept for name, rank in ranks.by_name().items()}
         return {**kept, **dict.fromkeys(self.removed, 0)}
 
@@ -222,8 +217,8 @@ class Ranks:
 
     def coordinates(self, curvatures: Sequence[BucketCurvature]) -> list[Coordinates]:
         """The sites' balanced coordinates now, one entry per bucket."""
-        pairs.settle_ranks(curvatures)
-        return [pairs.coordinates(curvature, BALANCING_DAMPING) for curvature in curvatures]
+        moves.ranks_from_weights(curvatures)
+        return [moves.coordinates(curvature, BALANCING_DAMPING) for curvature in curvatures]
 
     def report(
         self,

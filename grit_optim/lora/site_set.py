@@ -17,7 +17,7 @@ from grit_optim.lora.site import Site
 from grit_optim.messages import listed, warn
 
 
-class Sites:
+class SiteSet:
     """The sites that an optimizer works on, in a model that may change.
 
     Args:
@@ -112,7 +112,7 @@ class Sites:
         self._weights = [(site.a, site.b, site.a.device) for site in sites]
         return buckets
 
-    def left(self) -> list[Site] | None:
+    def remaining(self) -> list[Site] | None:
         """The sites that are still in the model; None if none was replaced, deleted or moved.
 
         PEFT's ``update_layer`` replaces weights, ``delete_adapter`` deletes them, ``Module.to`` may move
