@@ -19,7 +19,7 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _own_accelerate():
-    """Undo what TrainingArguments leave in the environment and in accelerate's state, where others find it."""
+    """Undo what TrainingArguments leave in the environment and in accelerate's state for others to find."""
     before = _accelerates_variables()
     for name in before:
         del os.environ[name]

@@ -206,3 +206,19 @@ def test_small_damping_and_other_roots_go_by_eigendecomposition_on_any_device(mo
         linalg.damped_root(factor, strength, order, damping)
     linalg.damped_root(torch.eye(3)[None], torch.tensor([0.1]), 2, 0.1)
     assert calls == [(2, 0.1), (4, 0.1)]
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_k_equal_entries_have_effective_rank_k(k):
+    spectrum = torch.zeros(2, 6)
+    spectrum[0, :k] = 0.7
+    assert linalg.effective_rank(spectrum).tolist() == [pytest.approx(k, rel=1e-5), 0]
+
+
+def test_effective_rank_falls_as_one_entry_comes_to_dominate():
+    spectra = torch.tensor([[1.0, 1.0, 1.0], [2.0, 1.0, 1.0], [9.0, 1.0, 1.0], [1e6, 1.0, 1.0]])
+    share = spectra / spectra.sum(1, keepdim=True)
+    expected = torch.exp(-(share * share.log()).sum(1))
+    found = linalg.effective_rank(spectra)
+    torch.testing.assert_close(found, expected)
+    assert (found.diff() < 0).all()

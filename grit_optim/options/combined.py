@@ -32,7 +32,7 @@ class Options:
 
     @classmethod
     def of(cls, keywords: Mapping[str, Any]) -> Options:
-        """Group and check flat keywords; what they leave out has its default.
+        """Group and check flat keywords; what they leave out has its default, where no mode sets that.
 
         Raises:
             TypeError: an option has the wrong type.

@@ -26,7 +26,7 @@ def translated(options: dict[str, Any], former: dict[str, Any]) -> dict[str, Any
 
     Raises:
         TypeError: a name that is not known, or an option that is gone.
-        ValueError: two names for one thing disagree, or ``rank_regrowth`` without a budget that rises.
+        ValueError: two names for one thing disagree.
     """
     options = dict(options)
     for name in former:
@@ -41,14 +41,20 @@ def translated(options: dict[str, Any], former: dict[str, Any]) -> dict[str, Any
             raise TypeError(f"{name} must be True or False, got {former[name]!r}")
     _adaptation(options, former)
     _budget(options, former)
-    if not former.get("preserve_norm", True):
-        if options.get("step_length") not in (None, "natural"):
-            raise ValueError(
-                f"preserve_norm=False is step_length='natural', which {options['step_length']!r} "
-                "contradicts; give one"
-            )
-        options["step_length"] = "natural"
+    if "preserve_norm" in former:
+        _norm(options, former["preserve_norm"])
     return options
+
+
+def _norm(options: dict[str, Any], preserved: bool) -> None:
+    given = options.get("step_length")
+    if given is not None and (given == "natural") == preserved:
+        raise ValueError(
+            f"preserve_norm={preserved} contradicts step_length={given!r}: preserve_norm=False is "
+            "step_length='natural', and True is any other; leave preserve_norm out"
+        )
+    if not preserved:
+        options["step_length"] = "natural"
 
 
 def _adaptation(options: dict[str, Any], former: dict[str, Any]) -> None:
@@ -70,10 +76,18 @@ def _budget(options: dict[str, Any], former: dict[str, Any]) -> None:
         options["rank_budget"] = (start, end)
     if "rank_regrowth" not in former:
         return
-    budget = options.get("rank_budget")
-    pair = isinstance(budget, tuple | list) and len(budget) == 2
-    if former["rank_regrowth"] and not pair:
+    budget, regrowth = options.get("rank_budget"), former["rank_regrowth"]
+    if _rises(budget) is (not regrowth):
         raise ValueError(
-            "rank_regrowth=True has no effect: directions are given back where rank_budget=(start, end) "
-            "rises, and only there; elsewhere it made the loss no lower (docs/findings.md)"
+            f"rank_regrowth={regrowth} contradicts rank_budget={budget!r}: directions are given back where "
+            "rank_budget=(start, end) rises, and only there, since elsewhere it made the loss no lower "
+            "(docs/findings.md); leave rank_regrowth out"
         )
+
+
+def _rises(budget: Any) -> bool | None:
+    """Whether a budget rises; None for a share and a number of parameters, which only a model can compare."""
+    if not isinstance(budget, tuple | list) or len(budget) != 2:
+        return False
+    start, end = budget
+    return start < end if isinstance(start, float) == isinstance(end, float) else None
