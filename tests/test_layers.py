@@ -1,4 +1,4 @@
-"""The order of the rooms: imports point down only, between folders and within them, and the package loads torch alone."""
+"""The order of the rooms: imports point down only, and the package loads torch alone."""
 
 import ast
 import subprocess
@@ -12,11 +12,11 @@ import grit_optim
 
 ROOT = Path(grit_optim.__file__).parent
 # From the ground up; a name is a folder or a file at the top.
-ORDER = [
-    "linalg", "messages", "options", "presets", "profiling", "schedules", "lora", "base", "capture", "curvature", "rank",
-    "preconditioners", "parts", "export", "sinks", "telemetry", "optimizer", "integrations", "callback", "cli", "__init__",
-    "__main__",
-]  # fmt: skip
+ORDER = """
+    linalg messages options presets profiling schedules
+    lora base capture curvature rank preconditioners parts
+    export sinks telemetry optimizer integrations callback cli __init__ __main__
+""".split()
 FILES = {
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in ROOT.rglob("*.py")
 }
