@@ -23,7 +23,7 @@ class Block(nn.Module):
 
 
 class Nested(nn.Module):
-    """Layers named proj, block.proj and block.block.proj, whose names end in one another's, and a convolution."""
+    """Layers proj, block.proj and block.block.proj, whose names end in one another's, and a convolution."""
 
     def __init__(self):
         super().__init__()

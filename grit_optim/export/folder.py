@@ -40,14 +40,14 @@ def replaced(path: Path, drop: Collection[str] = ()) -> Iterator[Path]:
     try:
         yield new
         if stays:
-            _flush(new)
+            flush(new)
             _move_into(new, path, drop)
             return
         if path.exists():
-            _carry_over(path, new, drop)
+            carry_over(path, new, drop)
             new.chmod(path.stat().st_mode & 0o7777)
-        _flush(new)
-        _take_the_place(new, path)
+        flush(new)
+        take_the_place(new, path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -67,10 +67,10 @@ def _move_into(new: Path, path: Path, drop: Collection[str]) -> None:
         entry.replace(path / entry.name)
     for name in drop:
         (path / name).unlink(missing_ok=True)
-    _flush(path)
+    flush(path)
 
 
-def _carry_over(old: Path, new: Path, drop: Collection[str]) -> None:
+def carry_over(old: Path, new: Path, drop: Collection[str]) -> None:
     """What ``new`` does not have of its own: files as hard links where the file system has them, else as copies."""
     for entry in old.iterdir():
         target = new / entry.name
@@ -89,7 +89,7 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _flush(folder: Path) -> None:
+def flush(folder: Path) -> None:
     """Wait until the new files are on the disk, so that a crash of the machine cannot leave names without content."""
     for entry in [*folder.iterdir(), folder]:
         if entry.is_symlink() or (entry.is_dir() and entry != folder):
@@ -101,15 +101,15 @@ def _flush(folder: Path) -> None:
             os.close(handle)
 
 
-def _take_the_place(new: Path, path: Path) -> None:
+def take_the_place(new: Path, path: Path) -> None:
     """Put ``new`` where ``path`` is; the old folder, if there was one, then stands where ``new`` was."""
     if not path.exists():
         new.rename(path)
-    elif not _exchange(new, path):
+    elif not exchange(new, path):
         _swap_in_two_steps(new, path)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def exchange(one: Path, other: Path) -> bool:
     """Exchange two names in one step (Linux); False where the system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2

@@ -33,9 +33,7 @@ def test_effective_rank(values, expected):
 
 def test_effective_rank_does_not_know_the_unit():
     values = torch.tensor([[3.0, 2.0, 0.1]], dtype=torch.float64)
-    assert linalg.effective_rank(values).item() == pytest.approx(
-        linalg.effective_rank(1e-9 * values).item()
-    )
+    assert linalg.effective_rank(values).item() == pytest.approx(linalg.effective_rank(1e-9 * values).item())
 
 
 def test_scalars_of_a_factor_with_known_eigenvalues():
