@@ -222,7 +222,7 @@ def leading_eigenbasis(factor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         r]``. These are exactly the identity outside the mask, so given-up coordinates stay exactly zero under
         them.
     """
-    # A given-up coordinate has eigenvalue 0, and so may one in use have: −1 tells the two apart.
+    # A given-up coordinate has eigenvalue 0. So may a coordinate in use: −1 tells the two apart.
     isolated = torch.where(mask[:, None, :] & mask[:, :, None], factor, -eye_like(factor) * ~mask[:, None, :])
     values, vectors = descending_eigh(isolated)
     return values.clamp_min(0) * mask, block(vectors, mask)

@@ -1,1 +1,1 @@
-"""Approximations of the Fisher information of each LoRA pair, and what is derived from them."""
+"""The Fisher information of each site: its approximations, and the operators derived from them."""

@@ -1,4 +1,4 @@
-"""What is known of the curvature of a bucket's pairs: their factors, and the operators derived from them."""
+"""The curvature of one bucket: its sites' Fisher approximations, and the operators derived from them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ _OPERATORS = ("a_operator", "b_operator", "a_ready", "b_ready")
 
 
 class BucketCurvature:
-    """The factors of one bucket and what is derived from them.
+    """The Fisher approximations of a bucket's sites, and the operators derived from them.
+
+    An operator multiplies the rank side of a gradient. It is a damped inverse, a power of one, or an
+    eigenbasis, depending on the mode of preconditioning.
 
     Attributes:
-        bucket: the pairs, in the order of every ``[S, …]`` tensor.
-        ranks: the ranks in force, which this class only reads.
-        factors: Σ_a and Σ_g.
-        moments: second moments of the gradients, for the kinds of ``fisher`` that need them, else None.
-        a_operator: what multiplies the rank side of A's gradient ``[S, r, r]``: an inverse or an eigenbasis.
-        b_operator: what multiplies the rank side of B's gradient ``[S, r, r]``.
-        a_ready: pairs whose ``a_operator`` comes from enough samples ``[S]``; it is the identity elsewhere.
-        b_ready: pairs whose ``b_operator`` comes from enough samples ``[S]``.
-        damping_used: λ of the latest inverses, ``[2, S]`` for A and B; NaN where none could be had.
+        bucket: the sites, in the order of every ``[S, …]`` tensor.
+        ranks: the ranks in force. They are read here and set elsewhere.
+        factors: the K-FAC factors Σ_a and Σ_g.
+        moments: second moments of the gradients, for the kinds of ``fisher`` that need them; else None.
+        a_operator: what multiplies A's gradient ``[S, r, r]``.
+        b_operator: what multiplies B's gradient ``[S, r, r]``.
+        a_ready: sites whose ``a_operator`` comes from enough samples ``[S]``. Elsewhere it is the identity.
+        b_ready: sites whose ``b_operator`` comes from enough samples ``[S]``. Elsewhere it is the identity.
+        damping_used: λ of the latest inverses, ``[2, S]`` for A and B; NaN where there was no inverse.
         damping_scale: what the adaptive schedule multiplies ``kfac_damping`` by.
     """
 
@@ -45,19 +48,22 @@ class BucketCurvature:
         self.reset_operators()
 
     def apply(self, group: Group, stacked: Tensor) -> Tensor:
-        """What the latest refresh made of the Fisher information, applied to matrices of ``group`` ``[m, rows, columns]``."""
+        """Multiply matrices of ``group`` ``[m, rows, columns]`` by the operators of the latest refresh.
+
+        With fisher="ekfac" or "diagonal" each entry is multiplied by its scale, in the eigenbasis.
+        """
         if self.moments is None or not self.moments.elementwise:
             return group.apply(self.operator(group.side), stacked)
         scales = self.moments.stacked(self.moments.scales, group).to(stacked.dtype)
         return self.from_eigenbasis(group, scales * self.to_eigenbasis(group, stacked))
 
     def to_eigenbasis(self, group: Group, stacked: Tensor) -> Tensor:
-        """``Qᵀ X`` for A, ``X Q`` for B; for fisher="diagonal" Q is the identity."""
+        """``Qᵀ X`` for A, ``X Q`` for B, where the operators Q are eigenbases (I for fisher="diagonal")."""
         basis = self.operator(group.side)
         return group.apply(basis.mT if group.side == "A" else basis, stacked)
 
     def from_eigenbasis(self, group: Group, stacked: Tensor) -> Tensor:
-        """``Q X`` for A, ``X Qᵀ`` for B."""
+        """``Q X`` for A, ``X Qᵀ`` for B: undoes :meth:`to_eigenbasis`."""
         basis = self.operator(group.side)
         return group.apply(basis if group.side == "A" else basis.mT, stacked)
 
@@ -69,14 +75,15 @@ class BucketCurvature:
         loss_tokens: Tensor,
         moment_unit: Tensor | None,
     ) -> None:
-        """Take one step into the factors and, where ``fisher`` asks for them, the moments of the gradients.
+        """Fold one step into the factors and, where ``fisher`` needs them, the moments of the gradients.
 
         Args:
             sums: the step's sums over tokens.
             accept: boolean scalar; where false nothing changes.
-            gradient_unit: what one unit of Σ_g is to be in this step.
-            loss_tokens: tokens that the step's loss is a mean over, a scalar.
-            moment_unit: what one unit of a squared gradient is to be; None without moments.
+            gradient_unit: the unit in which this step's Σ_g is measured, a scalar.
+            loss_tokens: number of tokens that the step's loss is a mean over, a scalar.
+            moment_unit: the unit in which this step's squared gradients are measured, a scalar; None without
+                moments.
         """
         self.factors.fold(sums, accept, self._options.fisher_decay, gradient_unit, loss_tokens)
         if self.moments is None or moment_unit is None:
@@ -89,17 +96,17 @@ class BucketCurvature:
                 self.moments.fold(part, gradients, (sums.rows > 0) & accept, self._options.fisher_decay)
 
     def operator(self, side: str) -> Tensor:
-        """The operator for one side, ``[S, r, r]``."""
+        """The operator of one side, ``[S, r, r]``."""
         return self.a_operator if side == "A" else self.b_operator
 
     def ready(self, side: str) -> Tensor:
-        """Which sites' operator for one side is in force, ``[S]``."""
+        """Whether each site's operator of one side comes from enough samples, ``[S]``."""
         return self.a_ready if side == "A" else self.b_ready
 
     @property
     def damping(self) -> float:
-        """``kfac_damping`` as the adaptive schedule has it now."""
-        assert self._options.kfac_damping is not None  # the mode has said
+        """``kfac_damping``, times the factor of the adaptive schedule."""
+        assert self._options.kfac_damping is not None  # the mode has set its default
         return self._options.kfac_damping * self.damping_scale
 
     @property
@@ -108,14 +115,15 @@ class BucketCurvature:
         return self._options.damping == "relative"
 
     def factors_ready(self) -> tuple[Tensor, Tensor]:
-        """Which pairs' Σ_a and Σ_g have seen ``kfac_min_samples`` tokens, ``[S]`` each."""
+        """Whether each site's Σ_a and Σ_g have seen ``kfac_min_samples`` tokens, ``[S]`` each."""
         return self.factors.ready(self._options.kfac_min_samples)
 
     def paired_factors(self) -> tuple[Tensor, Tensor]:
-        """The factor that belongs to A and the one that belongs to B, each ``[S, r, r]``, on the inversion device.
+        """The factor that preconditions A and the one that preconditions B, each ``[S, r, r]``.
 
-        K-FAC pairs A with Σ_g and B with Σ_a, since ``F_A ≈ Σ_g ⊗ E[x xᵀ]`` and ``F_B ≈ E[g gᵀ] ⊗ Σ_a``; the
-        GRIT paper does the opposite.
+        K-FAC pairs A with Σ_g and B with Σ_a, since ``F_A ≈ Σ_g ⊗ E[x xᵀ]`` and ``F_B ≈ E[g gᵀ] ⊗ Σ_a``. The
+        GRIT paper does the opposite. With fisher="block_diagonal" they are the covariances of the gradients.
+        They are returned on ``kfac_inversion_device``.
         """
         pair = (self.factors.gradient, self.factors.activation)
         if self._options.pairing == "paper":
@@ -126,9 +134,9 @@ class BucketCurvature:
         return pair[0].to(device), pair[1].to(device)
 
     def paired_readiness(self) -> tuple[Tensor, Tensor]:
-        """Which sites have enough samples in the factor of A and in that of B, ``[S]`` each."""
+        """Whether each site's factor for A, and its factor for B, has seen enough samples, ``[S]`` each."""
         activation, gradient = self.factors_ready()
-        if self.moments is not None:  # a step whose δ is zero says nothing of ∇A
+        if self.moments is not None:  # a step whose δ is zero tells nothing about ∇A
             return gradient, gradient
         return (gradient, activation) if self._options.pairing == "kfac" else (activation, gradient)
 
@@ -142,7 +150,7 @@ class BucketCurvature:
         self._set_operators(inverse.to(self.bucket.device), used.to(self.bucket.device).reshape(2, -1))
 
     def refresh_powers(self, power: float) -> None:
-        """Set the operators to the damped inverses of the paired factors, each to ``power``; block-exact."""
+        """Set the operators to the damped inverses of the paired factors, each raised to ``power``."""
         if self.moments is not None and self.moments.elementwise:
             self._refresh_scales(self.moments, power)
             return
@@ -154,24 +162,24 @@ class BucketCurvature:
             roots, used = linalg.damped_root(stacked, self._strength(stacked), int(1 / power), self.damping)
         else:
             roots, used = linalg.damped_power(stacked, self._strength(stacked), power)
-        mask = self.ranks.mask.to(stacked.device)
+        mask = self.ranks.mask.to(stacked.device)  # coordinates that were given up stay exactly zero
         roots = linalg.block(roots, torch.cat((mask, mask)))
         self._set_operators(roots.to(self.bucket.device), used.to(self.bucket.device).reshape(2, -1))
 
     def _strength(self, stacked: Tensor) -> Tensor:
-        """λ of the paired factors ``[2S]``, by the coordinates in use."""
+        """λ of the paired factors ``[2S]``, from the mean over the coordinates in use."""
         in_use = self.ranks.in_use.to(stacked.device)
         relative = self.relative
         return linalg.damping_strength(stacked, self.damping, relative, torch.cat((in_use, in_use)))
 
     def _refresh_scales(self, moments: GradientMoments, power: float) -> None:
-        """Set the operators to the eigenbases (ekfac) and the scales to the damped moments in them, to ``−power``."""
+        """Set the scales to the damped moments to the power ``−power``; for ekfac, renew the eigenbases."""
         used = torch.full_like(self.damping_used, torch.nan)
         turns = self.refresh_eigenbases() if moments.kind == "ekfac" else None
         for group in self.bucket.groups:
             side = 0 if group.side == "A" else 1
             values = moments.stacked(moments.means, group)
-            if turns is not None:  # by the squared entries, as second moments are wherever coordinates change
+            if turns is not None:  # second moments change coordinates by the squared entries
                 turn = turns[side].square()
                 values = group.apply(turn if side == 0 else turn.mT, values)
                 moments.set(moments.means, group, values)
@@ -183,6 +191,7 @@ class BucketCurvature:
         self._set_operators(torch.cat((self.a_operator, self.b_operator)), used)
 
     def _set_operators(self, operators: Tensor, damping_used: Tensor) -> None:
+        """Set the operators of A and then B, ``[2S, r, r]``, where the factor is ready and λ is finite."""
         self.damping_used = damping_used
         ready_a, ready_b = self.paired_readiness()
         size = len(self.bucket.sites)
@@ -197,7 +206,7 @@ class BucketCurvature:
         """Set the operators to the eigenvectors of the paired factors.
 
         Returns:
-            ``Q_newᵀ Q_old`` for A and for B, ``[S, r, r]``: what turns old coordinates into new ones.
+            ``Q_newᵀ Q_old`` for A and for B, ``[S, r, r]`` each, which turns old coordinates into new ones.
         """
         a_factor, b_factor = self.paired_factors()
         mask = self.ranks.mask.to(a_factor.device)
@@ -207,11 +216,11 @@ class BucketCurvature:
         return self.a_operator.mT @ old_a, self.b_operator.mT @ old_b
 
     def drop_operators(self, same_fisher: bool) -> None:
-        """Have no operator in force until the next refresh, after a checkpoint of another kind.
+        """Put no operator in force until the next refresh. For a checkpoint of another mode or ``fisher``.
 
         Args:
-            same_fisher: the checkpoint's ``fisher`` is ours, so that ekfac's moments are expressed in its
-                eigenbases.
+            same_fisher: whether the checkpoint has our ``fisher``. For ekfac the eigenbases are then kept,
+                since the moments are expressed in them.
         """
         if same_fisher and self.moments is not None and self.moments.kind == "ekfac":
             self.a_ready, self.b_ready = torch.zeros_like(self.a_ready), torch.zeros_like(self.b_ready)
@@ -219,7 +228,7 @@ class BucketCurvature:
             self.reset_operators()
 
     def reset_operators(self) -> None:
-        """Set the operators to the identity."""
+        """Set the operators to the identity, and none in force."""
         identity = linalg.eye_like(self.factors.activation)
         self.a_operator, self.b_operator = identity.clone(), identity.clone()
         self.a_ready, self.b_ready = torch.zeros(
@@ -227,7 +236,11 @@ class BucketCurvature:
         )
 
     def pack(self, with_operators: bool) -> dict[str, dict[str, Tensor]]:
-        """The state of each pair as tensors of its own, by name."""
+        """The state of each site for a checkpoint: site name to tensors by name.
+
+        Args:
+            with_operators: whether operators, and scales of moments, are included.
+        """
         packed = {}
         for position, name in enumerate(self.bucket.names()):
             state = self.factors.pack(position)
@@ -239,7 +252,7 @@ class BucketCurvature:
         return packed
 
     def unpack(self, position: int, state: Mapping[str, Tensor]) -> None:
-        """Put the state of one pair back."""
+        """Put the state of the site at ``position`` back. Tensors that ``state`` lacks stay as they are."""
         self.factors.unpack(position, state)
         if self.moments is not None:
             self.moments.unpack(position, state)

@@ -1,4 +1,4 @@
-"""The Fisher information of all pairs."""
+"""The Fisher information of all sites: each step's statistics go from here to the buckets."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from grit_optim.profiling import StageTimes
 
 
 class Curvature:
-    """The factors of all buckets, and what is derived from them.
+    """The curvature of all buckets.
 
     Attributes:
-        buckets: one entry per bucket.
-        folds: steps whose statistics were offered to the factors.
-        dropped_folds: steps of those whose statistics were not finite and were left out, a number on the
-            device.
+        buckets: the curvature of each bucket.
+        folds: number of steps whose statistics were offered to the factors.
+        dropped_folds: number of those whose statistics were not finite and so left out, on the device.
     """
 
     def __init__(self, options: FisherOptions, times: StageTimes) -> None:
@@ -34,16 +33,16 @@ class Curvature:
         self._times = times
 
     def attach(self, ranks: Sequence[KeptRanks]) -> None:
-        """Know nothing, of the pairs of these buckets."""
+        """Start anew, with no statistics, for the buckets of ``ranks``."""
         self.buckets = [BucketCurvature(kept.bucket, kept, self._options) for kept in ranks]
 
     def forget(self) -> None:
-        """Know nothing any more, of the pairs as they are."""
+        """Discard all statistics of the sites worked on."""
         self.attach([curvature.ranks for curvature in self.buckets])
 
     @property
     def device(self) -> torch.device | None:
-        """Where the first bucket is; None without any."""
+        """The device of the first bucket; None without buckets."""
         return self.buckets[0].bucket.device if self.buckets else None
 
     @property
@@ -53,24 +52,24 @@ class Curvature:
 
     @property
     def moments_in_operators(self) -> bool:
-        """Whether the factors' eigenbases are what the moments of the gradients are expressed in."""
+        """Whether moments of gradients are expressed in the operators, so that a checkpoint needs those."""
         return self.kind == "ekfac"
 
     @property
     def damping(self) -> float:
-        """λ in force; ``kfac_damping`` as the adaptive schedule has it now."""
+        """``kfac_damping``, times the factor of the adaptive schedule."""
         assert self._options.kfac_damping is not None
         return self._options.kfac_damping * (self.buckets[0].damping_scale if self.buckets else 1.0)
 
     def scale_damping(self, scale: float) -> None:
-        """Multiply ``kfac_damping`` by this from now on."""
+        """Set the factor of the adaptive schedule on ``kfac_damping``."""
         for curvature in self.buckets:
             curvature.damping_scale = scale
 
     def fold(self, statistics: Statistics) -> None:
-        """Take one step's statistics into the factors and, for the kinds that need them, the gradients' moments.
+        """Fold one step's statistics into the factors and, where ``fisher`` needs them, the moments.
 
-        Where a sum or a gradient is not finite nothing changes, and the step is counted in ``dropped_folds``.
+        If a sum or a gradient is not finite nothing changes, and ``dropped_folds`` counts the step.
         """
         if not statistics.recorded:
             return
@@ -91,7 +90,10 @@ class Curvature:
             self.dropped_folds = self.dropped_folds + (~accept).long()
 
     def _moment_unit(self, device: torch.device) -> Tensor | None:
-        """One unit of a squared gradient in this step, not finite if a gradient is not; None without moments."""
+        """The unit of this step's squared gradients, not finite if a gradient is not. None without moments.
+
+        The unit is a scalar on ``device``.
+        """
         if self.kind == "kfac":
             return None
         groups = [

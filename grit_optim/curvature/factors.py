@@ -1,7 +1,7 @@
-"""The rank-space Fisher factors of a bucket, as running or decayed means over tokens.
+"""The K-FAC factors of a bucket's sites, as running or decayed means over tokens.
 
-``activation`` is Σ_a = E[h hᵀ] and ``gradient`` is Σ_g = E[δ δᵀ], each ``[S, r, r]`` in fp32 (the K-FAC
-factors of a LoRA pair restricted to its rank; Wu et al. 2016 for the running means).
+``activation`` is Σ_a = E[h hᵀ] and ``gradient`` is Σ_g = E[δ δᵀ], each ``[S, r, r]`` in fp32. They are the
+K-FAC factors of a LoRA pair restricted to its rank. The running means are those of Wu et al. 2016.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ class Factors:
 
     Attributes:
         activation: Σ_a ``[S, r, r]``.
-        gradient: Σ_g ``[S, r, r]``; with relative damping in units of the mean over all sites of each step's
-            tr(Σ_g)/r, which takes batch size, token count and loss scale out of it.
-        activation_weight: total weight in the mean ``[S]``.
-        gradient_weight: total weight in the mean ``[S]``.
-        activation_samples: tokens seen ``[S]``.
-        gradient_samples: tokens seen ``[S]``.
-        price: what dropping coordinates costs per unit of their ``tr(Σ_g Σ_a)``, in units of the loss
-            ``[S]``: ½·N·T, where the loss is a mean over N tokens and T tokens of a step reach the site (see
-            :meth:`fold`).
+        gradient: Σ_g ``[S, r, r]``. With relative damping its unit is each step's mean of tr(Σ_g)/r over all
+            sites, which takes batch size, token count and loss scale out of it.
+        activation_weight: total weight in Σ_a ``[S]``.
+        gradient_weight: total weight in Σ_g ``[S]``.
+        activation_samples: tokens that have gone into Σ_a ``[S]``.
+        gradient_samples: tokens that have gone into Σ_g ``[S]``.
+        price: predicted rise of the loss per unit of ``tr(Σ_g Σ_a)`` of the coordinates dropped ``[S]``, in
+            the loss's unit: ½·N·T, where the loss is a mean over N tokens and T tokens of a step reach the
+            site (see :meth:`fold`).
     """
 
     activation: Tensor
@@ -43,18 +43,18 @@ class Factors:
 
     @classmethod
     def zeros(cls, sites: int, rank: int, device: torch.device) -> Factors:
-        """Factors that have seen nothing."""
+        """Factors into which nothing has gone."""
         matrix, scalar = torch.zeros(sites, rank, rank, device=device), torch.zeros(sites, device=device)
         return cls(matrix, matrix.clone(), scalar, *(scalar.clone() for _ in range(4)))
 
     def forget(self, sites: Tensor) -> None:
-        """Let the chosen sites ``[S]`` (boolean) be as if nothing had been seen of them."""
+        """Reset the sites chosen by the boolean ``[S]``, as if none of their tokens had been seen."""
         for known in fields(self):
             value = getattr(self, known.name)
             setattr(self, known.name, torch.where(sites.view(-1, *[1] * (value.dim() - 1)), 0.0, value))
 
     def ready(self, min_samples: int) -> tuple[Tensor, Tensor]:
-        """Which sites' Σ_a and Σ_g have at least ``min_samples`` tokens: two boolean tensors ``[S]``."""
+        """Whether each site's Σ_a and Σ_g have seen ``min_samples`` tokens: two boolean tensors ``[S]``."""
         floor = max(min_samples, 1)
         return self.activation_samples >= floor, self.gradient_samples >= floor
 
@@ -66,21 +66,21 @@ class Factors:
         gradient_unit: Tensor,
         loss_tokens: Tensor | None = None,
     ) -> None:
-        """Take one step's sums into the means.
+        """Fold one step's sums into the means.
 
-        ``price`` follows from the Gauss-Newton matrix. With ``L = (1/N) Σ_n ℓ_n`` a change Δh_t of the site's
-        h at each of T tokens changes L by ``(1/2N) Σ_t Δh_tᵀ F_t Δh_t`` to second order, with F_t the Fisher
-        matrix of ``Σ_n ℓ_n`` at token t. What arrives there is ``δ_t = (1/N) Σ_n ∂ℓ_n/∂h_t``, so ``F_t ≈ N²
-        E[δ δᵀ]``, and for ``Δh = −(I − P) h`` the sum is ``½·N·T·tr((I − P)ᵀ Σ_g (I − P) Σ_a)``. Correlations
-        between tokens, and between sites, are left out.
+        ``price`` follows from the Gauss-Newton matrix. Let ``L = (1/N) Σ_n ℓ_n`` be the loss. A change Δh_t
+        of the site's h at each of T tokens changes L by ``(1/2N) Σ_t Δh_tᵀ F_t Δh_t`` to second order, with
+        F_t the Fisher matrix of ``Σ_n ℓ_n`` at token t. The gradient there is ``δ_t = (1/N) Σ_n ∂ℓ_n/∂h_t``,
+        so ``F_t ≈ N² E[δ δᵀ]``. For ``Δh = −(I − P) h`` the sum is ``½·N·T·tr((I − P)ᵀ Σ_g (I − P) Σ_a)``.
+        Correlations between tokens, and between sites, are neglected.
 
         Args:
             sums: the step's sums over tokens.
             accept: boolean scalar; where false nothing changes.
-            decay: weight that the past keeps per step, or None for the running mean over all tokens.
-            gradient_unit: what one unit of Σ_g is to be in this step, a positive scalar.
-            loss_tokens: N, the tokens that the step's loss is a mean over; by default as many as reach the
-                site.
+            decay: weight that the past keeps per step; None for the running mean over all tokens.
+            gradient_unit: the unit in which this step's Σ_g is measured, a positive scalar.
+            loss_tokens: N, the number of tokens that the step's loss is a mean over, a scalar; None: as many
+                as reach the site.
         """
         seen = (sums.rows > 0) & accept
         count = sums.rows.clamp_min(1)
@@ -103,7 +103,9 @@ class Factors:
             setattr(self, side + "_samples", torch.where(seen, samples + sums.rows, samples))
 
     def change_coordinates(self, a_weight: Tensor, b_weight: Tensor) -> None:
-        """The factors after ``A ← M A``, ``B ← B N``: ``M Σ_a Mᵀ`` and ``Nᵀ Σ_g N``, since h ← M h and δ ← Nᵀ δ.
+        """Follow ``A ← M A`` and ``B ← B N``: ``Σ_a ← M Σ_a Mᵀ`` and ``Σ_g ← Nᵀ Σ_g N``.
+
+        The reason is that h ← M h and δ ← Nᵀ δ.
 
         Args:
             a_weight: M ``[S, r, r]``.
@@ -121,7 +123,7 @@ class Factors:
         return {known.name: getattr(self, known.name)[position].clone() for known in fields(self)}
 
     def unpack(self, position: int, state: Mapping[str, Tensor]) -> None:
-        """Put one site's state back; checkpoints of before there was a price have none."""
+        """Put one site's state back. Checkpoints from before costs were predicted have no price."""
         for known in fields(self):
             if known.name in state:
                 getattr(self, known.name)[position].copy_(state[known.name])

@@ -1,12 +1,13 @@
-"""Second moments of the gradients themselves: the Fisher approximations that are not made of token factors.
+"""Second moments of the gradients: the Fisher approximations that are not made of token factors.
 
-Each is a mean over steps of what one step's gradient ∇A ``[r, d_in]`` or ∇B ``[d_out, r]`` gives; a step of
-one token gives the per-token Fisher information exactly, a step of N tokens N times it where their gradients
-are independent.
+Each is a mean over steps of second moments of one step's gradient ∇A ``[r, d_in]`` or ∇B ``[d_out, r]``. A
+step of one token gives the per-token Fisher information exactly. A step of N tokens gives N times as much, if
+the tokens' gradients are independent.
 
-    block_diagonal   E[∇A ∇Aᵀ], E[∇Bᵀ ∇B]     r×r per matrix: the Fisher's rank side, the other side taken as isotropic
+    block_diagonal   E[∇A ∇Aᵀ], E[∇Bᵀ ∇B]     r×r per matrix; the Fisher's other side is taken for isotropic
     diagonal         E[∇A²], E[∇B²]            entry by entry
-    ekfac            E[(Qᵀ ∇A)²], E[(∇B Q)²]   entry by entry in the eigenbases Q of the token factors (George et al. 2018)
+    ekfac            E[(Qᵀ ∇A)²], E[(∇B Q)²]   entry by entry, in the eigenbases Q of the token factors
+                                               (George et al. 2018)
 """
 
 from __future__ import annotations
@@ -25,10 +26,16 @@ def covariance(gradients: Tensor, side: Side) -> Tensor:
 
 
 def mean_square(groups: Sequence[Group], device: torch.device, relative: bool) -> Tensor:
-    """The unit of the moments in one step, a scalar on ``device``, not finite if a gradient is not.
+    """The unit of the moments in one step, a scalar on ``device``; not finite if a gradient is not.
 
-    All gradients of a step share the batch's 1/N and the loss scale. Divided by the mean square of all their
-    entries the moments know neither; that is the unit if ``relative`` and it is not zero, else 1.
+    All gradients of a step share the batch's factor 1/N and the loss scale. Moments of gradients divided by
+    their root mean square depend on neither.
+
+    Args:
+        groups: the matrices, all with gradients.
+        device: where the result is wanted.
+        relative: whether the unit is the mean square over all entries of all gradients. If not, or if that is
+            zero, the unit is 1.
     """
     stacks = [group.stack(group.gradients()) for group in groups]
     entries = max(1, sum(g.numel() for g in stacks))
@@ -43,11 +50,12 @@ class GradientMoments:
 
     Attributes:
         kind: ``"block_diagonal"``, ``"diagonal"`` or ``"ekfac"``.
-        weight: total weight in the means ``[S]`` per side.
-        means: per side a tensor per site: ``[r, r]`` for block_diagonal, the matrix's own shape ``[r, d_in]``
-            or ``[d_out, r]`` for the others.
-        scales: per side what each entry of a matrix is multiplied by, tensors like ``means``; of use for the
-            last two.
+        bucket: the sites, in the order of every ``[S, …]`` tensor.
+        weight: per side, the total weight in the means ``[S]``.
+        means: per side, one tensor per site: ``[r, r]`` for block_diagonal, else the matrix's own shape,
+            ``[r, d_in]`` or ``[d_out, r]``.
+        scales: per side, what each entry of a matrix is multiplied by, tensors like ``means``. block_diagonal
+            does not use them.
     """
 
     def __init__(self, kind: str, bucket: Bucket) -> None:
@@ -68,26 +76,26 @@ class GradientMoments:
 
     @property
     def elementwise(self) -> bool:
-        """Whether the moments are of single entries rather than r×r matrices."""
+        """Whether there is one moment per entry, rather than an r×r matrix per gradient."""
         return self.kind != "block_diagonal"
 
     def stacked(self, of: Mapping[Side, Sequence[Tensor]], group: Group) -> Tensor:
-        """The entries of ``means`` or ``scales`` for the matrices of ``group``, ``[m, …]``."""
+        """The tensors of ``means`` or ``scales`` that belong to the matrices of ``group``, ``[m, …]``."""
         return torch.stack([of[group.side][i] for i in group.positions])
 
     def set(self, of: dict[Side, list[Tensor]], group: Group, stacked: Tensor) -> None:
-        """Put ``[m, …]`` back in its places."""
+        """Put the stacked tensors of ``group``, ``[m, …]``, back into ``means`` or ``scales``."""
         for position, tensor in zip(group.positions, stacked, strict=True):
             of[group.side][position] = tensor
 
     def fold(self, group: Group, gradients: Tensor, seen: Tensor, decay: float | None) -> None:
-        """Take one step's gradients into the means.
+        """Fold one step's gradients into the means.
 
         Args:
             group: the matrices.
-            gradients: their gradients, for ekfac in the eigenbasis ``[m, rows, columns]``.
-            seen: which sites of the bucket this step counts for, a boolean tensor ``[S]``.
-            decay: weight that the past keeps per step, or None for the mean over all steps.
+            gradients: their gradients ``[m, rows, columns]``, for ekfac in the eigenbasis.
+            seen: sites of the bucket for which this step counts, boolean ``[S]``.
+            decay: weight that the past keeps per step; None for the running mean over all steps.
         """
         index, weight = group.index, self.weight[group.side]
         update = gradients.square() if self.elementwise else covariance(gradients, group.side)
@@ -98,11 +106,16 @@ class GradientMoments:
         self.weight[group.side] = weight.index_copy(0, index, torch.where(counts, old + 1, weight[index]))
 
     def matrices(self, side: Side) -> Tensor:
-        """The covariances of block_diagonal, ``[S, r, r]``."""
+        """The covariances of block_diagonal for one side, ``[S, r, r]``."""
         return torch.stack(self.means[side])
 
     def pack(self, position: int, with_scales: bool) -> dict[str, Tensor]:
-        """One site's state for a checkpoint, under keys that name the kind."""
+        """One site's state for a checkpoint, under keys that name the kind.
+
+        Args:
+            position: the site's place in the bucket.
+            with_scales: whether scales are included.
+        """
         state = {}
         for side in SIDES:
             state[f"{self.kind}_weight_{side}"] = self.weight[side][position].clone()
@@ -112,7 +125,7 @@ class GradientMoments:
         return state
 
     def unpack(self, position: int, state: Mapping[str, Tensor]) -> None:
-        """Put one site's state back; moments of another kind are left alone, and start from nothing."""
+        """Put one site's state back. Moments of another kind are ignored; ours then start from nothing."""
         for side in SIDES:
             if (weight := state.get(f"{self.kind}_weight_{side}")) is not None:
                 self.weight[side][position].copy_(weight)

@@ -1,4 +1,4 @@
-"""The units in which a step's statistics are counted, so that batch size, token count and loss scale fall out."""
+"""The units of a step's statistics, chosen so that batch size, token count and loss scale fall out."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from grit_optim.capture.sums import Sums
 
 
 def loss_tokens(steps: Sequence[Sums]) -> Tensor:
-    """How many tokens a step's loss is a mean over, as far as the taps can tell: a scalar on the first bucket's device.
+    """How many tokens a step's loss is a mean over, as far as the taps can tell.
 
     It is the least number of tokens with δ ≠ 0 over all sites that saw any. In a transformer whose last block
-    is adapted that is exact: behind its attention only the tokens that are scored have a gradient. Elsewhere
-    it is too large, and too small where experts share the tokens out. That is a common factor of all
-    predicted losses; their order does not depend on it.
+    is adapted that is exact: behind its attention only tokens that are scored have a gradient. In other
+    models it is too large, and it is too small where experts share the tokens out. The error is a common
+    factor of all predicted losses, and does not change their order.
+
+    Args:
+        steps: the step's sums, one entry per bucket.
+
+    Returns:
+        A scalar on the first bucket's device; 0 where no site saw any token.
     """
     device = steps[0].rows.device
     fewest = [torch.where(s.tokens > 0, s.tokens, torch.inf).amin().to(device) for s in steps]
@@ -27,14 +33,17 @@ def loss_tokens(steps: Sequence[Sums]) -> Tensor:
 
 
 def gradient_unit(steps: Sequence[Sums], ranks: Sequence[Tensor] | None = None) -> Tensor:
-    """Mean over all sites that saw tokens of ``tr(Σ_g)/r`` in this step, a positive scalar on the first bucket's device.
+    """The mean of this step's ``tr(Σ_g)/r`` over all sites that saw tokens.
 
-    The loss's δ carry 1/N, N the number of target tokens of the batch, and the loss scale of fp16; both are
-    common to all sites, so one common unit takes them out and leaves the sites' relative sizes alone.
+    All δ carry the factor 1/N of a loss that is a mean over N tokens, and the loss scale of fp16. Both are
+    common to all sites. One common unit takes them out and keeps the sites' relative sizes.
 
     Args:
         steps: the step's sums, one entry per bucket.
-        ranks: coordinates in use of each bucket's sites ``[S]``, in the place of r; by default all.
+        ranks: number of coordinates in use of each bucket's sites ``[S]``, in the place of r; None: all.
+
+    Returns:
+        A positive scalar on the first bucket's device; 1 where the mean is zero or not finite.
     """
     device = steps[0].rows.device
     in_use = ranks if ranks is not None else [None] * len(steps)

@@ -1,1 +1,1 @@
-"""How many directions each pair keeps, and how the others are given up."""
+"""The rank of each site: how many directions it keeps, and how the others are given up."""

@@ -1,4 +1,4 @@
-"""The budget of all ranks together, and its way from a start to an end."""
+"""The rank budget: how many parameters all sites together may keep, and how that changes in training."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Origin(NamedTuple):
 
 
 def parameters(budget: float, total: int) -> float:
-    """A budget in parameters: a float is a share of ``total``, a whole number is a number of parameters."""
+    """A budget as a number of parameters: a float is a share of ``total``, an int is the number itself."""
     return budget * total if isinstance(budget, float) else float(budget)
 
 
 def full_parameters(origins: Collection[Origin]) -> int:
-    """Parameters of all sites as they were when the optimizer was first built: what a share is a share of."""
+    """The parameters of all sites when the optimizer was first built. A share refers to this number."""
     return sum(origin.parameters for origin in origins)
 
 
@@ -35,12 +35,13 @@ def check(name: str, budget: float, origins: Collection[Origin], floor: int) -> 
 
     Args:
         name: the option's name, for the message.
-        budget: as given.
+        budget: the budget, a float share or an int number of parameters.
         origins: all sites as they were at first.
         floor: ``min_lora_rank``.
 
     Raises:
-        ValueError: it is less than ``floor`` keeps, holds not one direction, or is more than there is.
+        ValueError: the budget is less than ``floor`` keeps, less than one direction, or more than all
+            parameters.
     """
     directions = [(min(floor, origin.rank), origin.parameters // origin.rank) for origin in origins]
     least = sum(count * size for count, size in directions) or min(size for _, size in directions)
@@ -49,7 +50,7 @@ def check(name: str, budget: float, origins: Collection[Origin], floor: int) -> 
     if wanted > total:
         raise ValueError(
             f"{name}={budget!r} is more than the {total:,} parameters that the adapter has, so it would "
-            "change nothing; pass a smaller number, or a float in (0, 1] for a share of them"
+            "change nothing. Pass a smaller number, or a float in (0, 1] for a share of them"
         )
     if wanted < least:
         what = (
@@ -65,20 +66,21 @@ def check(name: str, budget: float, origins: Collection[Origin], floor: int) -> 
 
 
 TOLERANCE = 0.01
-"""Share by which the mean loss since the last cut may exceed the lowest mean so far before "adaptive" stands still."""
+"""Relative rise of the mean loss above the lowest mean so far at which an "adaptive" budget stands still."""
 
 
 class BudgetSchedule:
-    """How far the budget has come from ``start`` to ``end``.
+    """The course of the budget from ``start`` to ``end``.
 
     Attributes:
         start: parameters at the beginning.
         end: parameters at the end.
         kind: ``"linear"``; ``"cosine"``: half a period of a cosine, slow at both ends; ``"adaptive"``:
-            linear, but standing still while the loss suffers.
-        first: step at which the way begins.
-        steps: its length; 0 for the end at once.
-        progress: how much of the way is done, a scalar in [0, 1].
+            linear, but it stands still while the loss is more than :data:`TOLERANCE` above its lowest mean so
+            far.
+        first: step at which the change begins.
+        steps: number of steps that it takes; 0: ``end`` at once.
+        progress: the share of the course that is done, a scalar in [0, 1].
     """
 
     def __init__(self, start: float, end: float, kind: str, first: int, steps: int) -> None:
@@ -96,11 +98,11 @@ class BudgetSchedule:
 
     @property
     def rises(self) -> bool:
-        """Whether directions are given back."""
+        """Whether the budget rises, so that directions are given back."""
         return self.steps > 0 and self.start < self.end
 
     def observe(self, loss: Tensor | float) -> None:
-        """Take note of a loss, of training or of held-out data; one that is not finite is left out."""
+        """Take note of a loss, of training or of held-out data. A loss that is not finite is left out."""
         value = torch.as_tensor(loss).detach().double()
         self._observed = True
         finite = value.isfinite()
@@ -108,7 +110,7 @@ class BudgetSchedule:
         self._count = self._count.to(value.device) + finite
 
     def advance(self, step: int) -> Tensor:
-        """The budget at ``step``, in parameters, a scalar; called once for each reprojection from ``first`` on."""
+        """The budget at ``step`` in parameters, a scalar. Call it once per reprojection from ``first`` on."""
         if self.kind == "adaptive":
             self._advance_unless_loss_suffers(step)
         else:
@@ -118,7 +120,10 @@ class BudgetSchedule:
         return self.start + (self.end - self.start) * way
 
     def _advance_unless_loss_suffers(self, step: int) -> None:
-        """Progress for the steps since the last call, or none: decided where the losses lie, and not read back."""
+        """Count the steps since the last call as progress, unless the mean loss since then is too high.
+
+        The decision is made on the device where the losses lie, and not read back.
+        """
         self._warn_if_blind(step)
         mean, known = self._sum / self._count, self._count > 0
         lowest = self._lowest.to(mean.device)
@@ -130,18 +135,18 @@ class BudgetSchedule:
         self._last = step
 
     def _warn_if_blind(self, step: int) -> None:
-        """Once, on the way: the loss has never been told, so the budget stays where it starts."""
+        """Warn once that no loss has been told, so that the budget stays where it starts."""
         if self._observed or self._warned or step <= self.first:
             return
         self._warned = True
         warn(
-            "rank_budget_schedule='adaptive' stands still at its start, since no loss has been told: the "
-            "model's output carries none, so call optimizer.observe(loss) after each backward pass, or pass "
-            "a closure to step(); or choose 'linear' or 'cosine'",
+            "rank_budget_schedule='adaptive' stands still at its start, since no loss has been told. The "
+            "model's output carries none. Call optimizer.observe(loss) after each backward pass, pass a "
+            "closure to step(), or choose 'linear' or 'cosine'",
         )
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`load` needs: tensors and numbers."""
+        """The state for a checkpoint, as tensors and numbers."""
         return {
             "progress": self.progress.clone(),
             "loss_sum": self._sum.clone(),
@@ -151,7 +156,7 @@ class BudgetSchedule:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state; an empty one changes nothing."""
+        """Go on from a saved state. An empty one changes nothing."""
         if state:
             self.progress, self._lowest = state["progress"].clone(), state["lowest"].clone()
             self._sum, self._count, self._last = (
@@ -163,10 +168,14 @@ class BudgetSchedule:
 
 
 def make_schedule(options: RankOptions, origins: Collection[Origin]) -> BudgetSchedule | None:
-    """The way of the rank budget, or None where there is none.
+    """The course of the rank budget; None without a budget.
+
+    Args:
+        options: the rank options.
+        origins: all sites as they were at first.
 
     Raises:
-        ValueError: a budget that cannot be met.
+        ValueError: the start or the end of the budget cannot be met.
     """
     if options.budget is None:
         return None

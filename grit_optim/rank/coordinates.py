@@ -1,4 +1,4 @@
-"""Balanced coordinates: those in which both K-FAC factors of a pair are diagonal and equal."""
+"""Balanced coordinates of a LoRA pair, in which both of its K-FAC factors are diagonal and equal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from grit_optim.base.transport import Move
 from grit_optim.curvature.factors import Factors
 
 BALANCING_DAMPING = 1e-4
-"""Relative damping of factors that are balanced; small, so that their spectrum stays true."""
+"""Relative damping of the factors when they are balanced. It is small, so that their spectrum stays true."""
 
 
 def change_of_coordinates(transform: Tensor, inverse: Tensor, keep: Tensor) -> Move:
-    """``A ← T A``, ``B ← B T⁻¹`` and the gradients with T⁻ᵀ and Tᵀ, then every coordinate outside ``keep`` set to zero.
+    """``A ← T A`` and ``B ← B T⁻¹``, with every coordinate outside ``keep`` set to zero.
+
+    Gradients change with T⁻ᵀ and Tᵀ.
 
     Args:
         transform: T ``[S, r, r]``.
@@ -29,13 +31,13 @@ def change_of_coordinates(transform: Tensor, inverse: Tensor, keep: Tensor) -> M
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Balanced coordinates of the sites of a bucket, not yet taken.
+    """The balanced coordinates of a bucket's sites, derived but not applied.
 
     Attributes:
-        transform: T ``[S, r, r]``, the identity where nothing could be derived.
+        transform: T ``[S, r, r]``; the identity on sites that are not ``usable``.
         inverse: T⁻¹ ``[S, r, r]``.
-        spectrum: Λ ``[S, r]``, descending and zero on coordinates that are not in use.
-        usable: sites whose factors have enough samples ``[S]``.
+        spectrum: Λ ``[S, r]``, descending, and zero on coordinates that are not in use.
+        usable: sites whose factors have enough samples ``[S]``, and for which T is finite.
     """
 
     transform: Tensor
@@ -49,7 +51,7 @@ class Coordinates:
         return self.spectrum.square()
 
     def move(self, rank: Tensor) -> Move:
-        """The change to these coordinates, of which the leading ``rank`` ``[S]`` stay."""
+        """The change to these coordinates that keeps the leading ``rank`` ``[S]`` of them."""
         keep = linalg.leading_mask(rank, self.spectrum.shape[-1])
         return change_of_coordinates(self.transform, self.inverse, keep)
 
@@ -57,16 +59,16 @@ class Coordinates:
 def balanced_coordinates(
     factors: Factors, rank: Tensor, ready: tuple[Tensor, Tensor], damping: float
 ) -> Coordinates:
-    """The coordinates in which both factors are Λ, and in which dropping the trailing ones is the optimal reprojection.
+    """The coordinates in which both factors are Λ. Dropping trailing ones is the optimal reprojection.
 
-    The second-order loss change of keeping the leading k coordinates is proportional to the sum of the
-    dropped Λ², the least that any rank-k projection of h can cost (Eckart and Young 1936 on Σ_g^{1/2}
-    Σ_a^{1/2}).
+    To second order the loss rises in proportion to the sum of the dropped Λ². No projection of h to rank k
+    costs less than that of keeping the leading k coordinates (Eckart and Young 1936 on Σ_g^{1/2} Σ_a^{1/2}).
 
     Args:
         factors: Σ_a and Σ_g.
-        rank: rank kept so far ``[S]``; those are the leading coordinates.
-        ready: which pairs' Σ_a and Σ_g have enough samples, ``[S]`` each; the others are left as they are.
+        rank: rank kept so far ``[S]``; these are the leading coordinates.
+        ready: whether each site's Σ_a and Σ_g have enough samples, ``[S]`` each. Other sites keep their
+            coordinates.
         damping: added to both factors, relative to their mean eigenvalue, so that T exists.
     """
     mask = linalg.leading_mask(rank, factors.activation.shape[-1])

@@ -1,4 +1,4 @@
-"""Changing the LoRA pairs of a bucket together with everything that is expressed in their coordinates."""
+"""Changing the coordinates or the rank of LoRA pairs, together with all state that is expressed in them."""
 
 from __future__ import annotations
 
@@ -21,24 +21,39 @@ _START_NORM = 3**-0.5
 
 
 def coordinates(curvature: BucketCurvature, damping: float) -> Coordinates:
-    """The pairs' balanced coordinates, in the order of the bucket; nothing is changed."""
+    """The balanced coordinates of the bucket's sites. Nothing is changed."""
     return balanced_coordinates(curvature.factors, curvature.ranks.in_use, curvature.factors_ready(), damping)
 
 
 def balance(base: Optimizer, curvature: BucketCurvature, damping: float) -> None:
-    """Bring the pairs to balanced coordinates, all of them kept."""
+    """Bring the bucket's sites to balanced coordinates, and keep all of these."""
     truncate(base, curvature, coordinates(curvature, damping), curvature.ranks.rank)
 
 
 def predicted_loss(curvature: BucketCurvature, found: Coordinates, rank: Tensor) -> Tensor:
-    """Rise of the loss that keeping ``rank`` ``[S]`` of the balanced coordinates is predicted to cost: ``[S]``."""
+    """Predicted rise of the loss, in its unit, where sites keep ``rank`` balanced coordinates: ``[S]``.
+
+    Args:
+        curvature: of the bucket.
+        found: its balanced coordinates.
+        rank: coordinates kept ``[S]``.
+    """
     size = curvature.bucket.rank
     gone = linalg.leading_mask(curvature.ranks.rank, size) & ~linalg.leading_mask(rank, size)
     return curvature.factors.price * (found.energy * gone).sum(-1).float()
 
 
 def truncate(base: Optimizer, curvature: BucketCurvature, found: Coordinates, rank: Tensor) -> None:
-    """Take the balanced coordinates, drop those beyond ``rank`` ``[S]``, and add what that costs to ``ranks.dropped``."""
+    """Bring the bucket's sites to balanced coordinates, and drop those beyond ``rank``.
+
+    The predicted cost of those that are dropped is added to ``ranks.dropped``.
+
+    Args:
+        base: the base optimizer, whose state moves along.
+        curvature: of the bucket.
+        found: its balanced coordinates.
+        rank: coordinates kept ``[S]``; a site's rank does not rise.
+    """
     ranks = curvature.ranks
     kept = torch.minimum(rank, ranks.rank)
     ranks.dropped = ranks.dropped + torch.where(found.usable, predicted_loss(curvature, found, kept), 0.0)
@@ -49,16 +64,16 @@ def truncate(base: Optimizer, curvature: BucketCurvature, found: Coordinates, ra
 
 
 def regrow(base: Optimizer, curvature: BucketCurvature, rank: Tensor, seed: int) -> None:
-    """Take coordinates that are not in use back into use, up to ``rank`` ``[S]``, without changing what the pairs compute.
+    """Take further coordinates into use, up to ``rank``, without changing what the sites compute.
 
-    As in LoRA's own start the new columns of B are zero and the new rows of A are random; their norm is the
-    root mean square of that of the rows that the site has.
+    As at LoRA's own start the new columns of B are zero and the new rows of A random. The norm of a new row
+    is the root mean square norm of the site's rows in use.
 
     Args:
-        base: the base optimizer, for copies of the weights among its state.
+        base: the base optimizer, whose state may hold copies of the weights.
         curvature: of the bucket.
-        rank: rank from now on ``[S]``, nowhere below the current one.
-        seed: decides the rows; the same after a resume.
+        rank: coordinates in use from now on ``[S]``; a site's rank does not fall.
+        seed: decides the random rows, so that a resumed run draws equal ones.
     """
     size = curvature.bucket.rank
     fresh = linalg.leading_mask(rank, size) & ~linalg.leading_mask(curvature.ranks.rank, size)
@@ -74,18 +89,22 @@ def regrow(base: Optimizer, curvature: BucketCurvature, rank: Tensor, seed: int)
 
 
 def _typical_row_norm(stacked: Tensor, rank: Tensor) -> Tensor:
-    """Root mean square norm of the leading ``rank`` ``[m]`` rows of ``[m, r, d]``, or that of a new A where there is none."""
+    """Root mean square norm of the leading ``rank`` rows, ``[m, 1, 1]``; that of a new A where they are zero.
+
+    Args:
+        stacked: matrices A ``[m, r, d]``.
+        rank: rows in use ``[m]``.
+    """
     total = stacked.square().sum((1, 2)) / rank.clamp_min(1)
     return torch.where(total > 0, total.sqrt(), _START_NORM)[:, None, None]
 
 
 def settle_ranks(curvatures: Sequence[BucketCurvature]) -> None:
-    """Let the ranks be what A and B use: all coordinates up to the last that is not zero in both.
+    """Set each rank to what A and B use: all coordinates up to the last at which A or B is not zero.
 
-    The optimizer leaves them so itself; weights that were loaded since, from another checkpoint or without
-    the optimizer's state, may use more or less. Where they use more, the factors describe other coordinates
-    than theirs, and start anew. The paper's projections give no coordinate up, so the weights say nothing of
-    their ranks.
+    The optimizer itself leaves them so. Weights loaded from elsewhere may use more coordinates or fewer.
+    Where they use more, the site's factors describe other coordinates, and start anew. Under the paper's
+    projections nothing is done: they give no coordinate up, so the weights do not show the ranks.
     """
     for curvature in curvatures:
         if curvature.ranks.given_up:
@@ -93,6 +112,7 @@ def settle_ranks(curvatures: Sequence[BucketCurvature]) -> None:
 
 
 def _settle(curvature: BucketCurvature, ranks: KeptRanks) -> None:
+    """As :func:`settle_ranks`, for one bucket."""
     used = torch.zeros_like(ranks.mask)
     for group in curvature.bucket.groups:
         there = (group.stack(group.parameters) != 0).any(3 - group.rank_dim)
@@ -106,17 +126,24 @@ def _settle(curvature: BucketCurvature, ranks: KeptRanks) -> None:
 
 
 def clear_given_up(curvature: BucketCurvature) -> None:
-    """Set what was given up to zero once more, whatever the base made of it.
+    """Set coordinates that were given up to zero again, whatever the base has done to them.
 
-    Gradients and moments of a dropped coordinate are zero, and no elementwise optimizer moves it. One that
-    adds noise, or keeps state that could not be moved along, might.
+    Their gradients and moments are zero, so no elementwise optimizer moves them. One that adds noise might,
+    or one whose state could not be moved along.
     """
     for group in curvature.bucket.groups:
         group.write(group.masked(group.stack(group.parameters), curvature.ranks.mask))
 
 
 def project(base: Optimizer, curvature: BucketCurvature, policy: RankPolicy, two_sided: bool) -> None:
-    """Project the pairs onto leading eigenvectors of their factors, as the GRIT paper does."""
+    """Project the bucket's sites onto leading eigenvectors of their factors, as the GRIT paper does.
+
+    Args:
+        base: the base optimizer, whose state moves along.
+        curvature: of the bucket.
+        policy: which rank each site keeps.
+        two_sided: whether B is projected by Σ_g, rather than by Σ_a as A is.
+    """
     ranks = curvature.ranks
     move, ranks.rank = paper_projection(
         curvature.factors, ranks.rank, policy, curvature.factors_ready(), two_sided
@@ -125,7 +152,8 @@ def project(base: Optimizer, curvature: BucketCurvature, policy: RankPolicy, two
 
 
 def _apply(base: Optimizer, curvature: BucketCurvature, move: transport.Move) -> None:
+    """Move the weights and the base's state of the bucket's sites."""
     transport.move_weights(curvature.bucket.groups, move)
-    # K-FAC's factor of each gradient, whatever `pairing` is.
+    # Σ_g describes ∇A over the rank and Σ_a describes ∇B, whatever the option `pairing` says.
     covariances = curvature.factors.gradient, curvature.factors.activation
     transport.move_state(base, curvature.bucket.groups, move, covariances)

@@ -1,4 +1,4 @@
-"""Ranks that somebody asks for: within a budget, or site by site."""
+"""Planning a reduction of ranks that the user asks for, by a budget or site by site."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Plan(NamedTuple):
     """Balanced coordinates, and the ranks to keep in them.
 
     Attributes:
-        found: one entry per bucket.
-        wanted: ranks ``[S]``, one tensor per bucket.
+        found: balanced coordinates, one entry per bucket.
+        wanted: ranks to keep ``[S]``, one tensor per bucket.
     """
 
     found: list[Coordinates]
     wanted: list[Tensor]
 
     def costs(self, curvatures: Sequence[BucketCurvature]) -> dict[str, float]:
-        """The rise of the loss that it is predicted to cost, by site."""
+        """The predicted rise of the loss by site name, in the loss's unit."""
         return {
             name: cost
             for c, f, w in zip(curvatures, self.found, self.wanted, strict=True)
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
         }
 
     def ranks(self, curvatures: Sequence[BucketCurvature]) -> dict[str, int]:
-        """The ranks, by site."""
+        """The ranks to keep, by site name."""
         return {
             name: rank
             for c, w in zip(curvatures, self.wanted, strict=True)
@@ -49,12 +49,19 @@ class Plan(NamedTuple):
 def make_plan(
     ranks: Ranks, curvatures: Sequence[BucketCurvature], options: Options, wanted: float | Mapping[str, int]
 ) -> Plan:
-    """What to keep, by a budget as ``rank_budget`` takes it, or by site name and rank.
+    """Plan which ranks to keep. Nothing is changed.
+
+    Args:
+        ranks: the ranks in force.
+        curvatures: of the buckets.
+        options: all options.
+        wanted: a budget as ``rank_budget`` takes it, or site name to rank. Sites that are not named keep
+            theirs.
 
     Raises:
-        TypeError: neither a budget nor a mapping.
-        ValueError: an unknown site, a rank above the site's, a budget that cannot be met, factors without
-            samples, or options with which no rank is given up for good.
+        TypeError: ``wanted`` is neither a budget nor a mapping.
+        ValueError: a site is unknown, a rank is above the site's, the budget cannot be met, factors have too
+            few samples, or the options let no rank be given up for good.
     """
     if not options.rank.gives_up:
         raise ValueError(
@@ -64,7 +71,7 @@ def make_plan(
     if options.fisher.fisher != "kfac":
         raise ValueError(
             f"fisher={options.fisher.fisher!r} keeps moments of gradients in the coordinates of A and B, "
-            "which change where ranks are given up; build the optimizer with fisher='kfac'"
+            "which change where ranks are given up. Build the optimizer with fisher='kfac'"
         )
     found = ranks.coordinates(curvatures)
     _check_ready(curvatures, found, options.fisher.kfac_min_samples)
@@ -82,6 +89,11 @@ def make_plan(
 def _check_ready(
     curvatures: Sequence[BucketCurvature], found: Sequence[Coordinates], kfac_min_samples: int
 ) -> None:
+    """Refuse to plan while the factors of a site have too few samples.
+
+    Raises:
+        ValueError: the balanced coordinates of a site could not be derived.
+    """
     unready = [
         name
         for c, f in zip(curvatures, found, strict=True)
@@ -91,8 +103,8 @@ def _check_ready(
     if unready:
         raise ValueError(
             f"nothing is known yet of the curvature of {len(unready)} site(s) ({listed(unready)}), so no "
-            f"loss can be predicted: train until each has seen kfac_min_samples={kfac_min_samples} tokens "
-            "since B is not zero. An adapter that was trained elsewhere can be exported as it is with "
+            f"loss can be predicted. Train until each has seen kfac_min_samples={kfac_min_samples} tokens "
+            "with a B that is not zero. Export an adapter that was trained elsewhere as it is, with "
             "grit_optim.export_adapter(model, path)"
         )
 
@@ -100,7 +112,11 @@ def _check_ready(
 def _named(
     known: Mapping[str, int], curvatures: Sequence[BucketCurvature], wanted: Mapping[str, int]
 ) -> list[Tensor]:
-    """The ranks that a mapping asks for, the others as they are."""
+    """The ranks that a mapping asks for, one ``[S]`` per bucket. Sites that it does not name keep theirs.
+
+    Raises:
+        ValueError: a site is unknown, or a rank is not a whole number from 0 to the site's own.
+    """
     for name, rank in wanted.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

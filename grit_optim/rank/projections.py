@@ -14,14 +14,20 @@ from grit_optim.rank.selection import RankPolicy
 def paper_projection(
     factors: Factors, rank: Tensor, policy: RankPolicy, ready: tuple[Tensor, Tensor], two_sided: bool
 ) -> tuple[Move, Tensor]:
-    """``A ← V_a V_aᵀ A``, ``B ← B V_g V_gᵀ`` with the top-k eigenvectors of Σ_a and Σ_g (GRIT, arXiv 2601.00231).
+    """``A ← V_a V_aᵀ A`` and ``B ← B V_g V_gᵀ``, onto the top k eigenvectors of Σ_a and Σ_g.
 
-    The rank k comes from Σ_a. B is projected with V_a if not ``two_sided``, and while Σ_g has too few
-    samples.
+    This is the reprojection of GRIT (arXiv 2601.00231). The rank k comes from Σ_a. B is projected with V_a if
+    not ``two_sided``, and while Σ_g has too few samples.
+
+    Args:
+        factors: Σ_a and Σ_g of a bucket's sites.
+        rank: rank kept so far ``[S]``.
+        policy: decides k.
+        ready: whether each site's Σ_a and Σ_g have enough samples, ``[S]`` each.
+        two_sided: whether B is projected with V_g.
 
     Returns:
-        The move, the identity for sites whose Σ_a is not ready, and the rank kept
-        ``[S]``.
+        The move, which is the identity for sites whose Σ_a is not ready, and the rank kept ``[S]``.
     """
     ready_a, ready_g = ready
     values, vectors = linalg.descending_eigh(factors.activation)
@@ -32,7 +38,7 @@ def paper_projection(
     if two_sided:
         onto_g = linalg.projector(linalg.descending_eigh(factors.gradient)[1], keep)
         onto_b = torch.where(ready_g[:, None, None], onto_g, onto_a)
-    # At full rank V Vᵀ is the identity up to rounding; make it exact, so that nothing changes.
+    # At full rank V Vᵀ is the identity up to rounding. Make it exact, so that nothing changes.
     moved = (ready_a & (new_rank < vectors.shape[-1]))[:, None, None]
     onto_a, onto_b = (torch.where(moved, p, linalg.eye_like(p)) for p in (onto_a, onto_b))
     return Move(onto_a, onto_b, onto_a, onto_b), new_rank

@@ -1,4 +1,4 @@
-"""The ranks of all pairs: what they are, what changes them, and what that costs."""
+"""The ranks of all sites: what they are, what changes them, and what that costs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from grit_optim.rank.selection import Bids, RankPolicy, ranks_within
 
 
 class Ranks:
-    """The ranks in force, how they are reduced in training, and what is known of the ranks given up.
+    """The ranks in force, how training reduces them, and what giving directions up is predicted to cost.
 
     Attributes:
         kept: the ranks in force, one entry per bucket.
-        origin: what each pair was when the optimizer was first built, by name.
-        removed: predicted rise of the loss by pairs that were taken out, by name.
-        budget: the way of the budget, or None.
-        reprojections: times the pairs were reprojected.
+        origin: site name to what the site was when the optimizer was first built.
+        removed: site name to the predicted rise of the loss, for sites that were taken out of the model.
+        budget: the course of the rank budget, or None.
+        reprojections: how often the sites were reprojected.
     """
 
     def __init__(self, base: Optimizer, options: RankOptions, times: StageTimes) -> None:
@@ -43,18 +43,21 @@ class Ranks:
         self._base = base
         self._options = options
         self._times = times
-        self._reduced = (
-            False  # whether coordinates may have been given up; whether they have, the device knows
-        )
-        self._versions: list[int] | None = None
+        # Whether coordinates may have been given up. Whether they were is only known on the device.
+        self._reduced = False
+        self._versions: list[int] | None = None  # of the weights, at the end of the last step
 
-    # ---------------------------------------------------------------- which pairs
+    # ---------------------------------------------------------------- which sites
 
     def remember(self, sites: Sequence[Site], origin: Mapping[str, Origin]) -> None:
-        """Note what the pairs were at first, and size the budget by it; ``origin`` counts for more than the pairs.
+        """Note what the sites were at first, and set the budget by it.
+
+        Args:
+            sites: the sites as they are now.
+            origin: what sites were at first, where that is known already; it overrides ``sites``.
 
         Raises:
-            ValueError: a budget that cannot be met.
+            ValueError: the budget cannot be met.
         """
         self.origin = {**{site.name: Origin(site.rank, site.parameters) for site in sites}, **origin}
         before = self.budget.state() if self.budget is not None else {}
@@ -63,7 +66,7 @@ class Ranks:
             self.budget.load(before)
 
     def attach(self, buckets: Sequence[Bucket]) -> None:
-        """Keep all directions of the pairs of these buckets."""
+        """Work on the sites of ``buckets`` from now on, with all their directions kept."""
         first = {name: origin.rank for name, origin in self.origin.items()}
         given_up, compensates = self._options.gives_up, self._options.rank_budget is not None
         self.kept = [KeptRanks(bucket, first, given_up, compensates) for bucket in buckets]
@@ -73,21 +76,26 @@ class Ranks:
 
     @property
     def follows_loss(self) -> bool:
-        """Whether the budget needs the losses."""
+        """Whether the budget depends on the loss."""
         return self._options.rank_budget_schedule == "adaptive"
 
     def observe(self, loss: Tensor | float | None) -> None:
-        """Take note of a step's loss, where the budget follows it."""
+        """Take note of a step's loss, if the budget depends on it."""
         if loss is not None and self.budget is not None and self.follows_loss:
             self.budget.observe(loss)
 
     def settle_if_loaded(self, curvatures: Sequence[BucketCurvature], versions: list[int]) -> None:
-        """Take the ranks from the weights, where somebody has changed those since the last step."""
+        """Take the ranks from the weights, if somebody has changed these since the last step.
+
+        Args:
+            curvatures: of the buckets.
+            versions: how often each A has been changed in place, by now.
+        """
         if self._versions not in (None, versions):
             pairs.settle_ranks(curvatures)
 
     def clear_given_up(self, curvatures: Sequence[BucketCurvature]) -> None:
-        """Keep what was given up at zero, whatever the base made of it."""
+        """Set coordinates that were given up to zero again, whatever the base has done to them."""
         if self._reduced:
             with self._times("reproject"):
                 for curvature in curvatures:
@@ -95,7 +103,7 @@ class Ranks:
 
     @property
     def reprojects(self) -> bool:
-        """Whether there is a reprojection at all."""
+        """Whether the options ask for reprojections."""
         return self._options.reprojection != "none"
 
     @property
@@ -104,7 +112,12 @@ class Ranks:
         return self._options.gives_up
 
     def reproject(self, curvatures: Sequence[BucketCurvature], step: int) -> None:
-        """Reproject the pairs and adapt their ranks; the base's moments have to be in plain coordinates."""
+        """Reproject the sites and adapt their ranks.
+
+        Args:
+            curvatures: of the buckets. The base's moments must be in the coordinates of A and B themselves.
+            step: number of the step.
+        """
         self.reprojections += 1
         if not self.gives_up:
             for curvature in curvatures:
@@ -125,7 +138,7 @@ class Ranks:
         self.truncate(curvatures, found, ranks, step)
 
     def policy(self, step: int) -> RankPolicy:
-        """Which rank each pair keeps, decided by its own spectrum."""
+        """How each site's rank is decided by its own spectrum, as of ``step``."""
         options = self._options
         adapting = step >= options.rank_adaptation_start_step
         threshold = options.rank_adaptation_threshold if adapting else None
@@ -138,7 +151,14 @@ class Ranks:
         parameters: Tensor,
         regrowth: bool = False,
     ) -> list[Tensor]:
-        """The ranks of all pairs within a common budget, one ``[S]`` per bucket."""
+        """The ranks of all sites within a common budget, one ``[S]`` per bucket.
+
+        Args:
+            curvatures: of the buckets.
+            found: balanced coordinates, one entry per bucket.
+            parameters: the budget, a scalar tensor.
+            regrowth: whether ranks may rise.
+        """
         bids = [
             Bids(c.factors.price[:, None] * f.energy, c.bucket.direction_size, c.ranks.rank, f.usable)
             for f, c in zip(found, curvatures, strict=True)
@@ -153,7 +173,18 @@ class Ranks:
         step: int,
         for_good: bool = False,
     ) -> None:
-        """Take the coordinates found, with the ranks given."""
+        """Bring the sites to the coordinates ``found``, with the given ranks.
+
+        Where the budget rises, sites that are given a higher rank than theirs take further directions into
+        use.
+
+        Args:
+            curvatures: of the buckets.
+            found: balanced coordinates, one entry per bucket.
+            ranks: the rank of each site from now on ``[S]``, one tensor per bucket.
+            step: number of the step.
+            for_good: whether the user asked for it, apart from any policy or budget.
+        """
         for i, (curvature, coordinates, rank) in enumerate(zip(curvatures, found, ranks, strict=True)):
             pairs.truncate(self._base, curvature, coordinates, rank)
             if self.budget is not None and self.budget.rises:
@@ -167,26 +198,30 @@ class Ranks:
     # ---------------------------------------------------------------- what is known
 
     def by_name(self, curvatures: Sequence[BucketCurvature]) -> dict[str, int]:
-        """Directions kept, by site; sites that were taken out come last, with 0."""
+        """Directions kept, by site name. Sites that were taken out come last, with 0."""
         pairs.settle_ranks(curvatures)
         kept = {name: rank for ranks in self.kept for name, rank in ranks.by_name().items()}
         return {**kept, **dict.fromkeys(self.removed, 0)}
 
     def dropped(self) -> dict[str, float]:
-        """Predicted rise of the loss by what was given up so far, by site."""
+        """Predicted rise of the loss by everything given up so far, by site name."""
         return self.removed | {n: cost for ranks in self.kept for n, cost in ranks.dropped_by_name().items()}
 
     def predicted_cost(self) -> Tensor | float:
-        """Sum of :meth:`dropped`, not read back from the device."""
+        """The sum of :meth:`dropped`, left on the device."""
         gone, dropped = sum(self.removed.values()), [ranks.dropped.sum() for ranks in self.kept]
         return torch.stack([d.to(dropped[0].device) for d in dropped]).sum() + gone if dropped else gone
 
     def remove(self, dropped: Mapping[str, float]) -> None:
-        """Remember pairs that were taken out, with what that was predicted to cost."""
+        """Remember sites that are taken out of the model.
+
+        Args:
+            dropped: site name to the predicted rise of the loss by all its directions.
+        """
         self.removed.update(dropped)
 
     def coordinates(self, curvatures: Sequence[BucketCurvature]) -> list[Coordinates]:
-        """The pairs' balanced coordinates now, one entry per bucket."""
+        """The sites' balanced coordinates now, one entry per bucket."""
         pairs.settle_ranks(curvatures)
         return [pairs.coordinates(curvature, BALANCING_DAMPING) for curvature in curvatures]
 
@@ -197,7 +232,14 @@ class Ranks:
         found: Sequence[Coordinates],
         costs: Mapping[str, float],
     ) -> RankReport:
-        """All that is known, with ``kept`` directions per site at a further cost of ``costs``."""
+        """What is known of each site's rank.
+
+        Args:
+            curvatures: of the buckets.
+            kept: directions kept, by site name. Other sites are left out.
+            found: balanced coordinates, one entry per bucket.
+            costs: predicted rise of the loss beside that of what was given up already, by site name.
+        """
         threshold, dropped = self._options.reported_threshold, self.dropped()
         effective: dict[str, tuple[float | None, int | None]] = {}
         for c, f in zip(curvatures, found, strict=True):
@@ -218,7 +260,7 @@ class Ranks:
     # ---------------------------------------------------------------- saving and loading
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the ranks of each site."""
+        """What a checkpoint keeps beside each site's own state."""
         return {
             "reprojection": self._options.reprojection,
             "reprojections": self.reprojections,
@@ -228,7 +270,7 @@ class Ranks:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], sites: Sequence[Site]) -> None:
-        """Go on from a checkpoint, or start anew from an empty one; the ranks of each site are there already."""
+        """Go on from a checkpoint; from an empty one, start anew. Each site's own state is loaded already."""
         self.reprojections = state.get("reprojections", 0)
         self.removed = dict(state.get("removed", {}))
         self._versions = None
@@ -244,11 +286,10 @@ class Ranks:
         self._reduced = any(bool((ranks.rank < ranks.bucket.rank).any()) for ranks in self.kept)
 
     def _forget_ranks_of_the_paper(self, state: Mapping[str, Any]) -> None:
-        """Keep all rows where the paper's projections left a rank: all of them are in use, and must not be cleared."""
+        """Keep all rows where the paper's projections left a rank: all are in use, none may be cleared."""
         now = self._options.reprojection
-        before = state.get(
-            "reprojection", now if now == "balanced" else PAPER_PROJECTIONS[0]
-        )  # older: not said
+        # Older checkpoints do not say which reprojection they come from.
+        before = state.get("reprojection", now if now == "balanced" else PAPER_PROJECTIONS[0])
         if before in PAPER_PROJECTIONS and self.gives_up:
             for ranks in self.kept:
                 ranks.rank = torch.full_like(ranks.rank, ranks.bucket.rank)

@@ -1,4 +1,4 @@
-"""What is known of each site's rank, as a table and as JSON."""
+"""The report of each site's rank, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from grit_optim import linalg
 from grit_optim.rank.selection import rank_for_energy
 
 FILE_NAME = "grit_ranks.json"
-"""What an exported adapter's folder holds beside PEFT's two files."""
+"""The report's file in an exported adapter's folder, beside PEFT's two files."""
 
 FORMAT = 1
+"""Version of the report's JSON."""
 
 
 @dataclass(frozen=True)
 class SiteRank:
-    """One site's rank.
+    """The rank of one site.
 
     Attributes:
         name: the site.
         rank: directions kept; 0 where the exported adapter leaves the site out.
         rank_before: directions at first.
-        entropy_rank: effective rank by entropy, ``exp(−Σ p log p)`` with ``p = σ/Σσ``; None where no spectrum
-            is known.
-        threshold_rank: smallest number of directions that hold the share ``threshold`` of Σσ²; None likewise.
+        entropy_rank: effective rank by entropy, ``exp(−Σ p log p)`` with ``p = σ/Σσ`` (Roy and Vetterli
+            2007); None where no spectrum is known.
+        threshold_rank: smallest number of directions that hold the share ``threshold`` of Σσ²; None where no
+            spectrum is known.
         parameters: entries of A and B that are kept.
         parameters_before: entries of A and B at first.
-        predicted_loss: rise of the loss that dropping the others was predicted to cost, in the loss's unit;
+        predicted_loss: predicted rise of the loss by the directions that were dropped, in the loss's unit;
             None if unknown.
     """
 
@@ -46,7 +48,7 @@ class SiteRank:
 
 
 class RankReport(dict[str, int]):
-    """Directions kept per site, by name, with all else that is known in :attr:`sites`.
+    """Directions kept, by site name. :attr:`sites` has everything else that is known.
 
     Attributes:
         sites: one entry per site, in the model's order.
@@ -60,22 +62,22 @@ class RankReport(dict[str, int]):
 
     @property
     def parameters(self) -> int:
-        """Entries of A and B that all sites keep."""
+        """Entries of A and B that all sites together keep."""
         return sum(site.parameters for site in self.sites)
 
     @property
     def parameters_before(self) -> int:
-        """Entries of A and B that all sites had at first."""
+        """Entries of A and B that all sites together had at first."""
         return sum(site.parameters_before for site in self.sites)
 
     @property
     def predicted_loss(self) -> float | None:
-        """Rise of the loss that all that was dropped was predicted to cost; None if that is not known of every site."""
+        """Predicted rise of the loss by all directions dropped; None if it is unknown for any site."""
         costs = [site.predicted_loss for site in self.sites]
         return None if None in costs else sum(cost for cost in costs if cost is not None)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain values, as ``json.dumps`` takes them."""
+        """The report as plain values, ready for ``json.dumps``."""
         return {
             "format": FORMAT,
             "threshold": self.threshold,
@@ -86,7 +88,7 @@ class RankReport(dict[str, int]):
         }
 
     def table(self) -> str:
-        """The same as a text table, a line per site and one for all together."""
+        """The report as a text table: one line per site, and one for all together."""
         header = (
             "site",
             "rank",
@@ -129,7 +131,7 @@ def _loss(value: float | None) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first to the left and the others to the right."""
+    """The rows as lines with columns of equal width. The first column is set left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -142,7 +144,15 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def effective_ranks(spectrum: Tensor, threshold: float) -> list[tuple[float | None, int | None]]:
-    """By entropy and by threshold, of each row of singular values ``[S, r]``; None where a row is zero."""
+    """The effective ranks of singular values, by entropy and by threshold.
+
+    Args:
+        spectrum: singular values ``[S, r]``, descending.
+        threshold: τ, the share of Σσ² to hold.
+
+    Returns:
+        For each row the two ranks; None twice where the row is zero.
+    """
     entropies = linalg.effective_rank(spectrum).tolist()
     counts = rank_for_energy(spectrum.square(), threshold).tolist()
     known = (spectrum.sum(-1) > 0).tolist()
@@ -150,7 +160,9 @@ def effective_ranks(spectrum: Tensor, threshold: float) -> list[tuple[float | No
 
 
 def product_singular_values(a: Tensor, b: Tensor) -> Tensor:
-    """Singular values of B·A, ``[r]``, descending, at the cost of r×r matrices and two QR decompositions.
+    """Singular values of B·A, ``[r]``, descending.
+
+    It costs two QR decompositions and one singular value decomposition of r×r; B·A is never formed.
 
     Args:
         a: A, ``[r, d_in]``.

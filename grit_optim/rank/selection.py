@@ -1,4 +1,4 @@
-"""How many directions a site keeps."""
+"""Which rank each site keeps: decided by its own spectrum, or in competition for a common budget."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from grit_optim import linalg
 
 
 def rank_for_energy(spectrum: Tensor, threshold: float) -> Tensor:
-    """Smallest k whose k leading entries hold the share ``threshold`` (τ in the paper) of the sum: ``[S, r] -> [S]``.
+    """Smallest k whose k leading entries hold the share ``threshold`` of the sum: ``[S, r] -> [S]``.
 
     Args:
-        spectrum: non-negative, in descending order: eigenvalues of Σ_a, or Λ² of balanced coordinates.
-        threshold: τ in (0, 1].
+        spectrum: non-negative and descending: eigenvalues of Σ_a, or Λ² of balanced coordinates.
+        threshold: τ in (0, 1] (the GRIT paper's symbol).
 
     Returns:
-        k in 1…r, int64; r where the spectrum is zero, since nothing then says which direction to give up.
+        k in 1…r, int64; r where the spectrum is zero, since nothing then tells which direction to give up.
     """
     total = spectrum.sum(-1, keepdim=True)
     cumulative = spectrum.cumsum(-1)
-    # Entries before the threshold is reached, plus the one that reaches it. The slack lets τ = 1 drop exact
-    # zeros.
+    # k counts the entries before the threshold is reached, and the one that reaches it. The slack lets τ = 1
+    # drop exact zeros.
     short = cumulative < threshold * total * (1 - 4 * torch.finfo(spectrum.dtype).eps)
     size = spectrum.shape[-1]
     k = (short.sum(-1) + 1).clamp_max(size)
@@ -32,14 +32,14 @@ def rank_for_energy(spectrum: Tensor, threshold: float) -> Tensor:
 
 
 def continued(spectrum: Tensor, rank: Tensor) -> Tensor:
-    """The spectrum with what lies beyond the kept rank filled in by the geometric series that its end suggests.
+    """The spectrum with entries beyond the rank guessed, by a geometric series.
 
-    A coordinate that is not in use has no curvature to measure. What another direction would be worth is
-    guessed from the last two that are: a spectrum that falls off steeply needs no more, one that is still
-    flat at its end does.
+    A coordinate that is not in use has no curvature to measure. The ratio of the last two entries in use
+    tells what another direction would be worth: little where the spectrum falls off steeply, much where it is
+    still flat at its end.
 
     Args:
-        spectrum: Λ², descending and zero beyond the rank ``[S, r]``.
+        spectrum: Λ², descending, and zero beyond the rank ``[S, r]``.
         rank: coordinates in use ``[S]``.
     """
     size = spectrum.shape[-1]
@@ -52,12 +52,12 @@ def continued(spectrum: Tensor, rank: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RankPolicy:
-    """Which rank each site keeps after a reprojection, decided by the site's own spectrum. It never rises.
+    """How each site's rank is decided by its own spectrum at a reprojection. It never rises.
 
     Attributes:
         fixed: ``reprojection_k``, used while there is no threshold; None keeps the current rank.
-        threshold: τ, or None while rank adaptation is off or has not started.
-        floor: ``min_lora_rank``; a site that is below it already stays where it is.
+        threshold: τ; None while rank adaptation is off or has not started.
+        floor: ``min_lora_rank``. A site that is below it already stays where it is.
     """
 
     fixed: int | None
@@ -66,11 +66,11 @@ class RankPolicy:
 
     @property
     def reduces(self) -> bool:
-        """Whether it may reduce a rank."""
+        """Whether the policy may reduce a rank."""
         return self.fixed is not None or self.threshold is not None
 
     def next_rank(self, spectrum: Tensor, current: Tensor, allowed: Tensor) -> Tensor:
-        """The rank each site keeps from now on, ``[S]``.
+        """The rank that each site keeps from now on, ``[S]``.
 
         Args:
             spectrum: what τ is measured on, descending ``[S, r]``.
@@ -94,8 +94,8 @@ class Bids:
         loss: predicted rise of the loss if a direction is dropped ``[S, r]``, descending.
         size: parameters of one direction, d_in + d_out ``[S]``.
         current: rank kept so far ``[S]``.
-        allowed: sites whose factors have enough samples ``[S]``; the others keep their rank, and its size
-            counts.
+        allowed: sites whose factors have enough samples ``[S]``. The others keep their rank, whose parameters
+            count.
     """
 
     loss: Tensor
@@ -105,18 +105,17 @@ class Bids:
 
 
 def ranks_within(bids: Sequence[Bids], budget: Tensor, floor: int, regrowth: bool = False) -> list[Tensor]:
-    """The ranks whose directions together have at most ``budget`` parameters, and hold as much predicted loss as they can.
+    """The ranks that hold the most predicted loss within a budget of parameters.
 
     All directions of all sites are sorted once by predicted loss per parameter, and taken from the top until
-    the budget is spent (the greedy solution of the knapsack problem, off by less than one direction). Only if
-    what must stay, the floor and the sites without samples, has more parameters than that, the budget is
-    exceeded.
+    the budget is spent. That is the greedy solution of the knapsack problem, off by less than one direction.
+    The budget is exceeded only if what must stay exceeds it: the floor, and sites without samples.
 
     Args:
         bids: one per bucket.
         budget: parameters of all sites together, a scalar tensor.
         floor: ``min_lora_rank``: leading directions that every site keeps.
-        regrowth: whether a site may be given more than it has now.
+        regrowth: whether a site's rank may rise.
 
     Returns:
         The rank of each site ``[S]``, int64, one tensor per bucket.
@@ -127,7 +126,7 @@ def ranks_within(bids: Sequence[Bids], budget: Tensor, floor: int, regrowth: boo
         torch.cat([part.flatten().to(device) for part in parts]) for parts in zip(*entries, strict=True)
     )
     order = priority.sort(descending=True, stable=True).indices
-    # A scalar on the CPU is compared as a number; copying it to a GPU would wait for the GPU.
+    # A scalar on the CPU is compared as a number: copying it to a GPU would wait.
     fits = size[order].cumsum(0) <= (budget if budget.device.type == "cpu" else budget.to(device))
     keep = torch.zeros_like(must).index_put((order,), fits) & (priority >= 0) | must
     parts = keep.split([bid.loss.numel() for bid in bids])
@@ -135,7 +134,12 @@ def ranks_within(bids: Sequence[Bids], budget: Tensor, floor: int, regrowth: boo
 
 
 def _entries(bid: Bids, floor: int, regrowth: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each direction ``[S, r]``: predicted loss per parameter (−1: not to be had), parameters, whether it must stay."""
+    """For each direction ``[S, r]``, what the competition needs to know.
+
+    Returns:
+        Predicted loss per parameter (−1 where the direction is not to be had), its parameters, and whether it
+        must stay.
+    """
     width = bid.loss.shape[-1]
     held = linalg.leading_mask(bid.current, width)
     loss = continued(bid.loss, bid.current) if regrowth else bid.loss
