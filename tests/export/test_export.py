@@ -16,8 +16,7 @@ from grit_optim import export_adapter
 NESTED = {"r": 4, "lora_alpha": 6, "target_modules": ["proj", "conv"]}
 
 
-# name: base, LoraConfig, arguments of save_adapter, ranks by the end of a layer's name (else 3 of 6, or 2 of
-# 4)
+# name: base, LoraConfig, arguments of save_adapter, ranks by the end of a layer's name (elsewhere half)
 CASES = {
     "mixed ranks and left-out sites": ("fp32", LLAMA, {}, {"q_proj": 0, "v_proj": 5, "1.mlp.up_proj": 1}),
     "one rank for all": ("fp32", LLAMA, {}, {}),

@@ -12,6 +12,9 @@ from grit_optim.export import folder
 from grit_optim.export.files import STALE_WEIGHTS
 
 
+@pytest.mark.parametrize(
+    "place", ["save_file", "save_pretrained", "carry_over", "flush", "take_the_place", "rename"]
+)
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two steps"])
 def test_an_interrupted_save_leaves_the_good_adapter(base_folder, tmp_path, monkeypatch, place, exchange):
     model = start("fp32", LLAMA, base_folder)
