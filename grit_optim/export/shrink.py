@@ -30,7 +30,7 @@ def shrink(parts: Parts, model: nn.Module | None) -> None:
     if not parts.ranks.gives_up:
         raise ValueError(
             f"reprojection={parts.options.rank.reprojection!r} gives no rank up for good, so there is "
-            "nothing to shrink"
+            "nothing to shrink. Build the optimizer with reprojection='balanced' or 'none'"
         )
     sites = parts.sites.all
     peft_model = check(parts.known_model(model), sites)
