@@ -1,4 +1,4 @@
-"""``python -m grit_optim COMMAND``: each command is a module of ``grit_optim.cli``."""
+"""The command line ``python -m grit_optim COMMAND``: one module of ``grit_optim.cli`` per command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``from grit_optim.callback import GritCallback``, for transformers' Trainer. Needs transformers."""
+"""A short name for :mod:`grit_optim.integrations.callback`. Needs transformers."""
 
 from grit_optim.integrations.callback import GritCallback
 

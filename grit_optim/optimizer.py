@@ -245,8 +245,8 @@ class GritOptimizer(OptimizerWrapper):
     def shrink_(self, *, model: nn.Module | None = None) -> RankReport:
         """Cut A, B, their gradients and the base's state to the ranks kept, between two phases.
 
-        What the model computes stays the same. So do the Parameter objects, but for sites of rank 0, which leave
-        the model. PEFT's configuration follows. Later checkpoints fit the smaller adapter.
+        What the model computes stays the same. So do the Parameter objects, but for sites of rank 0, which
+        leave the model. PEFT's configuration follows. Later checkpoints fit the smaller adapter.
 
         Args:
             model: the model, where the optimizer does not know it any more (after copying or unpickling).

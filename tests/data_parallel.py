@@ -1,7 +1,7 @@
-"""One of several processes that train a tiny model together; `data_parallel.py RANK PROCESSES FOLDER` runs every scenario.
+"""One of several processes that train a tiny model together.
 
-Each process takes its rows of every batch, and writes what it ended with to FOLDER. The same scenarios run in
-one process are those with the whole batch.
+`data_parallel.py RANK PROCESSES FOLDER` runs every scenario. Each process takes its rows of every
+batch, and writes what it ended with to FOLDER. One process alone runs the scenarios with the whole batch.
 """
 
 import contextlib
@@ -21,9 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from grit_optim import GritOptimizer, Site, presets
 
 BUDGET = {
-    "reprojection": "balanced", "reprojection_freq": 2, "rank_budget": 0.5, "rank_budget_steps": 4, "min_lora_rank": 0,
+    "reprojection": "balanced",
+    "reprojection_freq": 2,
+    "rank_budget": 0.5,
+    "rank_budget_steps": 4,
+    "min_lora_rank": 0,
     "precondition": "inverse",
-}  # fmt: skip
+}
 # name: options of GritOptimizer, under which processes together are one process with all of their rows
 OPTIONS = {
     "spectral": {},
@@ -58,7 +62,7 @@ STEPS = {"adaptive schedule": 33}
 
 
 EPS = 1e-4
-"""Adam's, as large as the gradients: with less, it makes rounding errors as large as the rest where a gradient is tiny."""
+"""Adam's, as large as the gradients. A smaller one makes rounding errors of tiny gradients whole steps."""
 
 
 def grit(model, **options):
@@ -231,18 +235,30 @@ def trainer(rank, processes):
     with tempfile.TemporaryDirectory() as out:
         shared = {"ddp_backend": "gloo"} if processes > 1 else {}
         arguments = TrainingArguments(
-            out, max_steps=6, per_device_train_batch_size=4 // processes, use_cpu=True, report_to="none", disable_tqdm=True,
-            logging_strategy="no", save_strategy="no", **shared,
-        )  # fmt: skip
+            out,
+            max_steps=6,
+            per_device_train_batch_size=4 // processes,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+            save_strategy="no",
+            **shared,
+        )
         Trainer(model, arguments, train_dataset=examples, optimizers=(optimizer, None)).train()
     return ended(model, optimizer)
 
 
 SCENARIOS = {
     **{name: (lambda rank, processes, name=name: options_of(name, rank, processes)) for name in OPTIONS},
-    "accumulated": accumulated, "resumed": resumed, "experts": experts, "overflow": overflow, "resting": resting,
-    "around": unseen, "Trainer": trainer,
-}  # fmt: skip
+    "accumulated": accumulated,
+    "resumed": resumed,
+    "experts": experts,
+    "overflow": overflow,
+    "resting": resting,
+    "around": unseen,
+    "Trainer": trainer,
+}
 
 
 def run(rank, processes):

@@ -9,12 +9,16 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from grit_optim import GritOptimizer
 
 HANDS_OVER_THE_MODEL = Version(transformers.__version__) >= Version("5.2")
-"""Whether the Trainer calls a factory in ``optimizer_cls_and_kwargs`` with the model; before, with parameter groups."""
+"""Whether the Trainer hands a factory in ``optimizer_cls_and_kwargs`` the model, not parameter groups."""
 
 BEST = {
-    "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "load_best_model_at_end": True,
     "metric_for_best_model": "loss",
-}  # fmt: skip
+}
 HALF = {"reprojection": "balanced", "reprojection_freq": 2, "rank_budget": 0.5, "min_lora_rank": 0}
 """GritOptimizer's options for a budget of half the parameters."""
 
@@ -37,7 +41,10 @@ def settings(folder, kind="", **arguments):
 
 
 def run(folder, model, optimizers=(None, None), kind="", callbacks=(), trainer=None, given=None, **arguments):
-    """A Trainer that is ready to train; ``kind`` is "" or "Seq2Seq", ``trainer`` a subclass, ``given`` what else it gets."""
+    """A Trainer that is ready to train.
+
+    ``kind`` is "" or "Seq2Seq", ``trainer`` a subclass, ``given`` what it gets instead of ``optimizers``.
+    """
     return (trainer or getattr(transformers, f"{kind}Trainer"))(
         model=model,
         args=settings(folder, kind, **arguments),
@@ -114,7 +121,7 @@ class Stop(transformers.TrainerCallback):
 
 
 class Agreement(transformers.TrainerCallback):
-    """Asks before every step whether taps and gradients agree: a pass too many, or too few, and they would not.
+    """Asks before every step whether taps and gradients agree; they do not after a pass too many or too few.
 
     Attributes:
         seen: the statuses of all sites, a list per step.
@@ -151,7 +158,7 @@ QUANTIZED = {
 
 
 def qlora(folder, kind, rank=4, checkpointing=True):
-    """The base model in ``folder`` in 4 or 8 bits, prepared as PEFT prepares it, with an adapter on every linear layer."""
+    """The base model in ``folder`` in 4 or 8 bits, prepared by PEFT, with all linear layers adapted."""
     quantization = transformers.BitsAndBytesConfig(**QUANTIZED[kind])
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=quantization, device_map="cpu", dtype=torch.bfloat16

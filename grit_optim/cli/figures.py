@@ -1,4 +1,4 @@
-"""Figures of a run's curvature. Needs matplotlib; every function takes a :class:`RunLog` and returns a figure."""
+"""Draw a run's curvature. Needs matplotlib. Public functions take a :class:`RunLog` and return a figure."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette without yellow, told apart with any colour vision; markers and lines tell it apart
-# in grey too.
+# Okabe and Ito's palette without yellow: any colour vision tells its colours apart. Markers and lines differ
+# too, for prints in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 _MARKERS, _LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")
 _SEQUENTIAL, _DIVERGING = "cividis", "PuOr"
@@ -34,12 +34,13 @@ def _panels(rows: int, columns: int, width: float, height: float, **shared: Any)
 
 
 def _styles() -> Iterator[dict[str, Any]]:
+    """Colour, marker and line of one curve after another."""
     for colour, marker, line in zip(cycle(_COLOURS), cycle(_MARKERS), cycle(_LINES), strict=False):
         yield {"color": colour, "marker": marker, "linestyle": line, "markersize": 4, "linewidth": 1.4}
 
 
 def _members(run: RunLog) -> dict[str, list[int]]:
-    """Projection to the positions of its sites."""
+    """The positions of each projection's sites, by its name."""
     members: dict[str, list[int]] = {}
     for i, site in enumerate(run.sites):
         members.setdefault(site.projection, []).append(i)
@@ -47,10 +48,12 @@ def _members(run: RunLog) -> dict[str, list[int]]:
 
 
 def _grid(axis: Axes) -> None:
+    """Draw faint lines behind the curves."""
     axis.grid(alpha=0.3, linewidth=0.6)
 
 
 def _numbers(values: Sequence[Any]) -> list[float]:
+    """The values that are not None."""
     return [value for value in values if value is not None]
 
 
@@ -58,11 +61,16 @@ def _numbers(values: Sequence[Any]) -> list[float]:
 
 
 def spectrum(run: RunLog, factor: str) -> Figure:
-    """Eigenvalues by projection, a line per recorded step; each site's share of its trace, median over layers.
+    """Eigenvalues by projection, a line per recorded step.
+
+    An eigenvalue is shown as its share of the trace, median over layers.
 
     Args:
-        run: with ``log_fisher_spectrum``.
+        run: recorded with ``log_fisher_spectrum``.
         factor: "a" or "g".
+
+    Raises:
+        RunError: the run holds no eigenvalues, or none that is not zero.
     """
     members = _members(run)
     steps = [
@@ -71,7 +79,7 @@ def spectrum(run: RunLog, factor: str) -> Figure:
         if any(_numbers(step["sites"][f"trace_{factor}"]))
     ]
     if not steps:
-        raise RunError(f"{run.path}: no step has seen a token whose gradient is not zero yet")
+        raise RunError(f"{run.path}: no recorded step has seen a gradient that is not zero; train longer")
     columns = min(4, len(members))
     rows = -(-len(members) // columns)
     figure, axes = _panels(rows, columns, 1.2 + 2.5 * columns, 0.8 + 2.3 * rows, sharex=True, sharey=True)
@@ -99,6 +107,7 @@ def spectrum(run: RunLog, factor: str) -> Figure:
 
 
 def _step_colours(steps: Sequence[int]) -> Any:
+    """The colour of each step, from the first to the last."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -106,7 +115,7 @@ def _step_colours(steps: Sequence[int]) -> Any:
 
 
 def _median_shares(columns: dict[str, list[Any]], factor: str, sites: Sequence[int]) -> list[float]:
-    """Each eigenvalue over the trace, median over the sites; what is zero cannot be shown on a logarithmic axis."""
+    """Each eigenvalue over the trace, median over the sites; NaN for zero, which has no logarithm."""
     spectra = [(columns[f"eigenvalues_{factor}"][i], columns[f"trace_{factor}"][i]) for i in sites]
     shares = [[value / trace for value in values] for values, trace in spectra if trace]
     depth = min((len(values) for values in shares), default=0)
@@ -118,7 +127,7 @@ def _median_shares(columns: dict[str, list[Any]], factor: str, sites: Sequence[i
 
 
 def effective_rank(run: RunLog) -> Figure:
-    """Effective rank at the latest step, layers by projections, for both factors."""
+    """Effective rank of both factors at the latest step, a cell per layer and projection."""
     last = run.having("effective_rank_a")[-1]
     layers = sorted({site.layer for site in run.sites}, key=lambda layer: -1 if layer is None else layer)
     projections = list(_members(run))
@@ -152,7 +161,7 @@ def _annotate(axis: Axes, grid: Sequence[Sequence[float]], middle: float) -> Non
 
 
 def ranks(run: RunLog) -> Figure:
-    """Rank kept and effective ranks over time, a line per projection: mean over its layers."""
+    """Rank kept and effective ranks over the steps, a line per projection: mean over its layers."""
     titles = {
         "rank": "rank kept",
         "effective_rank_a": r"effective rank of $\Sigma_a$",
@@ -174,7 +183,7 @@ def ranks(run: RunLog) -> Figure:
 
 
 def _mean_of_positive(values: Sequence[Any]) -> float:
-    """Mean over those sites whose factor has seen something; not a number where none has."""
+    """Mean over the values above zero (a factor that has seen nothing has rank 0); NaN without any."""
     return statistics.fmean([value for value in _numbers(values) if value > 0] or [float("nan")])
 
 
@@ -182,7 +191,7 @@ def _mean_of_positive(values: Sequence[Any]) -> float:
 
 
 def eigenvectors(run: RunLog) -> Figure:
-    """Eigenvectors of both factors at the latest step, for the sites that were recorded."""
+    """Eigenvectors of both factors at the latest step that holds them, for the first sites."""
     last = run.having("eigenvectors_a")[-1]
     count = len(last["sites"]["eigenvectors_a"])
     figure, axes = _panels(2, count, 1.6 + 2.6 * count, 6)
@@ -205,7 +214,7 @@ def eigenvectors(run: RunLog) -> Figure:
 
 
 def gradients(run: RunLog) -> Figure:
-    """‖∇‖, the update's norm with and without curvature, and the angle between the two: median and range over sites."""
+    """‖∇‖, the update's norm with and without curvature, and the angle between the two, over sites."""
     figure, axes = _panels(1, 3, 11, 3.6)
     looks = dict(zip("AB", _styles(), strict=False))
     for side, style in looks.items():
@@ -281,5 +290,5 @@ def make(run: RunLog, kind: str) -> Figure:
         RunError: the run does not hold what it needs.
     """
     if not run.steps:
-        raise RunError(f"{run.path} holds no step yet")
+        raise RunError(f"{run.path} holds no step yet; wait for the first record")
     return FIGURES[kind](run)

@@ -1,4 +1,4 @@
-"""``python -m grit_optim options``: every option of GritOptimizer, with its default and its meaning."""
+"""``python -m grit_optim options``: print every option of GritOptimizer, with its default and its meaning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from grit_optim.options.documentation import markdown
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the command ``options`` to a command line."""
-    text = "every option of GritOptimizer, with its default and its meaning, as the page docs/options.md"
+    text = "print every option of GritOptimizer with its default and its meaning: the page docs/options.md"
     commands.add_parser("options", help=text, description=text).set_defaults(call=show)
 
 

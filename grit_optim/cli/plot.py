@@ -1,4 +1,4 @@
-"""``python -m grit_optim plot RUN.jsonl``: the figures of a run's curvature as files. Needs matplotlib."""
+"""``python -m grit_optim plot RUN.jsonl``: draw a run's curvature, as files. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMATS = ("png", "pdf", "svg")
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser's subcommands."""
+    """Add the command ``plot`` to a command line."""
     parser: argparse.ArgumentParser = commands.add_parser("plot", help="draw the figures of a run")
     parser.add_argument("run", type=Path, help="the file that optimizer.log_to(path) writes")
     parser.add_argument(
@@ -29,6 +29,7 @@ def add(commands: Any) -> None:
 
 
 def _call(given: argparse.Namespace) -> None:
+    """Draw the figures; print the files, and to stderr what was left out."""
     written, left_out = plot(given.run, given.out, given.only, given.format)
     for path in written:
         print(path)
@@ -44,14 +45,14 @@ def plot(
     Args:
         run: the file that ``optimizer.log_to(path)`` wrote.
         out: folder of the figures; None for ``RUN-figures`` beside the run.
-        only: names of figures (``grit_optim.figures.FIGURES``); None for all that the run holds.
+        only: names of figures, see :data:`grit_optim.cli.figures.FIGURES`; None for all that the run holds.
         form: "png", "pdf" or "svg".
 
     Returns:
-        The files written, and for each figure that the run holds nothing for, why.
+        The files written, and for each figure left out the reason.
 
     Raises:
-        RunError: the run cannot be read, or does not hold a figure that was named.
+        RunError: the run cannot be read, or holds nothing for a figure in ``only``, or for any figure.
         ImportError: matplotlib is missing.
     """
     try:

@@ -1,4 +1,4 @@
-"""``python -m grit_optim ranks PATH``: the ranks in a saved adapter."""
+"""``python -m grit_optim ranks PATH``: show the ranks in a saved adapter."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from grit_optim.export.files import LORA_A, LORA_B, PREFIX, WEIGHTS
 from grit_optim.rank.report import (
     FILE_NAME,
     FORMAT,
@@ -18,13 +19,10 @@ from grit_optim.rank.report import (
     product_singular_values,
 )
 
-_WEIGHTS, _A, _B = "adapter_model.safetensors", ".lora_A.weight", ".lora_B.weight"
-_PREFIX = "base_model.model."
-
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the command ``ranks`` to a command line."""
-    text = "ranks, effective ranks and parameters of a saved LoRA adapter, and what was predicted of the ranks given up"
+    text = "show ranks, effective ranks, parameters and predicted losses of a saved LoRA adapter"
     parser = commands.add_parser("ranks", help=text, description=text)
     parser.add_argument(
         "path", type=Path, metavar="PATH", help="folder of an adapter that PEFT or save_adapter wrote"
@@ -45,8 +43,12 @@ def show(arguments: argparse.Namespace) -> None:
 def read_ranks(path: Path, threshold: float = 0.99) -> RankReport:
     """The ranks in the adapter at ``path``, whoever wrote it.
 
-    Ranks and sizes are those of the tensors in the file. What they were before, sites that are left out, and
-    predicted losses come from ``grit_ranks.json``, where there is one.
+    Ranks and sizes come from the tensors in the file. Earlier ranks, sites that were left out and predicted
+    losses come from ``grit_ranks.json``, where there is one.
+
+    Args:
+        path: the adapter's folder.
+        threshold: τ of the effective ranks.
 
     Raises:
         ValueError: no LoRA adapter there, or a threshold outside (0, 1].
@@ -55,11 +57,13 @@ def read_ranks(path: Path, threshold: float = 0.99) -> RankReport:
         raise ValueError(f"--threshold must be in (0, 1], got {threshold}")
     tensors = _read_tensors(path)
     past = _read_past(path)
-    sites = [_site(key.removesuffix(_A), tensors, past, threshold) for key in tensors if key.endswith(_A)]
+    sites = [
+        _site(key.removesuffix(LORA_A), tensors, past, threshold) for key in tensors if key.endswith(LORA_A)
+    ]
     if not sites:
         raise ValueError(
-            f"{path / _WEIGHTS} holds no LoRA matrices (tensors named …{_A}); is it the adapter of another "
-            "method?"
+            f"{path / WEIGHTS} holds no LoRA matrices (tensors named …{LORA_A}). It may be the adapter of "
+            "another method; pass the folder of a LoRA adapter"
         )
     present = {site.name for site in sites}
     left_out = [
@@ -71,9 +75,14 @@ def read_ranks(path: Path, threshold: float = 0.99) -> RankReport:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not (path / _WEIGHTS).is_file():
+    """The adapter's tensors, by name.
+
+    Raises:
+        ValueError: there is no adapter, or its file is damaged, or safetensors is missing.
+    """
+    if not (path / WEIGHTS).is_file():
         raise ValueError(
-            f"{path} is no saved adapter: it has no {_WEIGHTS}. Pass the folder that "
+            f"{path} is no saved adapter: it has no {WEIGHTS}. Pass the folder that "
             "model.save_pretrained() or optimizer.save_adapter() wrote"
         )
     try:
@@ -82,13 +91,17 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except ImportError as error:
         raise ValueError("reading adapters needs safetensors: pip install safetensors") from error
     try:
-        return load_file(path / _WEIGHTS)
+        return load_file(path / WEIGHTS)
     except SafetensorError as error:
-        raise ValueError(f"{path / _WEIGHTS} is damaged: {error}") from error
+        raise ValueError(f"{path / WEIGHTS} is damaged: {error}") from error
 
 
 def _read_past(path: Path) -> dict[str, dict[str, Any]]:
-    """What ``grit_ranks.json`` says, by the layer's name; empty where there is none."""
+    """What ``grit_ranks.json`` says, by the layer's name; empty where there is no such file.
+
+    Raises:
+        ValueError: the file is not what ``save_adapter`` writes.
+    """
     file = path / FILE_NAME
     if not file.is_file():
         return {}
@@ -109,13 +122,17 @@ def _read_past(path: Path) -> dict[str, dict[str, Any]]:
 def _site(
     place: str, tensors: dict[str, Tensor], past: dict[str, dict[str, Any]], threshold: float
 ) -> SiteRank:
-    """One site, from its two tensors."""
-    if place + _B not in tensors:
-        raise ValueError(f"the adapter is damaged: it holds {place}{_A} and no {place}{_B}")
-    a, b = tensors[place + _A].float(), tensors[place + _B].float()
-    name = place.removeprefix(_PREFIX)
+    """One site, from its two tensors.
+
+    Raises:
+        ValueError: B is missing.
+    """
+    if place + LORA_B not in tensors:
+        raise ValueError(f"the adapter is damaged: it holds {place}{LORA_A} and no {place}{LORA_B}")
+    a, b = tensors[place + LORA_A].float(), tensors[place + LORA_B].float()
+    name = place.removeprefix(PREFIX)
     known = past.get(name, {})
-    finite = bool(a.isfinite().all() and b.isfinite().all())  # a diverged run's have no spectrum
+    finite = bool(a.isfinite().all() and b.isfinite().all())  # the weights of a diverged run have no spectrum
     entropy, count = (
         effective_ranks(product_singular_values(a, b)[None], threshold)[0] if finite else (None, None)
     )

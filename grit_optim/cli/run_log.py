@@ -1,4 +1,4 @@
-"""Reading the file of JSON lines that ``optimizer.log_to(path)`` writes."""
+"""Read the file of JSON lines that ``optimizer.log_to(path)`` writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 
 
 class RunError(Exception):
-    """A file that cannot be read as a run; the message says why and what to do."""
+    """A file cannot be read as a run; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RunLog:
     Attributes:
         path: the file.
         start: the latest ``"start"`` record.
-        steps: the ``"step"`` records in order; those that a restart repeated are there once.
+        steps: the ``"step"`` records in order, without those that a restart repeated.
         end: the ``"end"`` record, or None while the run goes on.
     """
 
@@ -55,7 +55,7 @@ class RunLog:
         return [parse_name(site["name"], site["adapter"]) for site in self.start["sites"]]
 
     def having(self, column: str) -> list[Record]:
-        """The steps that hold a column.
+        """The steps that hold a column of the sites' numbers.
 
         Raises:
             RunError: none does.
@@ -72,13 +72,17 @@ class RunLog:
 _SPECTRUM = "record with optimizer.log_to(path, log_fisher_spectrum=True)"
 _VECTORS = "record with optimizer.log_to(path, log_eig_heatmaps=True)"
 _REMEDIES = {
-    "eigenvalues_a": _SPECTRUM, "eigenvalues_g": _SPECTRUM, "eigenvectors_a": _VECTORS, "eigenvectors_g": _VECTORS,
-    "angle_A": "only the modes that know the step without curvature have one: 'spectral', 'steer' and 'inverse'",
-}  # fmt: skip
+    "eigenvalues_a": _SPECTRUM,
+    "eigenvalues_g": _SPECTRUM,
+    "eigenvectors_a": _VECTORS,
+    "eigenvectors_g": _VECTORS,
+    "angle_A": "only the modes 'spectral', 'steer' and 'inverse' know the step without curvature",
+}
+"""What to do about a column that a run does not hold."""
 
 
 def parse_name(name: str, adapter: str) -> SiteName:
-    """Layer and projection from a site's name."""
+    """Layer and projection from a site's name, which ends in the adapter's."""
     module = name.removesuffix(f".{adapter}") if adapter else name
     found = _LAYER.search(f"{module}.")
     return SiteName(int(found[1]) if found else None, module.rsplit(".", 1)[-1])
@@ -88,7 +92,7 @@ def read_run(path: str | Path) -> RunLog:
     """Read a run, also one that is still being written.
 
     Raises:
-        RunError: the file is missing, is no such file, or holds no start.
+        RunError: the file cannot be read, a line is no record, or there is no start record.
     """
     path = Path(path)
     try:
@@ -103,18 +107,23 @@ def read_run(path: str | Path) -> RunLog:
             run = _started(run, RunLog(path, record))
         elif run is None:
             raise RunError(
-                f"{path} does not begin with a start record; is it a file that optimizer.log_to(path) wrote?"
+                f"{path} does not begin with a start record; pass a file that optimizer.log_to(path) wrote"
             )
         elif record["kind"] == "step":
             run.steps.append(record)
         else:
             run.end = record
     if run is None:
-        raise RunError(f"{path} holds no record yet; is it a file that optimizer.log_to(path) wrote?")
+        raise RunError(f"{path} holds no record yet; wait, or pass a file that optimizer.log_to(path) wrote")
     return run
 
 
 def _record(path: Path, number: int, line: str) -> dict[str, Any]:
+    """The record in a line of the file.
+
+    Raises:
+        RunError: the line holds none.
+    """
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -127,7 +136,7 @@ def _record(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _started(before: RunLog | None, run: RunLog) -> RunLog:
-    """A run that goes on from an earlier one keeps its steps up to where it starts; another model keeps none."""
+    """The run that starts, with the earlier steps of a run on equal sites that it goes on from."""
     if before is not None and before.start["sites"] == run.start["sites"]:
         run.steps = [step for step in before.steps if step["step"] <= run.start["step"]]
     return run

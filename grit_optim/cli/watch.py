@@ -1,4 +1,4 @@
-"""``python -m grit_optim watch RUN.jsonl``: a run in the terminal while it is written. Needs rich."""
+"""``python -m grit_optim watch RUN.jsonl``: show a run in the terminal while it is written. Needs rich."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ if TYPE_CHECKING:
 
 BARS = "▁▂▃▄▅▆▇█"
 _COLUMNS = {
-    "rank kept": "rank", "eff. rank Σ_a": "effective_rank_a", "eff. rank Σ_g": "effective_rank_g", "cond. Σ_a": "condition_a",
-    "cond. Σ_g": "condition_g", "angle A (°)": "angle_A", "angle B (°)": "angle_B",
-}  # fmt: skip
+    "rank kept": "rank",
+    "eff. rank Σ_a": "effective_rank_a",
+    "eff. rank Σ_g": "effective_rank_g",
+    "cond. Σ_a": "condition_a",
+    "cond. Σ_g": "condition_g",
+    "angle A (°)": "angle_A",
+    "angle B (°)": "angle_B",
+}
+"""Headings of the table, and the columns of a record that they show."""
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser's subcommands."""
+    """Add the command ``watch`` to a command line."""
     parser: argparse.ArgumentParser = commands.add_parser("watch", help="follow a run in the terminal")
     parser.add_argument("run", type=Path, help="the file that optimizer.log_to(path) writes")
     parser.add_argument("--once", action="store_true", help="show the state once and end")
@@ -32,11 +38,11 @@ def add(commands: Any) -> None:
 
 
 def watch(path: Path, once: bool = False, interval: float = 1.0) -> None:
-    """Show a run until it ends or the user stops it; a file that is not there yet is waited for.
+    """Show a run until it ends or the user stops it. Waits for a file that is not there yet.
 
     Args:
         path: the run's file.
-        once: show it as it is and return.
+        once: show the run as it is and return.
         interval: seconds between two looks.
     """
     try:
@@ -57,7 +63,11 @@ def watch(path: Path, once: bool = False, interval: float = 1.0) -> None:
 
 
 def _shown(live: Any, path: Path) -> bool:
-    """Look once; returns whether the run has ended."""
+    """Show the run as it is now.
+
+    Returns:
+        Whether it has ended.
+    """
     if not path.exists() or not path.stat().st_size:
         return False
     run = read_run(path)
@@ -66,7 +76,7 @@ def _shown(live: Any, path: Path) -> bool:
 
 
 def dashboard(run: RunLog) -> RenderableType:
-    """Loss, ranks, engaged sites, schedule, time share of GRIT, and the factors by projection."""
+    """A panel of loss, ranks, engaged sites, schedule and time, with a table of the factors by projection."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.table import Table
@@ -92,25 +102,24 @@ def dashboard(run: RunLog) -> RenderableType:
 
 def summary(run: RunLog) -> dict[str, str]:
     """The run's totals at its latest step, as short text by name."""
-    last, sites = run.steps[-1], len(run.start["sites"])
+    last, sites = run.steps[-1], run.start["sites"]
     losses = [step["loss"] for step in run.steps if step["loss"] is not None]
-    ranks, base = last["sites"]["rank"], [site["rank"] for site in run.start["sites"]]
-    shares = time_shares(last)
-    parts = ", ".join(
-        f"{name} {share:.1%}" for name, share in shares.items() if name != "base" and share >= 0.001
-    )
+    ranks = last["sites"]["rank"]
+    mean, full = statistics.fmean(ranks), statistics.fmean(site["rank"] for site in sites)
+    refreshes = f"{last['refreshes']}, every {last['kfac_update_freq']} steps"
+    reprojections = f"{last['reprojections']}, every {last['reprojection_freq']} steps"
+    shares = {name: share for name, share in time_shares(last).items() if name != "base"}
+    parts = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share >= 0.001)
     return {
         "loss (nats per token)": f"{losses[-1]:.4g}  {sparkline(losses)}"
         if losses
         else "not told: call optimizer.observe(loss)",
-        "engaged sites": f"{int(last['engaged_sites'])} of {sites}",
-        "ranks": f"{min(ranks)} to {max(ranks)}, mean {statistics.fmean(ranks):.1f} of {statistics.fmean(base):.1f}",
-        "refreshes": f"{last['refreshes']}, every {last['kfac_update_freq']} steps, damping {last['kfac_damping']:.3g}",
-        "reprojections": f"{last['reprojections']}, every {last['reprojection_freq']} steps"
-        if run.start["options"]["reprojection"] != "none"
-        else "off",
+        "engaged sites": f"{int(last['engaged_sites'])} of {len(sites)}",
+        "ranks": f"{min(ranks)} to {max(ranks)}, mean {mean:.1f} of {full:.1f}",
+        "refreshes": f"{refreshes}, damping {last['kfac_damping']:.3g}",
+        "reprojections": reprojections if run.start["options"]["reprojection"] != "none" else "off",
         "statistics dropped": str(int(last["dropped_folds"])),
-        "time share of GRIT": f"{sum(s for n, s in shares.items() if n != 'base'):.1%} of {last['seconds']:.0f} s ({parts})",
+        "time share of GRIT": f"{sum(shares.values()):.1%} of {last['seconds']:.0f} s ({parts})",
     }
 
 
@@ -129,5 +138,6 @@ def sparkline(values: list[float], width: int = 40) -> str:
 
 
 def _median(column: list[Any] | None, members: list[int]) -> str:
+    """Median over some sites as text; a dash without numbers."""
     values = [column[i] for i in members if column[i] is not None] if column else []
     return f"{statistics.median(values):.3g}" if values else "–"

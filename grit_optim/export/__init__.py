@@ -1,1 +1,1 @@
-"""Adapters on disk, and adapters cut to the ranks that they keep."""
+"""Save adapters, and cut adapters to the ranks that they keep."""

@@ -1,4 +1,4 @@
-"""Writing a PEFT adapter whose tensors are physically as small as its ranks."""
+"""Write a PEFT adapter whose tensors are as small as its ranks."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grit_optim.export import atomic_folder
-from grit_optim.export import peft_config as adapter_config
+from grit_optim.export import atomic_folder, peft_config
+from grit_optim.export.files import EMBEDDING_B, LORA_A, LORA_B, LORA_B_BIAS, PREFIX, STALE_WEIGHTS, WEIGHTS
 from grit_optim.lora.discovery import AdapterLayers, adapter_layers, peft_model_in
 from grit_optim.lora.site import Site
 from grit_optim.messages import listed
 from grit_optim.rank.report import FILE_NAME, RankReport, SiteRank, effective_ranks, product_singular_values
 
-WEIGHTS, STALE_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What an adapter can be saved in: the types that PEFT reads on every device."""
-_PREFIX = "base_model.model."  # what PEFT puts in front of the base model's names
+"""Types that an adapter can be saved in: those that PEFT reads on every device."""
 
 
 class History(NamedTuple):
-    """What is known of a site beside its weights: what it was at first, and what dropping ranks was predicted to cost."""
+    """What is known of a site beside its weights.
+
+    Attributes:
+        rank: directions at first.
+        parameters: entries of A and B at first.
+        predicted_loss: rise of the loss that the directions given up were predicted to cost; None if unknown.
+    """
 
     rank: int
     parameters: int
@@ -33,7 +37,7 @@ class History(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A and B as they are to be saved."""
+    """A ``[r, …]`` and B ``[d_out, r, …]`` as they are to be saved."""
 
     a: Tensor
     b: Tensor
@@ -53,31 +57,31 @@ def export_adapter(
 ) -> RankReport:
     """Save an adapter without the directions that it does not use, for ``PeftModel.from_pretrained``.
 
-    Directions whose row of A or column of B is exactly zero are left out, and so are layers that keep none.
-    The model is not changed. ``path`` holds the old adapter or the new one at every moment, however the
+    Leaves out directions whose row of A or column of B is exactly zero, and layers that keep no direction.
+    Does not change the model. ``path`` holds the old adapter or the new one at every moment, however the
     process ends.
 
     Args:
         model: the PEFT model, or a wrapper that holds it.
-        path: the folder to write; what else is in it stays.
+        path: the folder to write; other files in it stay.
         adapter: the adapter's name; needed where there are several.
         fold_scale: multiply the scale s into B and save ``alpha = r``, for programs that ignore
             ``alpha_pattern`` and rsLoRA.
-        tolerance: also leave out what ΔW's singular values show to be unused: those up to this share of the
-            layer's largest. Layers with such are written as the factors of their SVD. 0 changes no weight.
-        dtype: ``torch.bfloat16`` or ``torch.float16`` to save an adapter that was trained in fp32 at half the
-            bytes, rounded;
-            None: as it is. PEFT makes it fp32 again when it loads it, unless told otherwise.
-        history: site name (name in the base model) to what is known of its past;
+        tolerance: share in [0, 1). Also leave out singular values of ΔW up to this share of the layer's
+            largest. A layer with such values is written as the factors of its SVD. 0 changes no weight.
+        dtype: ``torch.bfloat16`` or ``torch.float16`` rounds an adapter that was trained in fp32 to half the
+            bytes. None saves it as it is. PEFT loads either as fp32, unless told otherwise.
+        history: what is known of each layer's past, by its name in the base model;
             :meth:`GritOptimizer.save_adapter` passes it.
-        threshold: τ of the report.
+        threshold: τ in (0, 1] of the effective ranks in the report.
 
     Returns:
         The ranks, also saved as ``grit_ranks.json``.
 
     Raises:
-        ValueError: no PEFT adapter of that name, DoRA or no LoRA at all, a start that changed the base
-            weights, no direction left, or a value that ``dtype`` cannot hold.
+        ValueError: the model has no PEFT adapter of that name, the adapter is not LoRA or is DoRA, its start
+            changed the base weights, no direction is left, a weight is infinite or NaN, or ``dtype`` cannot
+            hold a value.
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype!r}")
@@ -86,9 +90,9 @@ def export_adapter(
             f"tolerance must be a share of the largest singular value in [0, 1), got {tolerance!r}"
         )
     peft_model = peft_model_in(model)
-    adapter = adapter_config.choose_adapter(peft_model, adapter)
+    adapter = peft_config.choose_adapter(peft_model, adapter)
     config = peft_model.peft_config[adapter]
-    adapter_config.check_exportable(config, adapter)
+    peft_config.check_exportable(config, adapter)
     layers = adapter_layers(peft_model, adapter)
     broken = [
         name
@@ -98,8 +102,8 @@ def export_adapter(
     if broken:
         raise ValueError(
             f"adapter {adapter!r} has weights that are infinite or NaN in {len(broken)} layer(s) "
-            f"({listed(broken, 3)}): the run has diverged; go back to an earlier checkpoint, or save it as "
-            "it is with model.save_pretrained()"
+            f"({listed(broken, 3)}): the run has diverged. Go back to an earlier checkpoint, or save the "
+            "adapter as it is with model.save_pretrained()"
         )
     smaller = {name: _reduced(site, tolerance) for name, site in layers.pairs.items()}
     ranks = {name: pair.a.shape[0] for name, pair in smaller.items()}
@@ -107,9 +111,9 @@ def export_adapter(
         raise ValueError(
             f"adapter {adapter!r} has no direction to save: in each of its {len(ranks)} layers "
             f"({listed(list(ranks), 3)}) A or B is zero. It has not been trained yet, or the rank budget "
-            "left nothing; PEFT cannot load an adapter of rank 0"
+            "left nothing. Train it first, or reduce the ranks less: PEFT cannot load an adapter of rank 0"
         )
-    saved = adapter_config.with_ranks(config, layers, ranks, fold_scale)
+    saved = peft_config.with_ranks(config, layers, ranks, fold_scale)
     report = _report(layers, smaller, history or {}, threshold)
     tensors = _tensors(peft_model, layers, smaller, fold_scale)
     _write(Path(path), peft_model, tensors if dtype is None else _rounded(tensors, dtype), saved, report)
@@ -117,7 +121,10 @@ def export_adapter(
 
 
 def _reduced(site: Site, tolerance: float) -> Pair:
-    """The pair without what it does not use; a bias that is trained needs a direction to hang on."""
+    """The pair without the directions that it does not use.
+
+    A layer whose bias is trained keeps one: PEFT saves no bias without a pair.
+    """
     a, b = site.a.detach(), site.b.detach()
     used = (a.flatten(1) != 0).any(1) & (b.transpose(0, 1).flatten(1) != 0).any(1)
     if site.trains_bias and not used.any():
@@ -127,7 +134,10 @@ def _reduced(site: Site, tolerance: float) -> Pair:
 
 
 def _compressed(pair: Pair, tolerance: float) -> Pair:
-    """The factors of the SVD of B·A, where some of its singular values are up to ``tolerance`` times the largest."""
+    """The factors of the SVD of B·A without singular values up to ``tolerance`` times the largest.
+
+    The pair itself where there are no such values.
+    """
     rank = pair.a.shape[0]
     right, left = (torch.linalg.qr(m.double()) for m in (pair.a.flatten(1).mT, pair.b.flatten(1)))
     u, values, vh = torch.linalg.svd(left.R @ right.R.mT)
@@ -143,7 +153,7 @@ def _compressed(pair: Pair, tolerance: float) -> Pair:
 def _tensors(
     peft_model: Any, layers: AdapterLayers, smaller: Mapping[str, Pair], fold_scale: bool
 ) -> dict[str, Tensor]:
-    """PEFT's own tensors of the adapter, by PEFT's names, with the smaller pairs in place of the full ones."""
+    """The adapter's tensors by PEFT's names, with the smaller pairs in place of the full ones."""
     from peft import get_peft_model_state_dict
 
     adapter = next(iter(layers.pairs.values())).adapter
@@ -152,28 +162,32 @@ def _tensors(
         for key, t in get_peft_model_state_dict(peft_model, adapter_name=adapter).items()
     }
     for name, pair in smaller.items():
-        place, site = f"{_PREFIX}{name}", layers.pairs[name]
-        if f"{place}.lora_A.weight" not in tensors:
+        place, site = f"{PREFIX}{name}", layers.pairs[name]
+        if place + LORA_A not in tensors:
             raise ValueError(
                 f"PEFT does not save layer {name!r} of adapter {adapter!r}; please report this with the "
                 "model's name"
             )
         if pair.a.shape[0] == 0:
-            del tensors[f"{place}.lora_A.weight"], tensors[f"{place}.lora_B.weight"]
+            del tensors[place + LORA_A], tensors[place + LORA_B]
             continue
         scale = site.scaling if fold_scale else 1.0
-        tensors[f"{place}.lora_A.weight"] = pair.a
-        tensors[f"{place}.lora_B.weight"] = pair.b if scale == 1 else pair.b * scale
+        tensors[place + LORA_A] = pair.a
+        tensors[place + LORA_B] = pair.b if scale == 1 else pair.b * scale
         if scale != 1 and site.has_bias:
-            tensors[f"{place}.lora_B.bias"] = tensors[f"{place}.lora_B.bias"] * scale
+            tensors[place + LORA_B_BIAS] = tensors[place + LORA_B_BIAS] * scale
     if fold_scale:
         _fold_others(tensors, layers, adapter)
-    # Views would bring their whole storage along, and the file must not share memory with the model.
+    # Copies: a view would bring its whole storage along, and safetensors refuses tensors that share memory.
     return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
 
 
 def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors in that type, but for those that hold no floating-point numbers."""
+    """The tensors in that type; integers and booleans stay as they are.
+
+    Raises:
+        ValueError: a value is finite and becomes infinite.
+    """
     rounded = {
         key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()
     }
@@ -191,8 +205,13 @@ def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
 
 
 def _fold_others(tensors: dict[str, Tensor], layers: AdapterLayers, adapter: str) -> None:
+    """Multiply the scale into B of the adapted embeddings, which are no pairs here.
+
+    Raises:
+        ValueError: another kind of layer, whose B is not known.
+    """
     for name, layer in layers.others.items():
-        key = f"{_PREFIX}{name}.lora_embedding_B"
+        key = f"{PREFIX}{name}{EMBEDDING_B}"
         if key not in tensors:
             raise ValueError(
                 f"fold_scale=True cannot fold the scale of layer {name!r} ({type(layer).__name__}); leave "
@@ -204,7 +223,7 @@ def _fold_others(tensors: dict[str, Tensor], layers: AdapterLayers, adapter: str
 def _report(
     layers: AdapterLayers, smaller: Mapping[str, Pair], history: Mapping[str, History], threshold: float
 ) -> RankReport:
-    """What is saved of each layer, and what is left out."""
+    """What is saved of each layer, with the layers that are left out."""
     sites = []
     for name, site in layers.pairs.items():
         a, b = smaller[name]
@@ -232,6 +251,7 @@ def _report(
 
 
 def _write(path: Path, peft_model: Any, tensors: dict[str, Tensor], config: Any, report: RankReport) -> None:
+    """Write weights, configuration and report, and let them take the place of the old folder."""
     from safetensors.torch import save_file
 
     base = peft_model.get_base_model()

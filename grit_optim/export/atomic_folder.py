@@ -1,4 +1,4 @@
-"""Folders that are replaced as a whole: what stands at a path is the old content or the new one, never a mixture."""
+"""Replace a folder as a whole: a path holds the old content or the new one, never a mixture."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 def replaced(path: Path, drop: Collection[str] = ()) -> Iterator[Path]:
     """A new, empty folder to write to, which takes the place of ``path`` when the body ends without an error.
 
-    Whatever else the old folder held is there afterwards too. A body that fails, or a process that is killed,
-    leaves the old folder as it was. A folder that has to stay the same one (a mount point, the working
-    directory, one in a folder that is not writable) gets the new files one by one instead, the largest last.
+    Other files of the old folder are carried over. If the body fails or the process is killed, the old folder
+    stays as it was. A folder that cannot be replaced (a mount point, the working directory, one whose parent
+    is not writable) gets the new files one by one instead, the largest last.
 
     Args:
         path: the folder; it need not exist.
         drop: names in the old folder that are not carried over.
+
+    Yields:
+        The new folder.
 
     Raises:
         NotADirectoryError: ``path`` is a file.
     """
     path = path.resolve()
     if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file; an adapter is saved as a folder")
+        raise NotADirectoryError(f"{path} is a file; an adapter is saved as a folder: choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     stays = path.exists() and _must_stay(path)
     place = path if stays else path.parent
@@ -40,20 +43,20 @@ def replaced(path: Path, drop: Collection[str] = ()) -> Iterator[Path]:
     try:
         yield new
         if stays:
-            _flush(new)
+            flush(new)
             _move_into(new, path, drop)
             return
         if path.exists():
-            _carry_over(path, new, drop)
+            carry_over(path, new, drop)
             new.chmod(path.stat().st_mode & 0o7777)
-        _flush(new)
-        _take_the_place(new, path)
+        flush(new)
+        take_the_place(new, path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
 def _must_stay(path: Path) -> bool:
-    """Whether another folder cannot take the place of this one, or would take it away from under the process."""
+    """Whether the folder cannot be replaced, or is the process's working directory."""
     try:
         inside = Path.cwd().is_relative_to(path)
     except FileNotFoundError:  # the working directory is gone already
@@ -62,16 +65,16 @@ def _must_stay(path: Path) -> bool:
 
 
 def _move_into(new: Path, path: Path, drop: Collection[str]) -> None:
-    """Each file in one step; what describes the weights comes before them."""
+    """Move each file in one step, the smallest first: configuration and report before the weights."""
     for entry in sorted(new.iterdir(), key=lambda file: file.stat().st_size):
         entry.replace(path / entry.name)
     for name in drop:
         (path / name).unlink(missing_ok=True)
-    _flush(path)
+    flush(path)
 
 
-def _carry_over(old: Path, new: Path, drop: Collection[str]) -> None:
-    """What ``new`` does not have of its own: files as hard links where the file system has them, else as copies."""
+def carry_over(old: Path, new: Path, drop: Collection[str]) -> None:
+    """Give ``new`` what it lacks of ``old``: hard links where the file system has them, else copies."""
     for entry in old.iterdir():
         target = new / entry.name
         if entry.name in drop or target.exists():
@@ -83,14 +86,15 @@ def _carry_over(old: Path, new: Path, drop: Collection[str]) -> None:
 
 
 def _link(source: str, target: str) -> None:
+    """Make a hard link, or a copy where there are no hard links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _flush(folder: Path) -> None:
-    """Wait until the new files are on the disk, so that a crash of the machine cannot leave names without content."""
+def flush(folder: Path) -> None:
+    """Wait until the files are on the disk: after a crash of the machine no file is empty."""
     for entry in [*folder.iterdir(), folder]:
         if entry.is_symlink() or (entry.is_dir() and entry != folder):
             continue
@@ -101,16 +105,20 @@ def _flush(folder: Path) -> None:
             os.close(handle)
 
 
-def _take_the_place(new: Path, path: Path) -> None:
-    """Put ``new`` where ``path`` is; the old folder, if there was one, then stands where ``new`` was."""
+def take_the_place(new: Path, path: Path) -> None:
+    """Put ``new`` where ``path`` is; an old folder is removed, or stands where ``new`` was."""
     if not path.exists():
         new.rename(path)
-    elif not _exchange(new, path):
+    elif not exchange(new, path):
         _swap_in_two_steps(new, path)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step (Linux); False where the system cannot."""
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step (Linux).
+
+    Returns:
+        Whether they were exchanged: False where the system cannot.
+    """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):
@@ -124,7 +132,10 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _swap_in_two_steps(new: Path, path: Path) -> None:
-    """Where there is no exchange: between the two steps there is nothing at ``path``, and the old folder beside it."""
+    """Rename the old folder, then the new one, where there is no exchange.
+
+    Between the two steps nothing is at ``path``, and the old folder lies beside it.
+    """
     aside = path.with_name(f".{path.name}.previous")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)

@@ -1,9 +1,8 @@
-r"""PEFT's configuration of an adapter whose layers have ranks of their own.
+r"""Write PEFT's configuration of an adapter whose layers have ranks of their own.
 
 PEFT matches the keys of ``rank_pattern`` and ``alpha_pattern`` as regular expressions, ``(.*\.)?(key)$`` from
-the start, and the first that matches wins; JSON sorts them. So every key here is a layer's whole name,
-escaped and anchored, and no other key is left beside them: names that share a suffix cannot take each other's
-rank.
+the start. The first key that matches wins, and JSON sorts the keys. Every key here is therefore a layer's
+whole name, escaped and anchored, so that a layer cannot take the rank of another whose name ends alike.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from grit_optim.lora.discovery import AdapterLayers
 from grit_optim.lora.site import alpha_for
 from grit_optim.messages import listed
 
-# Starts that leave the base model's weights as they are. All others subtract something from them that depends
-# on the rank.
+# Starts that leave the base model's weights as they are. All others subtract from them a term that depends on
+# the rank.
 _HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
@@ -44,7 +43,7 @@ def check_exportable(config: Any, adapter: str) -> None:
 
 
 def check_start(config: Any, adapter: str) -> None:
-    """Refuse to change the rank of an adapter whose start has changed the base model's weights by a term of that rank.
+    """Refuse another rank for an adapter whose start took a term of the full rank out of the base model.
 
     Raises:
         ValueError: ``init_lora_weights`` is PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA or the like.
@@ -65,7 +64,7 @@ def with_ranks(config: Any, layers: AdapterLayers, ranks: Mapping[str, int], fol
         config: PEFT's ``LoraConfig``.
         layers: the adapter's layers.
         ranks: name in the base model to rank, for every pair; 0 leaves the layer out.
-        fold_scale: the scale is multiplied into B, so that it is to be 1 everywhere.
+        fold_scale: the scale is multiplied into B, and the configuration is to say 1.
     """
     config = copy.deepcopy(config)
     rank_stabilized = bool(config.use_rslora) and not fold_scale
@@ -101,11 +100,12 @@ def with_ranks(config: Any, layers: AdapterLayers, ranks: Mapping[str, int], fol
 
 
 def _adapter_of(layers: AdapterLayers) -> str:
+    """The adapter's name."""
     return next(iter(layers.pairs.values())).adapter
 
 
 def _target_name(name: str, layer: Any) -> str:
-    """The name by which PEFT looks a layer's rank up; an expert's weight (``target_parameters``) has the parameter's own."""
+    """The name by which PEFT looks up a layer's rank; a parameter's for ``target_parameters`` (experts)."""
     parameter = getattr(layer, "parameter_name", None)
     if parameter is None:
         return name
@@ -120,7 +120,7 @@ def anchored(name: str) -> str:
 
 
 def excluding(before: str | Iterable[str] | None, names: Iterable[str]) -> str:
-    """``exclude_modules`` that also excludes exactly ``names``: PEFT matches a string as a regular expression, in full."""
+    """``exclude_modules`` with ``names`` added, as a regular expression, which PEFT matches in full."""
     exact = [re.escape(name) for name in names]
     if isinstance(before, str):
         exact.insert(0, f"(?:{before})")

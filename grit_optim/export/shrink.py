@@ -1,4 +1,4 @@
-"""Cutting LoRA pairs, and all that belongs to them, to the ranks that they keep."""
+"""Cut LoRA pairs, with their gradients, state and factors, to the ranks that they keep."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ from grit_optim.parts import Parts, narrowed
 def shrink(parts: Parts, model: nn.Module | None) -> None:
     """Cut A, B, their gradients, the base's state and the factors to the ranks that are kept.
 
+    Args:
+        parts: of the optimizer.
+        model: the PEFT model, or None for the one that the optimizer knows.
+
     Raises:
         ValueError: the paper's projections are in use, no rank is left, PEFT's layers without their model,
             DoRA, or a start that depends on the rank.
@@ -26,7 +30,7 @@ def shrink(parts: Parts, model: nn.Module | None) -> None:
     if not parts.ranks.gives_up:
         raise ValueError(
             f"reprojection={parts.options.rank.reprojection!r} gives no rank up for good, so there is "
-            "nothing to shrink"
+            "nothing to shrink. Build the optimizer with reprojection='balanced' or 'none'"
         )
     sites = parts.sites.all
     peft_model = check(parts.known_model(model), sites)
@@ -37,7 +41,7 @@ def shrink(parts: Parts, model: nn.Module | None) -> None:
             "no site keeps a direction, so nothing would be left to train; reduce the ranks less"
         )
     known = parts.pack_sites(with_operators=True)
-    # A bias that is trained works at any rank, and needs a pair to hang on.
+    # PEFT keeps no trained bias without a pair.
     sizes = {site.name: max(kept[site.name], int(site.trains_bias)) for site in sites}
     gone = [site for site in sites if sizes[site.name] == 0]
     check_starts(sites, sizes, peft_model)
@@ -53,7 +57,7 @@ def check(model: nn.Module | None, sites: Sequence[Site]) -> Any | None:
     """The PEFT model that holds the sites, or None for hand-written LoRA.
 
     Raises:
-        ValueError: PEFT's layers without the model that holds their configuration, or DoRA.
+        ValueError: the PEFT model, which holds the configuration, is not known, or the adapter is DoRA.
     """
     adapters = sorted({site.adapter for site in sites if site.in_peft})
     if not adapters:
@@ -73,7 +77,7 @@ def check_starts(sites: Iterable[Site], sizes: Mapping[str, int], peft_model: An
     """Refuse to cut adapters whose start depends on their rank.
 
     Raises:
-        ValueError: such an adapter would get another rank somewhere.
+        ValueError: a site of such an adapter would get another rank.
     """
     for adapter in sorted({site.adapter for site in sites if site.in_peft and sizes[site.name] != site.rank}):
         assert peft_model is not None
@@ -81,7 +85,14 @@ def check_starts(sites: Iterable[Site], sizes: Mapping[str, int], peft_model: An
 
 
 def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], peft_model: Any | None) -> None:
-    """Cut each site to its leading directions, with the base's state; at 0 its parameters leave the base's groups."""
+    """Cut each site, and what the base keeps of it, to its leading directions.
+
+    Args:
+        base: the optimizer that holds the parameters. A site of rank 0 leaves its groups.
+        sites: those to cut.
+        sizes: name to the directions that are left.
+        peft_model: which holds the layers, or None for hand-written LoRA.
+    """
     layers = layers_of_pairs(peft_model) if peft_model is not None else {}
     strange: set[str] = set()
     removed: set[int] = set()
@@ -109,7 +120,7 @@ def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], pef
 
 
 def update_configs(peft_model: Any, gone: Sequence[Site]) -> None:
-    """Let PEFT's configuration say what the layers are now; ``gone`` are the sites that were taken out."""
+    """Write the layers' ranks into PEFT's configuration, and exclude the layers of ``gone``."""
     names = layers_of_pairs(peft_model.get_base_model())
     for adapter, config in peft_model.peft_config.items():
         layers = adapter_layers(peft_model, adapter)
@@ -125,12 +136,16 @@ def update_configs(peft_model: Any, gone: Sequence[Site]) -> None:
 
 
 def common_prefix(known: Mapping[str, str]) -> str:
-    """What a site's name has in front of the layer's name in the base model (``base_model.model.``, or nothing)."""
+    """What precedes the layer's name in a site's name: ``base_model.model.`` or nothing.
+
+    Args:
+        known: the layer's name in the base model to the site's name.
+    """
     for layer, name in known.items():
         return name[: name.index(layer)]
     return ""
 
 
 def layer_name(site_name: str, prefix: str, adapter: str) -> str:
-    """The layer's name in the base model, from the site's."""
+    """The layer's name in the base model, from the site's name."""
     return site_name.removeprefix(prefix).removesuffix(f".{adapter}")

@@ -1,4 +1,4 @@
-"""Saving the adapter that an optimizer trains."""
+"""Save the adapter that an optimizer trains."""
 
 from __future__ import annotations
 
@@ -55,11 +55,8 @@ def save_trained(
 
 def _history(parts: Parts, peft_model: Any, adapter: str) -> dict[str, History]:
     """What is known of each pair of ``adapter``, by the layer's name in the base model."""
-    names, dropped, origin = (
-        layers_of_pairs(peft_model.get_base_model()),
-        parts.ranks.dropped(),
-        parts.ranks.origin,
-    )
+    names = layers_of_pairs(peft_model.get_base_model())
+    dropped, origin = parts.ranks.dropped(), parts.ranks.origin
     sites = [site for site in parts.sites.all if site.adapter == adapter and id(site.a_modules) in names]
     known = {names[id(site.a_modules)][0]: site.name for site in sites}
     prefix = common_prefix(known)
@@ -71,7 +68,7 @@ def _history(parts: Parts, peft_model: Any, adapter: str) -> dict[str, History]:
 
 
 def warn_of_ranks_that_stay(parts: Parts) -> None:
-    """Say at once, and not after the run, that ranks to be given up in training cannot leave the saved adapter."""
+    """Warn before the run where ranks will be reduced of an adapter that cannot be saved at reduced ranks."""
     model = parts.sites.model
     if model is None or not parts.ranks.gives_up or not parts.options.rank.adapts:
         return

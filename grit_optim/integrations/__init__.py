@@ -1,1 +1,1 @@
-"""For transformers' Trainer: a factory for the optimizer, and a callback."""
+"""Train with transformers' Trainer: a factory for the optimizer, and a callback."""

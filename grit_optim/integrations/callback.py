@@ -1,7 +1,7 @@
-"""For those who train with transformers' Trainer: ``Trainer(..., callbacks=[GritCallback()])``. Needs transformers.
+"""Log a GritOptimizer from transformers' Trainer: ``Trainer(..., callbacks=[GritCallback()])``.
 
-Nothing of GRIT depends on it; it starts and ends the logging with the training, and adds a few numbers to the
-Trainer's logs.
+Needs transformers. Nothing of GRIT depends on the callback. It starts and ends the logging with the training,
+and adds numbers to the Trainer's logs.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from grit_optim.optimizer import GritOptimizer
 class GritCallback(TrainerCallback):
     """Logs the Trainer's GritOptimizer.
 
-    Writes ``grit.jsonl`` into the Trainer's output folder while it trains and ``grit_final_ranks.json`` (see
-    :meth:`GritOptimizer.final_ranks`) at the end, and adds ``grit_engaged_sites``, ``grit_mean_rank``,
+    Writes ``grit.jsonl`` into the Trainer's output folder during training, and ``grit_final_ranks.json`` at
+    the end, see :meth:`GritOptimizer.final_ranks`. Adds ``grit_engaged_sites``, ``grit_mean_rank``,
     ``grit_mean_cosine`` and ``grit_dropped_folds`` to what the Trainer logs.
 
     Args:
         sink: a path or sink instead of ``grit.jsonl``.
-        log: further keywords of :meth:`GritOptimizer.log_to`.
+        **log: further keywords of :meth:`GritOptimizer.log_to`.
     """
 
     def __init__(self, sink: Any = None, **log: Any) -> None:
@@ -34,7 +34,7 @@ class GritCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Find the optimizer and start logging; a run that was interrupted is ended first."""
+        """Find the optimizer and start logging. Ends the logging of an interrupted run first."""
         if self._optimizer is not None:
             self._optimizer.finish_logging()
         self._optimizer = _unwrapped(optimizer)
@@ -44,7 +44,7 @@ class GritCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Add GRIT's numbers to those that the Trainer logs for the step; it has waited for the device already."""
+        """Add GRIT's numbers to the Trainer's log of a step, which has waited for the device already."""
         if self._optimizer is None or logs is None or "loss" not in logs:
             return
         told = self._optimizer.telemetry(per_site=False)
@@ -69,7 +69,7 @@ class GritCallback(TrainerCallback):
 
 
 def _unwrapped(optimizer: Any) -> GritOptimizer:
-    """The GritOptimizer inside what accelerate makes of it.
+    """The GritOptimizer inside accelerate's wrappers.
 
     Raises:
         TypeError: there is none.

@@ -1,4 +1,4 @@
-"""For trainers that build or wrap the model themselves, so that no optimizer can be built on it before."""
+"""Build a GritOptimizer for a trainer that makes or wraps the model itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grit_optim.options import DECLARED
 from grit_optim.options.former import FORMER
 
 OPTIONS = {*DECLARED, *FORMER}
-"""Keywords that are GritOptimizer's; all others are the base's."""
+"""Keywords that go to GritOptimizer; all others go to the base."""
 
 
 @overload
@@ -28,23 +28,22 @@ def for_trainer(
 
 
 def for_trainer(model: nn.Module | None = None, **keywords: Any) -> Any:
-    """A GritOptimizer for a trainer: built by the trainer, or built now on the model that the trainer has made.
+    """A GritOptimizer that the trainer builds, or that is built now on the trainer's model.
 
-    ``Trainer(..., optimizer_cls_and_kwargs=(for_trainer, {"lr": 2e-4}))``: transformers from 5.2 on calls it
-    as ``for_trainer()(model, **kwargs)`` once the model has its adapter. Older ones hand over parameter
-    groups instead of the
-    model: there, ``trainer.optimizer = for_trainer(trainer.model, lr=2e-4)`` before ``train()``, or the same
-    in an override of ``create_optimizer``; both work in either.
+    transformers from 5.2 on takes ``Trainer(..., optimizer_cls_and_kwargs=(for_trainer, {"lr": 2e-4}))`` and
+    calls ``for_trainer()(model, **kwargs)`` once the model has its adapter. Earlier versions hand over
+    parameter groups and not the model. Set ``trainer.optimizer = for_trainer(trainer.model, lr=2e-4)`` before
+    ``train()`` there, or in an override of ``create_optimizer``. This works in later versions too.
 
     Args:
         model: the PEFT model, or None for the factory.
-        **keywords: with a model, those of :func:`build`.
+        **keywords: of :func:`build`, where there is a model.
 
     Returns:
-        :func:`build` itself without a model, else the GritOptimizer that it builds.
+        The GritOptimizer that :func:`build` makes; without a model, :func:`build` itself.
 
     Raises:
-        TypeError: keywords without a model, or something that is no model.
+        TypeError: there are keywords and no model, or ``model`` is no module.
         ValueError: the model has nothing to train, or no LoRA pair.
     """
     if isinstance(model, nn.Module):
@@ -71,16 +70,15 @@ def build(
 
     Args:
         model: the PEFT model.
-        lr: learning rate. The Trainer does not tell the factory ``args.learning_rate``, so it has to be given
-            here.
+        lr: learning rate. The Trainer does not pass ``args.learning_rate`` to a factory.
         base: class of the base optimizer, or any callable of parameter groups and keywords.
-        **keywords: those that GritOptimizer has go to it, all others (weight_decay, betas, …) to ``base``. As
-            in the Trainer, only matrices decay: biases and the weights of norms are a group with a
+        **keywords: options of GritOptimizer go to it, all others (weight_decay, betas, …) to ``base``. Only
+            matrices decay, as in the Trainer: biases and the weights of norms are a group with a
             ``weight_decay`` of 0.
 
     Raises:
         ValueError: the model has nothing to train, or no LoRA pair.
-        TypeError: a keyword that neither knows.
+        TypeError: neither GritOptimizer nor ``base`` knows a keyword.
     """
     options = {name: value for name, value in keywords.items() if name in OPTIONS}
     settings = {name: value for name, value in keywords.items() if name not in OPTIONS}
@@ -88,7 +86,7 @@ def build(
 
 
 def _groups(model: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Matrices, and what does not decay; a group that would be empty is left out."""
+    """Parameter groups: matrices, and vectors, which do not decay. A group without members is left out."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError(

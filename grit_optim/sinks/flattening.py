@@ -1,4 +1,4 @@
-"""Records as tags with a number each, as TensorBoard and Weights & Biases take them."""
+"""Turn records into tags with one number each, as TensorBoard and Weights & Biases take them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from grit_optim.sinks.json_lines import Record
 
 
 class Flattener:
-    """Records as ``{tag: number}``: totals under ``GRIT/``, sites under ``Fisher/<site>/``.
+    """Turns records into ``{tag: number}``: totals under ``GRIT/``, sites under ``Fisher/<site>/``.
 
     Args:
-        per_site: every site's own numbers too.
+        per_site: also give each site's numbers.
     """
 
     def __init__(self, per_site: bool) -> None:
@@ -21,7 +21,7 @@ class Flattener:
         self._names: list[str] = []
 
     def __call__(self, record: Record) -> dict[str, float]:
-        """The record's finite numbers."""
+        """The finite numbers of a record by tag; none for a start record, whose site names are remembered."""
         if record["kind"] == "start":
             self._names = [site["name"] for site in record["sites"]]
             return {}

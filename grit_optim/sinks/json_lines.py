@@ -1,4 +1,4 @@
-"""Records as lines of JSON in a file."""
+"""Write records as lines of JSON."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Sink = Callable[[Record], object]
 
 
 class JsonLines:
-    """One record per line, appended to a file, so that a resumed run goes on in it.
+    """Appends one line per record to a file, so that a resumed run goes on in it.
 
-    A last line that was cut off, as when a process is killed, is dropped.
+    Drops a last line without an end, which a killed process leaves.
 
     Args:
-        path: the file; missing folders are made.
+        path: the file. Missing folders are made.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -27,7 +27,7 @@ class JsonLines:
         self._file = self.path.open("a", encoding="utf8")
 
     def __call__(self, record: Record) -> None:
-        """Write a line; it is in the file when this returns."""
+        """Write a line, and flush it."""
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 

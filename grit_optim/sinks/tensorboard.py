@@ -1,4 +1,4 @@
-"""Records as scalars for TensorBoard."""
+"""Write records as scalars for TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from grit_optim.sinks.json_lines import Record
 
 
 class TensorBoard:
-    """Scalars for TensorBoard (needs the package ``tensorboard``).
+    """Writes scalars for TensorBoard. Needs the package ``tensorboard``.
 
     Args:
         log_dir: folder of the event files.
-        per_site: also every site's own numbers, under ``Fisher/<site>/``; else only medians and ranges over
-            the sites.
+        per_site: also write each site's numbers, under ``Fisher/<site>/``; else medians and ranges over sites
+            alone.
     """
 
     def __init__(self, log_dir: str | Path, per_site: bool = False) -> None:

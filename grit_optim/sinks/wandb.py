@@ -1,4 +1,4 @@
-"""Records as scalars for Weights & Biases."""
+"""Log records as scalars in Weights & Biases."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from grit_optim.sinks.json_lines import Record
 
 
 class WandB:
-    """Scalars for Weights & Biases (needs the package ``wandb``).
+    """Logs scalars in Weights & Biases. Needs the package ``wandb``.
 
     Args:
-        run: a run, or None for the current one; without a current one, one is started with ``settings``.
+        run: a run, or None for the current one. Without a current one, a run is started with ``settings``.
         per_site: as in :class:`TensorBoard`.
-        settings: for ``wandb.init``, such as ``project="GRIT", mode="offline"``.
+        **settings: for ``wandb.init``, such as ``project="GRIT", mode="offline"``.
     """
 
     def __init__(self, run: Any = None, per_site: bool = False, **settings: Any) -> None:
@@ -27,8 +27,7 @@ class WandB:
     def __call__(self, record: Record) -> None:
         """Log the record's scalars; the options go to the run's configuration.
 
-        The steps are logged as ``GRIT/step``, so that they may differ from those that a trainer logs in the
-        same run.
+        Steps are logged as ``GRIT/step``, since a trainer may count its steps otherwise in the run.
         """
         if record["kind"] == "start":
             self.run.config.update({"grit": record["options"]}, allow_val_change=True)
@@ -36,6 +35,6 @@ class WandB:
             self.run.log({"GRIT/step": record["step"], **scalars})
 
     def close(self) -> None:
-        """End the run if it was started here."""
+        """End the run, if this sink started it."""
         if self._own:
             self.run.finish()

@@ -1,1 +1,1 @@
-"""What is recorded of a run."""
+"""Record a run: snapshots of a step, recorders that feed sinks, reports on request."""

@@ -1,4 +1,4 @@
-"""From snapshots to records: each is written once its copies have arrived, so that no step waits for the device."""
+"""Write records from snapshots, each once its copies have arrived, so that no step waits for the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grit_optim.sinks import Record, Sink
 from grit_optim.telemetry.snapshot import Snapshot
 
 MOST_PENDING = 4
-"""Snapshots kept while their copies are on the way; one more, and the oldest is waited for."""
+"""Snapshots kept while their copies travel. With one more, the oldest is waited for."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Contents:
     """What a record holds beside each site's scalars.
 
     Attributes:
-        log_fisher_spectrum: the leading eigenvalues of both factors.
+        log_fisher_spectrum: whether it holds the leading eigenvalues of both factors.
         log_top_eigs: how many of them.
-        log_eig_heatmaps: the eigenvectors of both factors.
+        log_eig_heatmaps: whether it holds the eigenvectors of both factors.
         log_eig_heatmaps_modules: for how many of the first sites.
     """
 
@@ -38,7 +38,7 @@ class Contents:
             check_count(name, getattr(self, name))
 
     def columns(self, snapshot: Snapshot) -> dict[str, list[Any]]:
-        """The snapshot's columns, as far as they were asked for."""
+        """The snapshot's columns, with the eigenvalues and eigenvectors that were asked for."""
         return snapshot.columns(
             self.log_top_eigs if self.log_fisher_spectrum else 0,
             self.log_eig_heatmaps_modules if self.log_eig_heatmaps else 0,
@@ -50,8 +50,8 @@ class Recorder:
 
     Args:
         sink: takes the records.
-        every: steps between two of them; the first step has one too.
-        contents: what they hold.
+        every: steps between two records. The first step has one too.
+        contents: what a record holds.
     """
 
     def __init__(self, sink: Sink, every: int, contents: Contents) -> None:
@@ -66,13 +66,13 @@ class Recorder:
         return self.sink is not None and (step == 1 or step % self.every == 0)
 
     def submit(self, record: Record, snapshot: Snapshot) -> None:
-        """Take a step's record; it is written when the snapshot has arrived."""
+        """Take a step's record, to be written when its snapshot has arrived."""
         self.last_step = record["step"]
         self._pending.append((record, snapshot))
         self.drain(wait=False)
 
     def drain(self, wait: bool) -> None:
-        """Write what has arrived, in order; everything if ``wait``."""
+        """Write the records whose snapshots have arrived, in order; all records if ``wait``."""
         while self._pending:
             record, snapshot = self._pending[0]
             if not (wait or snapshot.arrived() or len(self._pending) > MOST_PENDING):
@@ -81,7 +81,7 @@ class Recorder:
             self.write({**record, **snapshot.scalars(), "sites": self.contents.columns(snapshot)})
 
     def write(self, record: Record) -> None:
-        """Hand a record to the sink; a sink that fails is given up with a warning, and training goes on."""
+        """Hand a record to the sink. Gives up a sink that fails, with a warning; training goes on."""
         if self.sink is None:
             return
         try:
@@ -95,7 +95,7 @@ class Recorder:
             )
 
     def close(self, end: Record) -> None:
-        """Write what is pending and the last record, and close the sink."""
+        """Write what is pending and the record ``end``, and close the sink."""
         self.drain(wait=True)
         self.write(end)
         close = getattr(self.sink, "close", None)
@@ -105,10 +105,10 @@ class Recorder:
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuse what is no whole number from 1 up.
+    """Refuse a value that is no whole number from 1 up.
 
     Raises:
-        TypeError: it is no whole number.
+        TypeError: the value is no whole number.
         ValueError: it is below 1.
     """
     if not isinstance(value, int) or isinstance(value, bool):

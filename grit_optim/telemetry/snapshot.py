@@ -1,7 +1,7 @@
-"""One step's state on its way to the host, and what it says per site.
+"""Copy one step's state to the host, and work out its numbers per site there.
 
-Taking a snapshot starts copies and waits for nothing; eigenvalues and all else are worked out on the host
-from the copies, once those have arrived.
+Taking a snapshot starts copies and waits for nothing. Eigenvalues and all other numbers are computed on the
+host, once the copies have arrived.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from grit_optim.profiling import HostCopy
 from grit_optim.telemetry import spectra
 
 FACTORS = {"a": "activation", "g": "gradient"}
+_OUTCOME = ("gradient_norm", "without", "turned", "cosine")
 
 
 class Snapshot:
@@ -25,8 +26,11 @@ class Snapshot:
 
     Args:
         curvatures: the buckets' curvatures.
-        outcomes: what the step did.
-        scalars: further numbers, on any device, by name.
+        outcomes: what the step did, per bucket and side.
+        scalars: further numbers by name, on any device.
+
+    Attributes:
+        names: the sites, in the order of every column.
     """
 
     def __init__(
@@ -43,36 +47,39 @@ class Snapshot:
         for i, curvature in enumerate(curvatures):
             tensors.update({f"{i} {name}": value for name, value in _tensors_of(curvature).items()})
         for i, outcome in enumerate(self._outcomes):
-            parts = {n: getattr(outcome, n) for n in ("gradient_norm", "without", "turned", "cosine")}
+            parts = {name: getattr(outcome, name) for name in _OUTCOME}
             tensors.update(
                 {f"outcome {i} {name}": value for name, value in parts.items() if value is not None}
             )
         self._copy = HostCopy(tensors)
 
     def arrived(self) -> bool:
-        """Whether reading waits for nothing."""
+        """Whether the copies are on the host, so that reading waits for nothing."""
         return self._copy.arrived()
 
     def scalars(self) -> dict[str, float | None]:
-        """The further numbers; None where there is none, or no finite one."""
+        """The further numbers by name; None for one that is missing or not finite."""
         tensors = self._copy.read()
         read = {n.removeprefix("scalar "): t.item() for n, t in tensors.items() if n.startswith("scalar ")}
         return {name: _plain(value) for name, value in {**self._plain, **read}.items()}
 
     def columns(self, top_eigenvalues: int = 0, eigenvectors_of: int = 0) -> dict[str, list[Any]]:
-        """Per quantity a list with an entry per site, in the order of ``names``; None where there is no finite number.
+        """A list per quantity, with an entry per site in the order of ``names``.
+
+        An entry is None where there is no finite number.
 
         Args:
-            top_eigenvalues: how many leading eigenvalues of each factor to add (``eigenvalues_a``,
-                ``eigenvalues_g``).
-            eigenvectors_of: for how many of the first sites to add the eigenvectors, as columns
-                (``eigenvectors_a``, …).
+            top_eigenvalues: how many leading eigenvalues of each factor to add, as ``eigenvalues_a`` and
+                ``eigenvalues_g``.
+            eigenvectors_of: for how many of the first sites to add the eigenvectors, as ``eigenvectors_a``
+                and ``eigenvectors_g``: matrices whose columns they are.
         """
         tensors = self._copy.read()
         columns: dict[str, list[Any]] = {}
         for i in range(len(self._sizes)):
             wanted = max(0, eigenvectors_of - sum(self._sizes[:i]))
-            found = _columns_of({n: tensors[f"{i} {n}"] for n in _NAMES}, top_eigenvalues, wanted)
+            own = {n.removeprefix(f"{i} "): t for n, t in tensors.items() if n.startswith(f"{i} ")}
+            found = _columns_of(own, top_eigenvalues, wanted)
             for name, values in found.items():
                 columns.setdefault(name, []).extend(values)
         for name, values in self._outcome_columns(tensors).items():
@@ -80,13 +87,11 @@ class Snapshot:
         return {name: [_plain(value) for value in values] for name, values in columns.items()}
 
     def _outcome_columns(self, tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-        """Norms and angles per site and side."""
+        """Norms and angles (degrees) per site, a column for each side."""
         columns: dict[str, list[Any]] = {}
         starts = [sum(self._sizes[:i]) for i in range(len(self._sizes))]
         for i, outcome in enumerate(self._outcomes):
-            parts = {
-                n: tensors.get(f"outcome {i} {n}") for n in ("gradient_norm", "without", "turned", "cosine")
-            }
+            parts = {name: tensors.get(f"outcome {i} {name}") for name in _OUTCOME}
             named = {
                 "gradient_norm": parts["gradient_norm"],
                 "norm_without": parts["without"],
@@ -103,20 +108,22 @@ class Snapshot:
         return columns
 
 
-_NAMES = ("activation", "gradient", "rank", "in_use", "samples", "damping", "engaged")
-
-
 def _tensors_of(curvature: BucketCurvature) -> dict[str, Tensor]:
-    factors = curvature.factors
-    values = (
-        factors.activation, factors.gradient, curvature.ranks.rank, curvature.ranks.in_use, factors.activation_samples,
-        curvature.damping_used, curvature.a_ready & curvature.b_ready,
-    )  # fmt: skip
-    return dict(zip(_NAMES, values, strict=True))
+    """The tensors of one bucket that a snapshot copies, by name."""
+    factors, ranks = curvature.factors, curvature.ranks
+    return {
+        "activation": factors.activation,
+        "gradient": factors.gradient,
+        "rank": ranks.rank,
+        "in_use": ranks.in_use,
+        "samples": factors.activation_samples,
+        "damping": curvature.damping_used,
+        "engaged": curvature.a_ready & curvature.b_ready,
+    }
 
 
 def _columns_of(tensors: Mapping[str, Tensor], top: int, eigenvectors: int) -> dict[str, list[Any]]:
-    """What one bucket's tensors say, an entry per site."""
+    """The columns of one bucket, an entry per site."""
     columns: dict[str, list[Any]] = {
         "rank": tensors["rank"].tolist(),
         "samples": tensors["samples"].long().tolist(),
@@ -136,7 +143,7 @@ def _columns_of(tensors: Mapping[str, Tensor], top: int, eigenvectors: int) -> d
 
 
 def _plain(value: Any) -> Any:
-    """As JSON takes it: six significant digits, None for what is not finite."""
+    """A value as JSON takes it: numbers with six significant digits, None for one that is not finite."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, float):

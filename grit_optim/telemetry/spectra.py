@@ -1,4 +1,4 @@
-"""What the eigenvalues of a factor say, as numbers per site. Pure algebra, for the host: nothing here is part of a step."""
+"""Numbers per site from the eigenvalues of a factor. Pure algebra for the host; no step uses it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from grit_optim import linalg
 def condition_number(spectrum: Tensor, rank: Tensor) -> Tensor:
     """``λ_1 / λ_k`` over the k coordinates in use: ``[S, r]`` and ``[S]`` to ``[S]``.
 
-    Infinite where λ_k is zero, NaN where λ_1 is. Factors are kept in fp32, so that more than about
-    1e7 says no more than "singular".
+    Infinite where λ_k is zero, NaN where λ_1 is zero. Factors are in fp32, so that values above about 1e7
+    mean "singular".
+
+    Args:
+        spectrum: eigenvalues, largest first.
+        rank: k of each site.
     """
     smallest = spectrum.gather(-1, (rank.long() - 1).clamp_min(0)[:, None])[:, 0]
     return spectrum[:, 0] / smallest
 
 
 def decompose(factor: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues ``[S, r]``, largest first, and eigenvectors ``[S, r, r]`` of factors, in float64.
+    """Eigenvalues ``[S, r]``, largest first, and eigenvectors ``[S, r, r]`` (columns) of factors, in float64.
 
     Args:
         factor: ``[S, r, r]``.
@@ -29,7 +33,7 @@ def decompose(factor: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scalars(spectrum: Tensor, rank: Tensor) -> dict[str, Tensor]:
-    """``trace``, ``top`` (the largest eigenvalue), ``condition`` and ``effective_rank`` of each factor, ``[S]`` each."""
+    """``trace``, ``top`` (the largest eigenvalue), ``condition`` and ``effective_rank``, ``[S]`` each."""
     return {
         "trace": spectrum.sum(-1),
         "top": spectrum[:, 0],

@@ -1,4 +1,4 @@
-"""What a run tells: totals on request, records to sinks, and the final ranks."""
+"""Report on a run: totals on request, records to sinks, and the final ranks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from grit_optim.telemetry.recorder import Contents, Recorder, check_count
 from grit_optim.telemetry.snapshot import Snapshot
 
 FORMAT = 1
-"""Version of the records."""
+"""Version of the records, in each start record."""
 
 
 class Telemetry:
-    """Tells of the parts, and changes nothing of them."""
+    """Reports on the parts of an optimizer, and changes nothing of them."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
@@ -33,7 +33,7 @@ class Telemetry:
     # ---------------------------------------------------------------- on request
 
     def report(self, per_site: bool) -> dict[str, Any]:
-        """What has been done so far, as plain values; see :meth:`GritOptimizer.telemetry`."""
+        """Totals so far as plain values; see :meth:`GritOptimizer.telemetry`."""
         parts, buckets = self._parts, self._parts.curvature.buckets
         told = {
             "options": parts.options.as_dict(),
@@ -60,13 +60,13 @@ class Telemetry:
         return told
 
     def _in_force(self) -> dict[str, Any]:
-        """Periods and damping, as the adaptive schedule has them."""
+        """Periods (steps) and damping in force, as the adaptive schedule has set them."""
         schedule, damping = self._parts.schedule, self._parts.options.fisher.kfac_damping
         assert damping is not None  # the mode has said
         return {**schedule.in_force(), "kfac_damping": damping * schedule.damping_scale}
 
     def _per_site(self) -> dict[str, dict[str, Any]]:
-        """Every site's own numbers now, with the whole spectrum of both factors."""
+        """Each site's numbers now, with the whole spectrum of both factors."""
         buckets = self._parts.curvature.buckets
         snapshot = Snapshot(buckets, self._parts.preconditioning.outcomes, {})
         columns = snapshot.columns(top_eigenvalues=max((c.bucket.rank for c in buckets), default=0))
@@ -115,7 +115,7 @@ class Telemetry:
         self._recorders.append(recorder)
 
     def record(self, loss: Tensor | float | None) -> None:
-        """Record the step just counted, where a sink wants it."""
+        """Record the step just counted, for the sinks that are due."""
         if not self._recorders:
             return
         with self._parts.times("record"):
@@ -139,6 +139,7 @@ class Telemetry:
             recorder.close({"kind": "end", "step": steps, "final": self.final_ranks()})
 
     def _start_record(self) -> Record:
+        """Options and sites, for the head of a run."""
         parts = self._parts
         sites = [site for curvature in parts.curvature.buckets for site in curvature.bucket.sites]
         return {
@@ -159,6 +160,7 @@ class Telemetry:
         }
 
     def _step_record(self, loss: Tensor | float | None) -> tuple[Record, Snapshot]:
+        """What the host knows of the latest step, and a snapshot of what the device knows."""
         parts, buckets = self._parts, self._parts.curvature.buckets
         engaged = [(c.a_ready & c.b_ready).sum() for c in buckets]
         scalars = {
@@ -182,7 +184,7 @@ class Telemetry:
 
 
 def _mean_cosine(outcomes: Sequence[Outcome]) -> float | None:
-    """Mean over all matrices whose update was turned, or None if there was none."""
+    """Mean cosine over all matrices whose update is known with and without curvature; None without any."""
     cosines = [o.cosine for o in outcomes if o.cosine is not None]
     if not cosines:
         return None
@@ -191,7 +193,7 @@ def _mean_cosine(outcomes: Sequence[Outcome]) -> float | None:
 
 
 def _gradient_norms(buckets: Sequence[BucketCurvature]) -> list[Outcome]:
-    """‖∇‖ per matrix, for the modes that never stack the gradients."""
+    """‖∇‖ per matrix, where no mode or penalty has stacked the gradients."""
     found = []
     for i, curvature in enumerate(buckets):
         for group in curvature.bucket.groups:

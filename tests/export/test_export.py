@@ -1,29 +1,22 @@
-"""Exported adapters: what they compute in a fresh process, how large they are, and what is refused."""
+"""Exported adapters: what they compute in a fresh process, and how large they are."""
 
 import json
 import subprocess
 import sys
-import warnings
-from pathlib import Path
 
 import bases
 import pytest
-import support
-import tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from exporting import LLAMA, chosen, grit, start, train
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from grit_optim import GritOptimizer, Site, export_adapter
-from grit_optim.export import adapter as export
-from grit_optim.export import atomic_folder
+from grit_optim import export_adapter
 
-LLAMA = {"r": 6, "lora_alpha": 6, "target_modules": "all-linear"}
 NESTED = {"r": 4, "lora_alpha": 6, "target_modules": ["proj", "conv"]}
 
-# name: base, LoraConfig, arguments of save_adapter, ranks by the end of a layer's name (else 3 of 6, or 2 of
-# 4)
+
+# name: base, LoraConfig, arguments of save_adapter, ranks by the end of a layer's name (elsewhere half)
 CASES = {
     "mixed ranks and left-out sites": ("fp32", LLAMA, {}, {"q_proj": 0, "v_proj": 5, "1.mlp.up_proj": 1}),
     "one rank for all": ("fp32", LLAMA, {}, {}),
@@ -74,63 +67,12 @@ CASES = {
 }
 
 
-def start(kind, config, base_folder):
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return get_peft_model(
-            bases.make(kind, base_folder), LoraConfig(**config), autocast_adapter_dtype=kind != "bf16"
-        )
-
-
-def train(kind, model, optimizer, steps=4):
-    for seed in range(steps):
-        if kind == "nested":
-            model(torch.randn(5, 6, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
-        else:
-            tiny.loss_of(model, seed).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def grit(model, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # embeddings cannot be tapped
-        return GritOptimizer(tiny.adamw(model), model, kfac_min_samples=1, min_lora_rank=0, **options)
-
-
-def chosen(optimizer, by_end):
-    """The ranks of a case: the longest end of a site's name decides."""
-    ranks = {}
-    for site in support.sites(optimizer):
-        layer = site.name.removesuffix(f".{site.adapter}")
-        ends = [end for end in by_end if layer.endswith(end)]
-        ranks[site.name] = min(site.rank, by_end[max(ends, key=len)] if ends else site.rank // 2)
-    return ranks
-
-
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory):
-    """A Llama whose layers are wide enough for bitsandbytes' 4-bit kernels on the CPU, which take 32 rows at a time."""
-    path = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            intermediate_size=128,
-            vocab_size=tiny.VOCABULARY,
-            max_position_embeddings=64,
-        )
-    ).save_pretrained(path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def exported(base_folder, tmp_path_factory):
-    """Every case trained, reduced and saved; then all loaded by one fresh process. name: report, folder, answers, model."""
+    """Every case trained and saved, then loaded in one fresh process.
+
+    Name to report, folder, answers, model, and the answers of the loaded one.
+    """
     torch.set_num_threads(1)
     root, results = tmp_path_factory.mktemp("adapters"), {}
     for number, (name, (kind, config, arguments, by_end)) in enumerate(CASES.items()):
@@ -241,274 +183,3 @@ def test_what_the_report_says_of_losses_is_saved(base_folder, tmp_path):
     assert saved["predicted_loss"] == pytest.approx(predicted)
     assert [s["rank"] for s in saved["sites"]] == list(optimizer.ranks().values())
     assert saved["parameters_before"] == optimizer.ranks().parameters_before
-
-
-# ------------------------------------------------------------------ without an optimizer
-
-
-def test_an_adapter_of_any_optimizer_is_exported_as_it_is(base_folder, tmp_path):
-    model = start("fp32", LLAMA, base_folder)
-    train("fp32", model, tiny.adamw(model))
-    report = export_adapter(model, tmp_path)
-    assert set(report.values()) == {6}
-    assert report.predicted_loss is None
-    fresh = PeftModel.from_pretrained(bases.make("fp32", base_folder), tmp_path)
-    assert torch.equal(bases.answer("fp32", fresh), bases.answer("fp32", model))
-
-
-def test_tolerance_finds_the_rank_that_a_product_really_has(base_folder, tmp_path):
-    model = start("fp32", LLAMA, base_folder)
-    optimizer = grit(model, reprojection="two_sided", reprojection_freq=3, reprojection_k=2)
-    train("fp32", model, optimizer)  # projected in its last step
-    assert set(export_adapter(model, tmp_path / "rows").values()) == {6}, "no row is zero"
-    report = export_adapter(model, tmp_path / "product", tolerance=1e-5)
-    assert set(report.values()) == {2}
-    fresh = PeftModel.from_pretrained(bases.make("fp32", base_folder), tmp_path / "product")
-    assert (bases.answer("fp32", fresh) - bases.answer("fp32", model)).abs().max() < 1e-5
-    with pytest.raises(ValueError, match="tolerance must be a share"):
-        export_adapter(model, tmp_path, tolerance=1.0)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_saved_in_another_type(base_folder, tmp_path, dtype):
-    """Half the bytes, and what is loaded is the trained adapter rounded once."""
-    model = start("fp32", {**LLAMA, "modules_to_save": ["norm"]}, base_folder)
-    optimizer = grit(model)
-    train("fp32", model, optimizer)
-    optimizer.reduce_ranks_(chosen(optimizer, {"q_proj": 0}))
-    optimizer.save_adapter(tmp_path / "whole")
-    report = optimizer.save_adapter(tmp_path / "rounded", dtype=dtype)
-    whole, rounded = (load_file(tmp_path / name / export.WEIGHTS) for name in ("whole", "rounded"))
-    assert whole.keys() == rounded.keys()
-    assert all(torch.equal(t.to(dtype), rounded[key]) for key, t in whole.items())
-    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "lora_" in n), (
-        "the model is left as it is"
-    )
-    assert report.as_dict() == optimizer.save_adapter(tmp_path / "whole").as_dict()
-    sizes = [sum(t.numel() * t.element_size() for t in tensors.values()) for tensors in (whole, rounded)]
-    assert sizes[1] * 4 == sizes[0] * torch.finfo(dtype).bits // 8
-    fresh = PeftModel.from_pretrained(bases.make("fp32", base_folder), tmp_path / "rounded")
-    worst = (bases.answer("fp32", fresh) - bases.answer("fp32", model)).abs().max()
-    assert worst < 20 * torch.finfo(dtype).eps
-    assert (worst > 1e-6) == (dtype != torch.float32)
-
-
-def test_a_type_that_cannot_hold_the_adapter(base_folder, tmp_path):
-    model = start("fp32", LLAMA, base_folder)
-    optimizer = grit(model)
-    train("fp32", model, optimizer)
-    optimizer.save_adapter(tmp_path)
-    before = load_file(tmp_path / export.WEIGHTS)
-    support.sites(optimizer)[1].b.data[0, 0] = 1e5
-    with pytest.raises(
-        ValueError, match=r"float16 cannot hold values of .*k_proj.lora_B.weight \(at most 65504\)"
-    ):
-        optimizer.save_adapter(tmp_path, dtype=torch.float16)
-    assert all(torch.equal(t, before[key]) for key, t in load_file(tmp_path / export.WEIGHTS).items())
-    for wrong in (torch.int8, torch.float8_e4m3fn, "bf16"):
-        with pytest.raises(ValueError, match="dtype must be one of"):
-            export_adapter(model, tmp_path, dtype=wrong)
-
-
-def test_a_bias_of_b_keeps_its_layer(base_folder, tmp_path):
-    model = start("fp32", {**LLAMA, "lora_bias": True, "lora_alpha": 9}, base_folder)
-    optimizer = grit(model)
-    train("fp32", model, optimizer)
-    optimizer.reduce_ranks_(chosen(optimizer, {"q_proj": 0}))
-    for fold in (False, True):
-        report = optimizer.save_adapter(tmp_path, fold_scale=fold)
-        assert min(report.values()) == 1
-        fresh = PeftModel.from_pretrained(bases.make("fp32", base_folder), tmp_path)
-        assert (bases.answer("fp32", fresh) - bases.answer("fp32", model)).abs().max() < 2e-6
-
-
-REFUSED = {
-    "DoRA": ({**LLAMA, "use_dora": True}, "uses DoRA, which divides by the norm"),
-    "PiSSA": ({**LLAMA, "init_lora_weights": "pissa"}, "started with init_lora_weights='pissa'"),
-    "untrained": (LLAMA, "no direction to save.*not been trained yet"),
-}
-
-
-@pytest.mark.parametrize(("config", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_adapters_that_cannot_be_exported(base_folder, tmp_path, config, message):
-    model = start("fp32", config, base_folder)
-    if message.startswith("started"):
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.data[:, 3:] = 0
-    with pytest.raises(ValueError, match=message):
-        export_adapter(model, tmp_path / "a")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_dora_is_refused_by_the_optimizer_too(base_folder, tmp_path):
-    model = start("fp32", {**LLAMA, "use_dora": True}, base_folder)
-    optimizer = grit(model)
-    train("fp32", model, optimizer)
-    with pytest.raises(ValueError, match="uses DoRA"):
-        optimizer.save_adapter(tmp_path / "a")
-    with pytest.raises(ValueError, match="uses DoRA"):
-        optimizer.shrink_()
-
-
-def test_hand_written_lora_is_no_peft_adapter(tmp_path):
-    model = tiny.HandWritten()
-    sites = [Site.from_modules("layer", model.down, model.up, model.scaling)]
-    optimizer = GritOptimizer(tiny.adamw(model), model, sites=sites)
-    with pytest.raises(ValueError, match=r"holds no PeftModel.*state_dict"):
-        optimizer.save_adapter(tmp_path)
-
-
-# ------------------------------------------------------------------ interrupted
-
-
-@pytest.mark.parametrize(
-    "place", ["save_file", "save_pretrained", "_carry_over", "_flush", "_take_the_place", "rename"]
-)
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two steps"])
-def test_an_interrupted_save_leaves_the_good_adapter(base_folder, tmp_path, monkeypatch, place, exchange):
-    model = start("fp32", LLAMA, base_folder)
-    optimizer = grit(model)
-    train("fp32", model, optimizer)
-    optimizer.save_adapter(tmp_path / "a")
-    (tmp_path / "a" / "notes.txt").write_text("mine")
-    good = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
-    optimizer.reduce_ranks_(0.4)
-    if not exchange:
-        monkeypatch.setattr(folder, "_exchange", lambda one, other: False)
-
-    def fail(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        if place == "save_file":
-            patch.setattr("safetensors.torch.save_file", fail)
-        elif place == "save_pretrained":
-            patch.setattr(LoraConfig, "save_pretrained", fail)
-        elif place == "rename":
-            rename, calls = Path.rename, []
-
-            def fail_second(self, target):
-                calls.append(target)
-                if len(calls) == 2:
-                    raise KeyboardInterrupt
-                return rename(self, target)
-
-            patch.setattr(Path, "rename", fail_second)
-        else:
-            patch.setattr(folder, place, fail)
-        if place == "rename" and exchange:
-            optimizer.save_adapter(tmp_path / "a")  # needs no rename
-            return
-        with pytest.raises(KeyboardInterrupt):
-            optimizer.save_adapter(tmp_path / "a")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == good
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
-    optimizer.save_adapter(tmp_path / "a")
-    assert (tmp_path / "a" / "adapter_model.safetensors").stat().st_size < len(
-        good["adapter_model.safetensors"]
-    )
-    assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
-
-
-def test_the_stale_weights_of_another_format_are_not_carried_over(base_folder, tmp_path):
-    model = start("fp32", LLAMA, base_folder)
-    train("fp32", model, tiny.adamw(model))
-    (tmp_path / export.STALE_WEIGHTS).write_bytes(b"old")
-    export_adapter(model, tmp_path)
-    assert not (tmp_path / export.STALE_WEIGHTS).exists()
-
-
-def small_llama(**settings):
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "vocab_size": tiny.VOCABULARY,
-    }
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **settings))
-
-
-@pytest.mark.parametrize("how", ["save_adapter", "shrink_"])
-@pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_a_trained_bias_keeps_its_layer(tmp_path, bias, how):
-    """PEFT saves a layer's own bias with its adapter, and drops it where the layer is left out."""
-    config = LoraConfig(r=4, target_modules="all-linear", bias=bias, task_type="CAUSAL_LM")
-    model = get_peft_model(small_llama(attention_bias=True), config)
-    optimizer = tiny.grit(model, min_lora_rank=0)
-    tiny.train(model, optimizer, 3)
-    optimizer.reduce_ranks_({name: 0 for name in optimizer.ranks() if "q_proj" in name or "up_proj" in name})
-    expected = model.eval()(input_ids=tiny.tokens()).logits
-    if how == "shrink_":
-        optimizer.shrink_()
-        model.save_pretrained(tmp_path)
-    else:
-        optimizer.save_adapter(tmp_path)
-    loaded = PeftModel.from_pretrained(small_llama(attention_bias=True), tmp_path).eval()
-    torch.testing.assert_close(loaded(input_ids=tiny.tokens()).logits, expected)
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert any("q_proj.lora_A" in name for name in saved)
-    assert not any("up_proj.lora_A" in name for name in saved)
-
-
-@pytest.mark.filterwarnings("ignore:GRIT leaves", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
-def test_experts_whose_weights_are_adapted_keep_rank_and_scale(tmp_path, pattern):
-    def base():
-        torch.manual_seed(0)
-        sizes = {
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 1,
-            "vocab_size": tiny.VOCABULARY,
-        }
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
-        return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
-
-    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    config = LoraConfig(
-        r=6,
-        lora_alpha=9,
-        target_modules=["q_proj"],
-        target_parameters=experts,
-        **{pattern: dict.fromkeys(experts, 2)},
-    )
-    model = get_peft_model(base(), config)
-    optimizer = tiny.grit(model)
-    tiny.train(model, optimizer, 3)
-    expected = model.eval()(input_ids=tiny.tokens()).logits
-    export_adapter(model, tmp_path)
-    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
-    torch.testing.assert_close(loaded(input_ids=tiny.tokens()).logits, expected)
-
-
-def test_an_adapter_that_has_diverged_is_named(tmp_path):
-    model = tiny.llama(layers=1)
-    tiny.trained(model)[1].data.fill_(float("nan"))
-    with pytest.raises(
-        ValueError, match=r"infinite or NaN in 1 layer\(s\) \(model.layers.0.self_attn.q_proj\)"
-    ):
-        export_adapter(model, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.filterwarnings("ignore:GRIT leaves", "ignore::UserWarning:peft")
-def test_a_head_that_shares_the_embeddings_adapter_is_saved_whole(tmp_path):
-    """PEFT makes A and B of the head views of the embedding's B and A; cutting one would leave the other as it was."""
-    config = LoraConfig(
-        r=6,
-        lora_alpha=6,
-        target_modules=["embed_tokens", "lm_head", "q_proj", "v_proj"],
-        ensure_weight_tying=True,
-    )
-    model = get_peft_model(small_llama(tie_word_embeddings=True), config)
-    optimizer = tiny.grit(model, min_lora_rank=0)
-    assert len(optimizer.ranks()) == 2
-    tiny.train(model, optimizer, 3)
-    optimizer.reduce_ranks_(0.5)
-    expected = model.eval()(input_ids=tiny.tokens()).logits
-    optimizer.save_adapter(tmp_path)
-    loaded = PeftModel.from_pretrained(small_llama(tie_word_embeddings=True), tmp_path).eval()
-    torch.testing.assert_close(loaded(input_ids=tiny.tokens()).logits, expected)

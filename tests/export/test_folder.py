@@ -30,7 +30,7 @@ def old(tmp_path):
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two steps"])
 def test_new_files_take_the_place_and_others_stay(old, exchange, monkeypatch):
     if not exchange:
-        monkeypatch.setattr(folder, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic_folder, "exchange", lambda one, other: False)
     with atomic_folder.replaced(old, drop=["b"]) as new:
         (new / "a").write_text("new")
     assert (old / "a").read_text() == "new"
@@ -78,13 +78,13 @@ def test_without_hard_links_files_are_copied(old, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
-@pytest.mark.parametrize("place", ["body", "_carry_over", "_flush", "_take_the_place", "after"])
+@pytest.mark.parametrize("place", ["body", "carry_over", "flush", "take_the_place", "after"])
 def test_a_killed_process_leaves_old_or_new(old, place):
     """``os._exit`` runs no ``finally``, as SIGKILL does not."""
     child = os.fork()
     if child == 0:
-        if place.startswith("_"):
-            setattr(folder, place, lambda *args: os._exit(9))
+        if place not in ("body", "after"):
+            setattr(atomic_folder, place, lambda *args: os._exit(9))
         with atomic_folder.replaced(old) as new:
             (new / "a").write_text("new")
             if place == "body":

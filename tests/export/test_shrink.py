@@ -1,4 +1,4 @@
-"""Shrinking in place: the same function, less of everything, and training goes on as if nothing had happened."""
+"""Shrinking in place: the model computes the same, what belongs to the pairs is smaller, training goes on."""
 
 import copy
 import dataclasses
@@ -236,7 +236,7 @@ def test_hand_written_lora_shrinks():
 def test_a_copy_is_told_its_model_and_holds_no_frozen_weights():
     model, optimizer = reduced()
     twin_model, twin = copy.deepcopy([model, optimizer])
-    held = [m for site in copy.deepcopy(optimizer)._sites for m in (site.a_modules, site.b_modules)]
+    held = [m for site in support.sites(copy.deepcopy(optimizer)) for m in (site.a_modules, site.b_modules)]
     assert len(held) == 28
     assert all(p.requires_grad for m in held for p in m.parameters())
     fields = {f.name for f in dataclasses.fields(Site)}

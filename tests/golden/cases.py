@@ -1,4 +1,4 @@
-"""Short runs whose weights are frozen in ``golden.json``, and checkpoints of an earlier version that have to load.
+"""Short runs whose weights are frozen in ``golden.json``, and checkpoints of before that have to load.
 
 ``python tests/golden/cases.py`` writes both anew. Do so only where a change of the numbers is meant, and say
 why in the
@@ -296,7 +296,7 @@ def bits(weights):
 
 
 def probe(weights):
-    """Five numbers that a relevant change of any weight moves: the norm, and products with four random signs."""
+    """Five numbers that a change of any weight moves: the norm, and products with random signs."""
     flat = torch.cat([weights[name].detach().double().flatten() for name in sorted(weights)])
     signs = (
         torch.randint(0, 2, (4, flat.numel()), generator=torch.Generator().manual_seed(0)).double() * 2 - 1

@@ -1,4 +1,4 @@
-"""The frozen runs come out as they did, and checkpoints of the version before load and go on as their run did.
+"""The frozen runs come out as they did, and checkpoints of before load and go on as their run did.
 
 Where torch and the processor's kernels are those that the file was written with, to the bit; elsewhere within
 what rounding becomes in so few steps.
@@ -13,7 +13,7 @@ from golden import cases
 GOLDEN = json.loads(cases.FILE.read_text(encoding="utf8"))
 HERE = cases.arithmetic()
 ROUNDING = 2e-3
-"""Of the weights' norm: what differences in the last bit grow to in nine steps; a changed rule moves 10 times as far."""
+"""Share of the weights' norm that differences in the last bit may grow to in nine steps."""
 
 
 def check(name, weights):

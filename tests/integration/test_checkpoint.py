@@ -1,4 +1,4 @@
-"""Saving and loading: one key, plain fp32 contents, and a resumed run that goes on as if it had never stopped."""
+"""Saving and loading: one key, plain fp32 contents, and a resumed run goes on as if it had never stopped."""
 
 import copy
 
@@ -216,7 +216,7 @@ def test_our_checkpoint_loads_into_the_plain_base(tmp_path):
 @pytest.mark.parametrize("frequency", [1, 2], ids=["every-step", "throttled"])
 @pytest.mark.parametrize("mode", ["steer", "inverse", "balanced", "none"])
 def test_moments_of_an_eigenbasis_checkpoint_come_back_to_plain_coordinates(tmp_path, mode, frequency):
-    """In the eigenbasis the base holds Qᵀ m_A and m_B Q; turned by hand they must be what the other mode then holds."""
+    """The base holds Qᵀ m_A and m_B Q in the eigenbasis; turned back, they are what the other mode holds."""
     model, optimizer = built({"precondition": "eigenbasis", "kfac_update_freq": frequency})
     train(model, optimizer, 4)
     turned = {}

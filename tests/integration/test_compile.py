@@ -1,4 +1,4 @@
-"""torch.compile: taps that are there before the first compiled call are part of it; later ones are missed, and said to be."""
+"""torch.compile: taps set before the first compiled call are part of it; later ones are warned of."""
 
 import pytest
 import tiny

@@ -29,7 +29,7 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": pickled}
 @pytest.mark.parametrize("make", COPIES.values(), ids=COPIES.keys())
 @pytest.mark.parametrize("mode", MODES)
 def test_copied_pair_trains_on_identically_and_alone(mode, make, scheduled):
-    """A scheduler patches ``step`` on the instance; the patch must not travel, nor may the copy's taps feed the original."""
+    """A scheduler patches ``step`` on the instance. Neither the patch nor the original's taps come along."""
     model = llama()
     optimizer = grit(model, precondition=mode)
     if scheduled:

@@ -1,12 +1,10 @@
 """The optimizer on a GPU, and the same tests on the CPU where they mean something there.
 
-``pytest -m gpu`` runs what needs a CUDA device. On the CPU the bodies run too, so that a GPU finds no
+``pytest -m gpu`` runs what needs a CUDA device. The bodies run on the CPU too, so that a GPU finds no
 mistakes but its own.
 """
 
-import contextlib
 import copy
-import gc
 import io
 import warnings
 from functools import partial
@@ -14,23 +12,13 @@ from functools import partial
 import pytest
 import tiny
 import torch
+from on_devices import WAITING_FOR_NOTHING, loss_on, on_cpu, started, train
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.cost.kernels import profiled
 from benchmarks.cost.shapes import Workload, adapted_model, batches
 from grit_optim import GritOptimizer, Site, linalg
 
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-# What a step waits for is said in the README: eigendecompositions, so "eigenbasis" and "balanced" are not
-# among these.
-WAITING_FOR_NOTHING = ["spectral", "steer", "inverse", "none"]
 MODES = [*WAITING_FOR_NOTHING, "eigenbasis", "balanced"]
-
-
-@pytest.fixture(params=["cpu", CUDA])
-def device(request):
-    return request.param
 
 
 @pytest.fixture
@@ -46,46 +34,21 @@ def products_on_the_cpu(monkeypatch):
     return partial(monkeypatch.setattr, linalg, "damped_root", root)
 
 
-def loss_on(model, seed=0):
-    """With plain attention: the fused kernels may add up in another order each time."""
-    ids = tiny.tokens(seed).to(next(model.parameters()).device)
-    with sdpa_kernel(SDPBackend.MATH):
-        return model(input_ids=ids, labels=ids).loss
-
-
-def train(model, optimizer, steps, first=0):
-    for seed in range(first, first + steps):
-        loss_on(model, seed).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def started(device, dtype=torch.float32, **options):
-    """A model with B ≠ 0 on the device, and its optimizer."""
-    model = tiny.llama(init_lora_weights=False).to(device, dtype)
-    return model, tiny.grit(model, lr=1e-3, **options)
-
-
-def on_cpu(model):
-    return {name: value.cpu() for name, value in tiny.weights(model).items()}
-
-
 # -------------------------------------------------------------------- numbers
 
 
 def products(model):
-    """ΔW/s = B A of every pair: what the signs of coordinates, which "balanced" is free to choose, do not change."""
+    """ΔW/s = B A of every pair, whatever signs "balanced" has chosen for its coordinates."""
     found = tiny.weights(model)
     pairs = [(name, name.replace("lora_A", "lora_B")) for name in found if "lora_A" in name]
     return torch.cat([(found[b].double() @ found[a].double()).flatten().cpu() for a, b in pairs])
 
 
-# Off by how much of the distance that the weights went. In fp64 the factors, in fp32, are all that is
-# rounded: 2e-6 of random noise on them and on what is derived from them makes up to 1e-4 in one step and 2e-3
-# in ten.
+# Tolerances are shares of the distance that the weights went. With weights in fp64, only the factors are in
+# fp32: noise of 2e-6 on them and on what is derived from them makes up to 1e-4 in one step, 2e-3 in ten.
 FP64 = {1: 2e-3, 10: 3e-2}
-# In fp32 Adam gives an entry whose gradient is rounding alone a whole step, up or down: 3e-7 of noise on all
-# weights makes 5e-5 for plain AdamW, 1e-3 in "spectral", whose steps do not go by single entries, 6e-3 in
+# In fp32, Adam gives an entry whose gradient is rounding alone a whole step, up or down. Noise of 3e-7 on all
+# weights makes 5e-5 in plain AdamW, 1e-3 in "spectral", whose steps do not go by single entries, 6e-3 in
 # "steer", up to 5e-2 in the others.
 FP32 = {"none": 1e-3, "spectral": 1e-2, "steer": 5e-2, "inverse": 0.25, "eigenbasis": 0.25, "balanced": 0.25}
 
@@ -238,79 +201,6 @@ def test_nf4(device):
             optimizer.zero_grad()
     assert losses[-1] < losses[0]
     assert optimizer.telemetry()["engaged_sites"] == 14
-
-
-# -------------------------------------------------------------------- what a step costs
-
-
-@contextlib.contextmanager
-def no_waiting(device):
-    """An error wherever the host would wait for the device."""
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("mode", WAITING_FOR_NOTHING)
-def test_a_step_waits_for_nothing(device, mode):
-    model, optimizer = started(device, precondition=mode)
-    train(model, optimizer, 6)  # the first ones compare taps and gradients
-    for seed in range(3):
-        loss_on(model, seed).backward()
-        with no_waiting(device):
-            optimizer.step()
-        optimizer.zero_grad()
-    assert optimizer.telemetry()["steps"] == 9
-
-
-@pytest.mark.gpu
-def test_waiting_is_noticed():
-    value = torch.ones((), device="cuda")
-    with pytest.raises(RuntimeError, match="synchroniz"), no_waiting("cuda"):
-        value.item()
-
-
-def held(device):
-    """Bytes that tensors hold: what the allocator has given out, or on the CPU what Python can see."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return torch.cuda.memory_allocated()
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
-    storages = [t.untyped_storage() for t in tensors if t.device.type == device]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
-
-
-@pytest.mark.parametrize("mode", ["spectral", "eigenbasis"])
-def test_memory_does_not_grow(device, mode):
-    model, optimizer = started(device, precondition=mode)
-    train(model, optimizer, 20)
-    before = held(device)
-    train(model, optimizer, 80, first=20)
-    assert held(device) <= before  # what other tests left may go in between
-
-
-def kernels_of_a_step(device, layers, mode):
-    """Kernels of one step in the steady state without the base's own; on the CPU its operations."""
-    model = tiny.llama(layers=layers).to(device)
-    optimizer = tiny.grit(model, precondition=mode)
-    train(model, optimizer, 6)
-    loss_on(model, 9).backward()
-    optimizer.base.step = lambda: None
-    found, _ = profiled(optimizer.step, device)
-    return next(iter(found.values()))
-
-
-@pytest.mark.parametrize("mode", ["spectral", "steer", "inverse", "eigenbasis", "balanced"])
-def test_kernels_do_not_grow_with_the_number_of_sites(device, mode):
-    """A library may cut a batch of products in two, so a few more are no loop over the sites."""
-    few, many = kernels_of_a_step(device, 2, mode), kernels_of_a_step(device, 5, mode)
-    assert few > 50
-    assert many <= 1.1 * few
 
 
 # -------------------------------------------------------------------- checkpoints

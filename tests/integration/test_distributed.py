@@ -1,4 +1,4 @@
-"""Processes that train together (DDP) take the same steps to the bit, those that one process with all their tokens takes."""
+"""Processes that train together (DDP) take one another's steps to the bit, as one process with all rows."""
 
 import os
 import subprocess

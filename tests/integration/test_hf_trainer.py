@@ -1,4 +1,4 @@
-"""transformers' Trainer: what it trains with GritOptimizer is what a hand-written loop trains, and it resumes exactly."""
+"""transformers' Trainer with GritOptimizer trains what a hand-written loop trains, and resumes exactly."""
 
 import gc
 import weakref
@@ -115,7 +115,7 @@ def initial():
 
 @pytest.mark.parametrize("way", [WAYS[0], by_override])
 def test_model_init_builds_model_and_optimizer_anew(tmp_path, way):
-    """As a search does: train() again is another model and another optimizer, and nothing is left of the first."""
+    """As a search does: train() again builds a new model and optimizer; nothing is left of the first."""
     trainer = way(tmp_path, None, model_init=initial)
     trainer.train()
     once, first = tiny.weights(trainer.model), weakref.ref(of_trainer(trainer))
@@ -197,9 +197,14 @@ def test_checkpointed_activations_change_nothing(tmp_path, kind):
     agreement, calls = Agreement(), []
     model.get_base_model().model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
     run(
-        tmp_path, model, (checkpointed, None), callbacks=[agreement], gradient_checkpointing=True,
-        gradient_checkpointing_kwargs=kind, **accumulating,
-    ).train()  # fmt: skip
+        tmp_path,
+        model,
+        (checkpointed, None),
+        callbacks=[agreement],
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs=kind,
+        **accumulating,
+    ).train()
     assert len(calls) == 2 * 12  # 12 micro-batches, each computed twice
     assert engaged(checkpointed) == (6, 7)
     agreement.assert_whole(6)
@@ -253,9 +258,16 @@ def t5():
 
     torch.manual_seed(0)
     config = transformers.T5Config(
-        d_model=16, d_kv=8, d_ff=24, num_layers=1, num_decoder_layers=1, num_heads=2, vocab_size=tiny.VOCABULARY,
-        dropout_rate=0.0, decoder_start_token_id=0,
-    )  # fmt: skip
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_decoder_layers=1,
+        num_heads=2,
+        vocab_size=tiny.VOCABULARY,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
     model = transformers.T5ForConditionalGeneration(config)
     lora = LoraConfig(
         r=4, lora_alpha=4, target_modules=["q", "k", "v", "o", "wi", "wo"], task_type="SEQ_2_SEQ_LM"
@@ -265,7 +277,7 @@ def t5():
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_seq2seq_trainer(tmp_path):
-    """A real encoder-decoder, generating in between, resumes to the weights of the run that neither stopped nor generated."""
+    """An encoder-decoder that stops and generates in between ends as the run that did neither."""
     whole, optimizer = built(t5())
     agreement = Agreement()
     run(tmp_path / "whole", whole, (optimizer, None), kind="Seq2Seq", callbacks=[agreement], **SAVING).train()

@@ -1,4 +1,4 @@
-"""A step launches as many kernels for many sites of a shape as for few: they are stacked, never looped over."""
+"""A step launches as many kernels for many sites of a shape as for few: they are stacked, not looped over."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""A step reads nothing back from the device: shown on the meta device, whose tensors have no values to read."""
+"""A step reads nothing back from the device: it runs on the meta device, whose tensors have no values."""
 
 import pytest
 import support

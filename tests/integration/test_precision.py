@@ -65,7 +65,7 @@ def test_overflow_is_skipped_and_its_statistics_discarded():
 
 
 def test_overflow_whose_gradients_the_model_cleared():
-    """Trainer calls model.zero_grad(), so the skipped step's infinite statistics are still there in the next."""
+    """Trainer calls model.zero_grad(): the skipped step's infinite statistics are still there in the next."""
     model = warm(llama())
     optimizer = grit(model)
     (loss_of(model, 99) * float("inf")).backward()
@@ -79,7 +79,7 @@ def test_overflow_whose_gradients_the_model_cleared():
 
 
 def test_skipped_step_with_finite_taps_is_no_mismatch():
-    """A scaler also skips where only the product δ xᵀ overflowed; the taps then hold a batch that no gradient has."""
+    """A scaler also skips where only the product δ xᵀ overflowed; the taps then hold that batch."""
     model = warm(llama())
     optimizer = grit(model)
     loss_of(model, 99).backward()
@@ -102,7 +102,7 @@ def dequantized(state, which):
 
 
 def eight_bit_step():
-    """One step of a pair of 4,096 elements each, the least that bitsandbytes keeps in 8 bits; with and without GRIT."""
+    """One step, with and without GRIT, of matrices of 4,096 elements: bitsandbytes' least for 8 bits."""
     bnb = pytest.importorskip("bitsandbytes")
     runs = []
     for wrap in (False, True):

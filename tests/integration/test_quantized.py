@@ -20,9 +20,14 @@ def folder(tmp_path_factory):
     """A base model on disk, wide enough for bitsandbytes' kernels."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=128,
-        vocab_size=tiny.VOCABULARY, max_position_embeddings=64,
-    )  # fmt: skip
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        vocab_size=tiny.VOCABULARY,
+        max_position_embeddings=64,
+    )
     path = tmp_path_factory.mktemp("base")
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     return path

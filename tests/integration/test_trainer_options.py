@@ -71,7 +71,7 @@ def two_layers():
 
 
 def test_torch_compile(tmp_path):
-    """The Trainer compiles when training begins, after the optimizer is built, so the taps are in the compiled graph."""
+    """The Trainer compiles when training begins, after the optimizer is built: its taps are in the graph."""
     torch._dynamo.reset()
     plain, optimizer = built(two_layers())
     run(tmp_path, plain, (optimizer, None)).train()
@@ -85,7 +85,7 @@ def test_torch_compile(tmp_path):
 
 
 def test_a_batch_that_does_not_fit_is_tried_smaller(tmp_path):
-    """auto_find_batch_size: what the taps saw of a backward pass that ran out of memory does no harm, and is not warned of."""
+    """auto_find_batch_size: what the taps saw of a failed backward pass does no harm; nothing warns."""
     model, optimizer = built()
 
     def watch(module, args, output):
@@ -138,7 +138,7 @@ def test_a_checkpoint_without_the_optimizer_starts_the_curvature_anew(tmp_path):
 
 
 def test_ranks_that_a_checkpoint_had_given_up_are_not_counted_again(tmp_path):
-    """Without its state the optimizer learns from the weights what was given up: no live direction is cut for a dead one."""
+    """Without its state the optimizer sees in the weights what was given up; it cuts no live direction."""
     saving = {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}
     first, interrupted = built(**HALF)
     run(tmp_path, first, (interrupted, None), callbacks=[Stop(3)], **saving).train()
@@ -150,7 +150,7 @@ def test_ranks_that_a_checkpoint_had_given_up_are_not_counted_again(tmp_path):
 
 
 def test_the_best_model_has_its_own_ranks(tmp_path):
-    """It was saved before the budget was met; ranks, shrinking, saving and going on to train all keep what it has."""
+    """It was saved before the budget was met. ranks(), shrink_(), saves and more training keep its ranks."""
     model, optimizer = built(**{**HALF, "reprojection_freq": 4, "rank_adaptation_start_step": 4})
     trainer = run(
         tmp_path, model, (optimizer, None), callbacks=[GritCallback()], **{**BEST, "greater_is_better": True}
@@ -170,7 +170,7 @@ def test_the_best_model_has_its_own_ranks(tmp_path):
 
 
 def test_weights_loaded_in_the_middle_of_training_are_not_cut_by_the_ranks_of_others():
-    """As the best model, when training goes on: without the optimizer's state, and with no reprojection in between."""
+    """As when training goes on from the best model: no optimizer state, and no reprojection in between."""
     model, optimizer = built(**{**HALF, "reprojection_freq": 4})
     tiny.train(model, optimizer, 1)
     whole = copy.deepcopy(model.state_dict())

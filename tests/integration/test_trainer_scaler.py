@@ -1,4 +1,4 @@
-"""fp16 with a GradScaler inside the trainers: an overflow skips the step, and what the taps saw of it is discarded.
+"""fp16 with a GradScaler in the trainers: an overflow skips the step, and discards what the taps saw of it.
 
 transformers and accelerate give no scaler to a run on the CPU, so there it is put in the place where
 accelerate keeps it; everything from there on is what they run on a GPU.
@@ -24,7 +24,7 @@ DEVICES = [
     ),
 ]
 OVERFLOWS = {"init_scale": 2.0**40, "backoff_factor": 2.0**-15, "growth_interval": 1000}
-"""Half precision ends at 65,504, and δ is of the order of 1e-3: the first scales overflow, the later ones do not."""
+"""Half precision ends at 65,504 and δ is about 1e-3: the first scales overflow, the later ones do not."""
 EXACT = {"init_scale": 2.0**10, "growth_interval": 1000}
 
 pytestmark = pytest.mark.filterwarnings("error:.*(GRIT|Grit).*")
@@ -80,7 +80,7 @@ def distance(one, other):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_scaled_run_learns_what_an_fp32_run_learns_and_resumes_exactly(tmp_path, device):
-    """What fp16 and its scale change against fp32 is small beside what is learnt, and resuming changes no bit of it."""
+    """fp16 and its scale change little beside what is learnt, and resuming changes no bit."""
     plain, optimizer = built()
     start = tiny.weights(plain)
     run(tmp_path / "plain", plain, (optimizer, None), use_cpu=device == "cpu", max_steps=8).train()
@@ -146,10 +146,16 @@ def test_lightning_skips_overflows(tmp_path, device):
     module = Module()
     scaler = torch.amp.GradScaler(device, **OVERFLOWS)
     trainer = lightning.Trainer(
-        max_epochs=1, accelerator={"cpu": "cpu", "cuda": "gpu"}[device], devices=1, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        max_epochs=1,
+        accelerator={"cpu": "cpu", "cuda": "gpu"}[device],
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
         plugins=[MixedPrecision("16-mixed", device, scaler)],
-    )  # fmt: skip
+    )
     trainer.fit(module, torch.utils.data.DataLoader(range(8)))
     steps, sites = engaged(module.grit)
     assert 0 < steps < 8

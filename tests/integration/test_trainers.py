@@ -1,4 +1,4 @@
-"""Accelerate and Lightning: each trains with GritOptimizer as a hand-written loop does, and resumes exactly."""
+"""Accelerate and Lightning train with GritOptimizer as a hand-written loop does, and resume exactly."""
 
 import pytest
 import tiny
@@ -63,7 +63,7 @@ def test_accelerate_is_the_hand_written_loop(clip):
 
 
 def test_accelerate_with_accumulation_steps_as_often_as_it_says():
-    """Every batch comes twice, each time with half its weight, so it is the loop without accumulation up to rounding."""
+    """Every batch comes twice with half its weight: up to rounding, the loop without accumulation."""
     model, optimizer = built()
     Accelerated(model, optimizer, accumulate=2).train(range(STEPS))
     assert engaged(optimizer) == (STEPS, 7)
@@ -115,9 +115,15 @@ def lightning_module(model=None, automatic=True):
 def fit(folder, module, epochs=2, clip=None, **resuming):
     lightning = pytest.importorskip("lightning")
     trainer = lightning.Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder, gradient_clip_val=clip,
-    )  # fmt: skip
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        gradient_clip_val=clip,
+    )
     trainer.fit(module, torch.utils.data.DataLoader(range(STEPS // 2)), **resuming)
     return trainer
 

@@ -1,4 +1,4 @@
-"""TRL: supervised, preference and reinforcement training with GritOptimizer; what is computed without a gradient stays out."""
+"""TRL: supervised, preference and reinforcement training. Passes without a gradient leave no statistics."""
 
 import pytest
 import tiny
@@ -66,7 +66,7 @@ KINDS = {
 
 
 def started(kind, way, folder, tokenizer, callbacks=(), **arguments):
-    """A trainer that is ready to train: on a ready PEFT model, or on one that gets its adapter from the trainer."""
+    """A trainer that is ready to train, on a PEFT model or on one that the trainer adapts."""
     own, given, row = KINDS[kind]
     model = tiny.llama(layers=1)
     if way == "ready":
@@ -77,13 +77,26 @@ def started(kind, way, folder, tokenizer, callbacks=(), **arguments):
         given = {**given, "peft_config": lora}
     arguments = {"save_strategy": "no", **own, **arguments}
     settings = getattr(trl, f"{kind}Config")(
-        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=4, report_to="none", use_cpu=True,
-        disable_tqdm=True, bf16=False, gradient_checkpointing=False, logging_steps=1, seed=0, **arguments,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        seed=0,
+        **arguments,
+    )
     trainer = getattr(trl, f"{kind}Trainer")(
-        model=model, args=settings, train_dataset=datasets.Dataset.from_list([row(i) for i in range(16)]),
-        processing_class=tokenizer, callbacks=list(callbacks), **given,
-    )  # fmt: skip
+        model=model,
+        args=settings,
+        train_dataset=datasets.Dataset.from_list([row(i) for i in range(16)]),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        **given,
+    )
     if way == "factory":  # SFTTrainer takes it as an argument too, the others do not
         trainer.optimizer_cls_and_kwargs = (for_trainer, KEYWORDS)
     elif way == "peft_config":
@@ -115,7 +128,7 @@ def test_taps_and_gradients_see_the_same(kind, way, tokenizer, tmp_path):
 
 
 def test_several_updates_on_the_same_completions(tokenizer, tmp_path):
-    """GRPO with μ = 2: every other step generates nothing, and the old policy's log probabilities are one pass more."""
+    """GRPO with μ = 2: every other step generates nothing, and the old policy takes one pass more."""
     agreement = Agreement()
     trainer = started("GRPO", "ready", tmp_path, tokenizer, callbacks=[agreement], num_iterations=2)
     trainer.train()
@@ -126,7 +139,7 @@ def test_several_updates_on_the_same_completions(tokenizer, tmp_path):
 # On a ready PEFT model DPO and GRPO keep the adapter's start as a second one, "ref".
 loads_both_adapters = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5"),
-    reason="transformers 4 loads only the reference's adapter from a checkpoint with two, and leaves the trained one as it is",
+    reason="transformers 4 loads the reference's adapter alone from a checkpoint with two",
 )
 RESUMED = [
     ("SFT", "ready"),

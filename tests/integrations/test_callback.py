@@ -21,9 +21,15 @@ def examples():
 
 def trainer(model, optimizer, folder, *callbacks):
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=4, per_device_train_batch_size=4, logging_steps=2, report_to="none",
-        use_cpu=True, save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        logging_steps=2,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     return transformers.Trainer(
         model=model,
         args=arguments,
@@ -61,16 +67,26 @@ def test_a_trainers_run_is_logged(tmp_path):
 
 
 def test_the_loss_of_an_accumulated_step_is_the_trainers(tmp_path):
-    """The Trainer has each micro-batch's output say its share of the step's loss; here the last step has fewer of them."""
+    """Each micro-batch's output says its share of the step's loss; the last step has fewer of them."""
     model = tiny.llama()
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), num_train_epochs=1, per_device_train_batch_size=2, gradient_accumulation_steps=3,
-        logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        num_train_epochs=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     run = transformers.Trainer(
-        model=model, args=arguments, train_dataset=examples(), optimizers=(tiny.grit(model), None),
+        model=model,
+        args=arguments,
+        train_dataset=examples(),
+        optimizers=(tiny.grit(model), None),
         callbacks=[GritCallback(every=1)],
-    )  # fmt: skip
+    )
     run.train()
     told = [record["loss"] for record in read_run(tmp_path / "grit.jsonl").steps]
     trainers = [entry["loss"] for entry in run.state.log_history if "loss" in entry]

@@ -7,11 +7,10 @@ import pytest
 import support
 import tiny
 import torch
+from recording import recorded, rounded
 from stepping import one_step, sites_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grit_optim import sinks
-from grit_optim.sinks.flattening import Flattener
 from grit_optim.telemetry.snapshot import Snapshot
 
 SCALARS = {
@@ -19,10 +18,6 @@ SCALARS = {
     *(f"{name}_{letter}" for name in ("trace", "top", "condition", "effective_rank") for letter in "ag"),
     *(f"{name}_{side}" for name in ("gradient_norm", "norm_without", "norm_with", "angle") for side in "AB"),
 }  # fmt: skip
-
-
-def rounded(value):
-    return pytest.approx(value, rel=1e-4)
 
 
 def test_every_site_tells_its_numbers():
@@ -83,16 +78,6 @@ def test_telemetry_without_sites_is_short():
 
 
 # -------------------------------------------------------------------- records
-
-
-def recorded(options, steps=7, **log):
-    model = tiny.llama()
-    optimizer = tiny.grit(model, **options)
-    records = []
-    optimizer.log_to(records.append, **{"every": 3, **log})
-    losses = tiny.train(model, optimizer, steps)
-    optimizer.close()
-    return optimizer, records, losses
 
 
 def test_records_come_at_the_first_step_every_so_many_and_the_last():
@@ -283,80 +268,3 @@ def test_copies_have_no_sinks(tmp_path):
     twin_model, twin = copy.deepcopy((model, optimizer))
     tiny.train(twin_model, twin, 2)
     assert len((tmp_path / "run.jsonl").read_text().splitlines()) == 1
-
-
-def test_json_lines_append_so_that_a_resumed_run_goes_on(tmp_path):
-    path = tmp_path / "deep" / "run.jsonl"
-    for _ in range(2):
-        model = tiny.llama()
-        optimizer = tiny.grit(model)
-        optimizer.log_to(path, every=1)
-        tiny.train(model, optimizer, 2)
-        optimizer.close()
-    kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
-    assert kinds == ["start", "step", "step", "end"] * 2
-
-
-# -------------------------------------------------------------------- TensorBoard, Weights & Biases
-
-
-@pytest.mark.parametrize("whole", [b"", b'{"kind": "start"}\n'], ids=["only line", "last line"])
-def test_a_line_that_was_cut_off_is_dropped(tmp_path, whole):
-    path = tmp_path / "grit.jsonl"
-    path.write_bytes(whole + b'{"kind": "st')
-    sink = sinks.JsonLines(path)
-    sink({"kind": "end"})
-    sink.close()
-    assert path.read_bytes() == whole + b'{"kind": "end"}\n'
-
-
-def test_flattened_records_have_totals_and_sites():
-    _, records, _ = recorded({}, log_fisher_spectrum=True, log_top_eigs=2)
-    short, whole = Flattener(per_site=False), Flattener(per_site=True)
-    for flatten in (short, whole):
-        assert flatten(records[0]) == {}
-    totals, sites = short(records[-2]), whole(records[-2])
-    column = records[-2]["sites"]["effective_rank_a"]
-    assert totals["GRIT/effective_rank_a/min"] == min(column)
-    assert totals["GRIT/effective_rank_a/max"] == max(column)
-    assert not any(tag.startswith("Fisher/") for tag in totals)
-    name = records[0]["sites"][3]["name"]
-    assert sites[f"Fisher/{name}/effective_rank_a"] == column[3]
-    assert sites[f"Fisher/{name}/eig_g_1"] == records[-2]["sites"]["eigenvalues_g"][3][1]
-    assert short(records[-1])[f"Fisher/{name}/final_k_a"] == 4
-    assert all(math.isfinite(value) for value in sites.values())
-
-
-def test_tensorboard_gets_the_scalars(tmp_path):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    model = tiny.llama()
-    optimizer = tiny.grit(model)
-    optimizer.log_to(sinks.TensorBoard(tmp_path, per_site=True), every=2)
-    losses = tiny.train(model, optimizer, 4)
-    optimizer.close()
-    events = reader.EventAccumulator(str(tmp_path))
-    events.Reload()
-    seen = [(event.step, event.value) for event in events.Scalars("GRIT/loss")]
-    assert seen == [(1, rounded(losses[0])), (2, rounded(losses[1])), (4, rounded(losses[3]))]
-    assert f"Fisher/{support.sites(optimizer)[0].name}/trace_g" in events.Tags()["scalars"]
-
-
-def test_weights_and_biases_offline(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    model = tiny.llama()
-    optimizer = tiny.grit(model)
-    sink = sinks.WandB(project="GRIT", mode="offline", dir=str(tmp_path))
-    logged, log = [], sink.run.log
-    monkeypatch.setattr(sink.run, "log", lambda row: (logged.append(row), log(row)))
-    optimizer.log_to(sink, every=2)
-    tiny.train(model, optimizer, 4)
-    optimizer.finish_logging()
-    assert dict(sink.run.config)["grit"]["precondition"] == "spectral"
-    assert [row["GRIT/step"] for row in logged] == [1, 2, 4, 4]
-    assert logged[2]["GRIT/engaged_sites"] == 14
-    assert logged[3][f"Fisher/{support.sites(optimizer)[0].name}/final_k_a"] == 4
-    written = next(tmp_path.rglob("*.wandb")).read_bytes()
-    assert b"GRIT/engaged_sites" in written
-    assert b"final_k_a" in written
-    assert wandb.run is None, "a run that was started here is ended here"
