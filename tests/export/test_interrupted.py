@@ -8,6 +8,7 @@ from exporting import LLAMA, grit, start, train
 from peft import LoraConfig
 
 from grit_optim import export_adapter
+from grit_optim.export import atomic_folder
 from grit_optim.export.files import STALE_WEIGHTS
 
 
