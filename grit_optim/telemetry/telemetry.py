@@ -60,7 +60,7 @@ class Telemetry:
         return told
 
     def _in_force(self) -> dict[str, Any]:
-        """Periods (steps) and damping in force, as the adaptive schedule has set them."""
+        """Periods and damping, as the adaptive schedule has them."""
         return {**self._parts.schedule.in_force(), "kfac_damping": self._parts.curvature.damping}
 
     def _per_site(self) -> dict[str, dict[str, Any]]:
