@@ -176,7 +176,7 @@ class GritOptimizer(OptimizerWrapper):
         self._closed = True
 
     def __repr__(self) -> str:
-        mode, sites = self.options.step.precondition, len(self._parts.sites.all)
+        mode, sites = self.options.preconditioning.precondition, len(self._parts.sites.all)
         return f"GritOptimizer(precondition={mode!r}, sites={sites}, base={self.base!r})"
 
     def __getstate__(self) -> dict[str, Any]:

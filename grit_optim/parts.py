@@ -60,8 +60,8 @@ class Parts:
         self.losses = Losses()
         self.schedule = Schedule(options.schedule)
         self.capture = Capture(options.capture, self.times)
-        self.curvature = Curvature(options.fisher, self.times)
-        self.ranks = Ranks(base, options.rank, self.times)
+        self.curvature = Curvature(options.curvature, self.times)
+        self.ranks = Ranks(base, options.ranks, self.times)
         self.preconditioning = Preconditioning(base, options, self.times)
 
     # ---------------------------------------------------------------- which sites
@@ -126,7 +126,7 @@ class Parts:
 
     def reproject_if_due(self) -> None:
         """Reproject the pairs and adapt their ranks, with everything that is in their coordinates."""
-        if self.options.rank.reprojection == "none" or not self.schedule.reprojection_due():
+        if self.options.ranks.reprojection == "none" or not self.schedule.reprojection_due():
             return
         with self.times("reproject"):
             self.preconditioning.to_plain_coordinates(self.curvature)

@@ -114,7 +114,14 @@ def test_flat_keywords_become_groups_and_come_back():
     }
     given |= Inverse.defaults
     options = Options.of(given)
-    groups = options.step, options.fisher, options.capture, options.schedule, options.rank, options.penalty
+    groups = (
+        options.preconditioning,
+        options.curvature,
+        options.capture,
+        options.schedule,
+        options.ranks,
+        options.penalties,
+    )
     subjects = ("Precondition", "Fisher", "Capture", "Schedule", "Rank", "Penalty")
     assert [type(group).__name__ for group in groups] == [f"{subject}Options" for subject in subjects]
     assert options.as_dict() == {name: given.get(name, known.default) for name, known in DECLARED.items()}
@@ -155,8 +162,8 @@ def test_the_default_length_of_a_step_depends_on_the_base(base, length):
     optimizer = GritOptimizer(
         getattr(torch.optim, base)(tiny.trained(model), lr=1e-2), model, kfac_min_samples=8
     )
-    assert optimizer.options.step.precondition == "spectral"
-    assert optimizer.options.step.step_length == length
+    assert optimizer.options.preconditioning.precondition == "spectral"
+    assert optimizer.options.preconditioning.step_length == length
     tiny.train(model, optimizer, 3)
     assert optimizer.telemetry()["engaged_sites"] == 14
     assert optimizer.telemetry()["mean_cosine"] < 0.99
@@ -168,7 +175,7 @@ def test_defaults_of_the_mode_stand_in_for_none():
     for mode in ("spectral", "steer", "inverse", "eigenbasis", "balanced"):
         optimizer = GritOptimizer(tiny.adamw(model), model, precondition=mode)
         options = optimizer.options
-        frequencies[mode] = (options.schedule.kfac_update_freq, options.fisher.kfac_damping)
+        frequencies[mode] = (options.schedule.kfac_update_freq, options.curvature.kfac_damping)
         optimizer.close()
     assert frequencies == {
         "spectral": (1, 0.3),

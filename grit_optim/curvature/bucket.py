@@ -13,7 +13,7 @@ from grit_optim.curvature.factors import Factors
 from grit_optim.curvature.moments import GradientMoments
 from grit_optim.lora.buckets import Bucket, Group
 from grit_optim.lora.kept_ranks import KeptRanks
-from grit_optim.options import FisherOptions
+from grit_optim.options import CurvatureOptions
 
 _OPERATORS = ("a_operator", "b_operator", "a_ready", "b_ready")
 
@@ -37,7 +37,7 @@ class BucketCurvature:
         damping_scale: what the adaptive schedule multiplies ``kfac_damping`` by.
     """
 
-    def __init__(self, bucket: Bucket, ranks: KeptRanks, options: FisherOptions) -> None:
+    def __init__(self, bucket: Bucket, ranks: KeptRanks, options: CurvatureOptions) -> None:
         self.bucket = bucket
         self.ranks = ranks
         self.factors = Factors.zeros(len(bucket.sites), bucket.rank, bucket.device)

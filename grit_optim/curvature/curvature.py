@@ -12,7 +12,7 @@ from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.curvature.moments import mean_square
 from grit_optim.curvature.units import gradient_unit, loss_tokens
 from grit_optim.lora.kept_ranks import KeptRanks
-from grit_optim.options import FisherOptions
+from grit_optim.options import CurvatureOptions
 from grit_optim.profiling import StageTimes
 
 
@@ -25,7 +25,7 @@ class Curvature:
         dropped_folds: number of those whose statistics were not finite and so left out, on the device.
     """
 
-    def __init__(self, options: FisherOptions, times: StageTimes) -> None:
+    def __init__(self, options: CurvatureOptions, times: StageTimes) -> None:
         self.buckets: list[BucketCurvature] = []
         self.folds = 0
         self.dropped_folds: Tensor | int = 0

@@ -29,7 +29,7 @@ def shrink(parts: Parts, model: nn.Module | None) -> None:
     """
     if not parts.ranks.gives_up:
         raise ValueError(
-            f"reprojection={parts.options.rank.reprojection!r} gives no rank up for good, so there is "
+            f"reprojection={parts.options.ranks.reprojection!r} gives no rank up for good, so there is "
             "nothing to shrink. Build the optimizer with reprojection='balanced' or 'none'"
         )
     sites = parts.sites.all

@@ -49,7 +49,7 @@ def save_trained(
         fold_scale=fold_scale,
         dtype=dtype,
         history=_history(parts, peft_model, adapter),
-        threshold=parts.options.rank.reported_threshold,
+        threshold=parts.options.ranks.reported_threshold,
     )
 
 
@@ -70,7 +70,7 @@ def _history(parts: Parts, peft_model: Any, adapter: str) -> dict[str, History]:
 def warn_of_ranks_that_stay(parts: Parts) -> None:
     """Warn before the run where ranks will be reduced of an adapter that cannot be saved at reduced ranks."""
     model = parts.sites.model
-    if model is None or not parts.ranks.gives_up or not parts.options.rank.adapts:
+    if model is None or not parts.ranks.gives_up or not parts.options.ranks.adapts:
         return
     for adapter in sorted({site.adapter for site in parts.sites.all if site.in_peft}):
         try:

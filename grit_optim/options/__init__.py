@@ -3,7 +3,7 @@
 from grit_optim.options.combined import DECLARED, Options
 from grit_optim.options.declared import (
     CaptureOptions,
-    FisherOptions,
+    CurvatureOptions,
     PenaltyOptions,
     PreconditionOptions,
     RankOptions,
@@ -13,7 +13,7 @@ from grit_optim.options.declared import (
 __all__ = [
     "DECLARED",
     "CaptureOptions",
-    "FisherOptions",
+    "CurvatureOptions",
     "Options",
     "PenaltyOptions",
     "PreconditionOptions",

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from grit_optim.options.declared import (
     CaptureOptions,
-    FisherOptions,
+    CurvatureOptions,
     Group,
     PenaltyOptions,
     PreconditionOptions,
@@ -21,14 +21,14 @@ AnyGroup = TypeVar("AnyGroup", bound=Group)
 
 @dataclass(frozen=True)
 class Options:
-    """All options, one group for each subject."""
+    """All options, one group for each subject; each option can be read by its own name too."""
 
-    step: PreconditionOptions
-    fisher: FisherOptions
+    preconditioning: PreconditionOptions
+    curvature: CurvatureOptions
     capture: CaptureOptions
     schedule: ScheduleOptions
-    rank: RankOptions
-    penalty: PenaltyOptions
+    ranks: RankOptions
+    penalties: PenaltyOptions
 
     @classmethod
     def of(cls, keywords: Mapping[str, Any]) -> Options:
@@ -40,7 +40,7 @@ class Options:
         """
         options = cls(
             _group(PreconditionOptions, keywords),
-            _group(FisherOptions, keywords),
+            _group(CurvatureOptions, keywords),
             _group(CaptureOptions, keywords),
             _group(ScheduleOptions, keywords),
             _group(RankOptions, keywords),
@@ -48,6 +48,11 @@ class Options:
         )
         check_combinations(options)
         return options
+
+    def __getattr__(self, name: str) -> Any:
+        if name in DECLARED:
+            return self.as_dict()[name]
+        raise AttributeError(f"there is no option {name!r}")
 
     def as_dict(self) -> dict[str, Any]:
         """The options as flat, plain values, for checkpoints and results files."""
@@ -63,7 +68,7 @@ def _group(kind: type[AnyGroup], keywords: Mapping[str, Any]) -> AnyGroup:
 
 GROUPS: tuple[type[Group], ...] = (
     PreconditionOptions,
-    FisherOptions,
+    CurvatureOptions,
     CaptureOptions,
     ScheduleOptions,
     RankOptions,
@@ -78,52 +83,52 @@ def check_combinations(options: Options) -> None:
     Raises:
         ValueError: what is wrong, and what to do.
     """
-    rank, penalty = options.rank, options.penalty
-    if rank.rank_adaptation_threshold is not None and rank.reprojection == "none":
+    ranks, penalties = options.ranks, options.penalties
+    if ranks.rank_adaptation_threshold is not None and ranks.reprojection == "none":
         raise ValueError(
             "rank_adaptation_threshold has no effect with reprojection='none'; choose how the rank is to be "
             "reduced, reprojection='balanced' (the rank is really given up) or the paper's 'two_sided' or "
             "'one_sided'"
         )
-    _check_budget(rank)
-    if penalty.lambda_reproj and rank.reprojection_k is None and rank.rank_adaptation_threshold is None:
+    _check_budget(ranks)
+    if penalties.lambda_reproj and ranks.reprojection_k is None and ranks.rank_adaptation_threshold is None:
         raise ValueError(
-            f"lambda_reproj={penalty.lambda_reproj} penalises what lies outside the leading directions, but "
+            f"lambda_reproj={penalties.lambda_reproj} penalises what lies outside the leading directions, but "
             "nothing says how many those are; set reprojection_k, or rank_adaptation_threshold with a "
             "reprojection"
         )
-    if options.fisher.fisher != "kfac" and options.fisher.pairing == "paper":
+    if options.curvature.fisher != "kfac" and options.curvature.pairing == "paper":
         raise ValueError(
-            f"fisher={options.fisher.fisher!r} has no pairing='paper': its moments are those of each "
+            f"fisher={options.curvature.fisher!r} has no pairing='paper': its moments are those of each "
             "matrix's own gradient; leave pairing at 'kfac'"
         )
-    if options.fisher.fisher != "kfac" and rank.reprojection == "balanced":
+    if options.curvature.fisher != "kfac" and ranks.reprojection == "balanced":
         raise ValueError(
-            f"fisher={options.fisher.fisher!r} keeps moments of gradients in the coordinates of A and B, "
+            f"fisher={options.curvature.fisher!r} keeps moments of gradients in the coordinates of A and B, "
             "which reprojection='balanced' changes; use fisher='kfac', or another reprojection"
         )
 
 
-def _check_budget(rank: RankOptions) -> None:
-    if rank.budget is None:
-        if rank.rank_budget_steps or rank.rank_budget_schedule != "linear":
+def _check_budget(ranks: RankOptions) -> None:
+    if ranks.budget is None:
+        if ranks.rank_budget_steps or ranks.rank_budget_schedule != "linear":
             raise ValueError(
                 "rank_budget_schedule and rank_budget_steps say how to come to rank_budget, which is None; "
                 "set it too"
             )
         return
-    if rank.reprojection != "balanced":
+    if ranks.reprojection != "balanced":
         raise ValueError(
-            f"rank_budget={rank.rank_budget!r} needs reprojection='balanced', not {rank.reprojection!r}: "
+            f"rank_budget={ranks.rank_budget!r} needs reprojection='balanced', not {ranks.reprojection!r}: "
             "pairs are compared by the loss that balanced coordinates predict"
         )
-    if rank.rank_adaptation_threshold is not None:
+    if ranks.rank_adaptation_threshold is not None:
         raise ValueError(
             "rank_budget and rank_adaptation_threshold are two ways to decide the ranks; choose the common "
             "budget or the threshold of each pair"
         )
-    if rank.rank_budget_steps == 0 and (
-        isinstance(rank.rank_budget, tuple | list) or rank.rank_budget_schedule != "linear"
+    if ranks.rank_budget_steps == 0 and (
+        isinstance(ranks.rank_budget, tuple | list) or ranks.rank_budget_schedule != "linear"
     ):
         raise ValueError(
             "a start of rank_budget, and rank_budget_schedule, have no effect with rank_budget_steps=0, "

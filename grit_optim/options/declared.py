@@ -80,7 +80,7 @@ class PreconditionOptions(Group):
 
 
 @dataclass(frozen=True)
-class FisherOptions(Group):
+class CurvatureOptions(Group):
     """What approximates the Fisher information."""
 
     fisher: str = option(

@@ -9,7 +9,7 @@ from grit_optim.options.combined import DECLARED, GROUPS
 
 HEADINGS = {
     "PreconditionOptions": "The step",
-    "FisherOptions": "The Fisher information",
+    "CurvatureOptions": "The Fisher information",
     "CaptureOptions": "What is recorded",
     "ScheduleOptions": "When",
     "RankOptions": "Ranks",

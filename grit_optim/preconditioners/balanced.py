@@ -27,14 +27,14 @@ class Balanced(Mode):
     def check(cls, options: Options) -> None:
         """Refuse factors that balanced coordinates would not make diagonal."""
         super().check(options)
-        if options.fisher.pairing == "paper":
+        if options.curvature.pairing == "paper":
             raise ValueError(
                 "precondition='balanced' has no pairing='paper': balanced coordinates are those in which "
                 "both factors are diagonal; leave pairing at 'kfac'"
             )
-        if options.fisher.fisher != "kfac":
+        if options.curvature.fisher != "kfac":
             raise ValueError(
-                f"fisher={options.fisher.fisher!r} keeps moments of gradients in the coordinates of A and "
+                f"fisher={options.curvature.fisher!r} keeps moments of gradients in the coordinates of A and "
                 "B, which precondition='balanced' changes; use fisher='kfac', or another precondition"
             )
 

@@ -30,7 +30,7 @@ class Eigenbasis(Mode):
     def check(cls, options: Options) -> None:
         """Refuse Fisher approximations that have no eigenbasis of their own."""
         super().check(options)
-        fisher = options.fisher.fisher
+        fisher = options.curvature.fisher
         if fisher in _NOTHING_TO_TURN:
             raise ValueError(
                 f"fisher={fisher!r} adds nothing to precondition='eigenbasis': {_NOTHING_TO_TURN[fisher]}"

@@ -18,9 +18,9 @@ class Inverse(Mode):
     @classmethod
     def check(cls, options: Options) -> None:
         """Refuse a length that "inverse" does not have."""
-        if options.step.step_length not in ("base", "natural"):
+        if options.preconditioning.step_length not in ("base", "natural"):
             raise ValueError(
-                f"step_length={options.step.step_length!r} is for 'spectral' and 'steer'; in 'inverse' the "
+                f"step_length={options.preconditioning.step_length!r} is for 'spectral' and 'steer'; in 'inverse' the "
                 "gradient keeps its norm ('base') or has that of Σ⁻¹∇ ('natural'), and the base's own step "
                 "follows"
             )

@@ -58,7 +58,7 @@ class Mode:
         Raises:
             ValueError: what is wrong, and what to do.
         """
-        if options.step.step_length == "natural":
+        if options.preconditioning.step_length == "natural":
             raise ValueError(
                 f"step_length='natural' is the length of Σ⁻¹∇, which precondition={cls.name!r} does not "
                 "apply; use it with precondition='inverse', or leave it out"

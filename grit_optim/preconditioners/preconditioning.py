@@ -58,13 +58,13 @@ class Preconditioning:
     """
 
     def __init__(self, base: Optimizer, options: Options, times: StageTimes) -> None:
-        self.mode = MODES[options.step.precondition](base, options.step)
-        self.penalties = Penalties(options.penalty, options.rank.reprojection == "one_sided")
+        self.mode = MODES[options.preconditioning.precondition](base, options.preconditioning)
+        self.penalties = Penalties(options.penalties, options.ranks.reprojection == "one_sided")
         self.refreshes = 0
         self.outcomes: list[Outcome] = []
         self._base = base
-        self._idle = Identity(base, options.step)
-        self._max_grad_norm = options.step.max_grad_norm
+        self._idle = Identity(base, options.preconditioning)
+        self._max_grad_norm = options.preconditioning.max_grad_norm
         self._times = times
 
     def attach(self, curvature: Curvature) -> None:

@@ -63,23 +63,23 @@ def make_plan(
         ValueError: a site is unknown, a rank is above the site's, the budget cannot be met, factors have too
             few samples, or the options let no rank be given up for good.
     """
-    if not options.rank.gives_up:
+    if not options.ranks.gives_up:
         raise ValueError(
-            f"with reprojection={options.rank.reprojection!r} no rank is given up for good: every row of A "
+            f"with reprojection={options.ranks.reprojection!r} no rank is given up for good: every row of A "
             "stays in use. Build the optimizer with reprojection='balanced' or 'none'"
         )
-    if options.fisher.fisher != "kfac":
+    if options.curvature.fisher != "kfac":
         raise ValueError(
-            f"fisher={options.fisher.fisher!r} keeps moments of gradients in the coordinates of A and B, "
+            f"fisher={options.curvature.fisher!r} keeps moments of gradients in the coordinates of A and B, "
             "which change where ranks are given up. Build the optimizer with fisher='kfac'"
         )
     found = ranks.coordinates(curvatures)
-    _check_ready(curvatures, found, options.fisher.kfac_min_samples)
+    _check_ready(curvatures, found, options.curvature.kfac_min_samples)
     if isinstance(wanted, Mapping):
         return Plan(found, _named(ranks.by_name(curvatures), curvatures, wanted))
     budget_value("the rank budget", wanted)
     origins = ranks.origin.values()
-    budget.check("the rank budget", wanted, origins, options.rank.min_lora_rank)
+    budget.check("the rank budget", wanted, origins, options.ranks.min_lora_rank)
     total = torch.tensor(
         budget.parameters(wanted, budget.full_parameters(origins)), dtype=torch.float64, device="cpu"
     )

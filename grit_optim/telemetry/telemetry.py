@@ -61,7 +61,7 @@ class Telemetry:
 
     def _in_force(self) -> dict[str, Any]:
         """Periods (steps) and damping in force, as the adaptive schedule has set them."""
-        schedule, damping = self._parts.schedule, self._parts.options.fisher.kfac_damping
+        schedule, damping = self._parts.schedule, self._parts.options.curvature.kfac_damping
         assert damping is not None  # the mode has said
         return {**schedule.in_force(), "kfac_damping": damping * schedule.damping_scale}
 

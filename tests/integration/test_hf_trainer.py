@@ -158,7 +158,7 @@ def test_the_factory_splits_its_keywords():
         p.requires_grad_(p.requires_grad or "norm" in name)
     optimizer = for_trainer()(model, lr=3e-3, weight_decay=0.1, betas=(0.8, 0.9), precondition="steer")
     assert isinstance(optimizer, GritOptimizer)
-    assert optimizer.options.step.precondition == "steer"
+    assert optimizer.options.preconditioning.precondition == "steer"
     assert [(g["lr"], g["weight_decay"], g["betas"]) for g in optimizer.param_groups] == [
         (3e-3, 0.1, (0.8, 0.9)),
         (3e-3, 0.0, (0.8, 0.9)),

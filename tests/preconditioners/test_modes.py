@@ -185,7 +185,7 @@ def test_balanced_coordinates_leave_the_logits_and_make_both_factors_diagonal():
     ids = tiny.tokens(7)
     with torch.no_grad():
         before = model(input_ids=ids).logits
-    balanced = mode_named("balanced")(optimizer.base, optimizer.options.step)
+    balanced = mode_named("balanced")(optimizer.base, optimizer.options.preconditioning)
     with torch.no_grad():
         for curvature in optimizer.curvature:
             balanced.refresh(curvature)

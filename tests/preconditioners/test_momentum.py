@@ -192,4 +192,4 @@ def test_a_trainers_factory_still_hands_sgd_its_own_momentum():
     model = tiny.llama()
     optimizer = for_trainer(model, base=torch.optim.SGD, lr=0.1, momentum=0.9, direction_momentum=0.5)
     assert optimizer.defaults["momentum"] == 0.9
-    assert optimizer.options.step.direction_momentum == 0.5
+    assert optimizer.options.preconditioning.direction_momentum == 0.5

@@ -33,7 +33,7 @@ def by_autograd(a, b, *rest):
 
 def expected(optimizer, model, before, k=2, one_sided=False):
     """Name to the gradient of the penalties at ``before``, with the optimizer's factors."""
-    options, gradients = optimizer.options.penalty, {}
+    options, gradients = optimizer.options.penalties, {}
     for a, b, sigma_a, sigma_g in sites_of(model, optimizer):
         rank = k if k else int(rank_for_energy(torch.linalg.eigvalsh(sigma_a).flip(0)[None], 0.9))
         onto_a = leading_projector(sigma_a, rank)
