@@ -122,9 +122,10 @@ def test_flat_keywords_become_groups_and_come_back():
         options.ranks,
         options.penalties,
     )
-    subjects = ("Precondition", "Fisher", "Capture", "Schedule", "Rank", "Penalty")
+    subjects = ("Precondition", "Curvature", "Capture", "Schedule", "Rank", "Penalty")
     assert [type(group).__name__ for group in groups] == [f"{subject}Options" for subject in subjects]
-    assert options.as_dict() == {name: given.get(name, known.default) for name, known in DECLARED.items()}
+    flat = {name: given.get(name, known.default) for name, known in DECLARED.items()}
+    assert options.as_dict() == flat == {name: getattr(options, name) for name in DECLARED}
 
 
 def test_balanced_has_no_paper_pairing():

@@ -93,8 +93,8 @@ def check_combinations(options: Options) -> None:
     _check_budget(ranks)
     if penalties.lambda_reproj and ranks.reprojection_k is None and ranks.rank_adaptation_threshold is None:
         raise ValueError(
-            f"lambda_reproj={penalties.lambda_reproj} penalises what lies outside the leading directions, but "
-            "nothing says how many those are; set reprojection_k, or rank_adaptation_threshold with a "
+            f"lambda_reproj={penalties.lambda_reproj} penalises what lies outside the leading directions, "
+            "but nothing says how many those are; set reprojection_k, or rank_adaptation_threshold with a "
             "reprojection"
         )
     if options.curvature.fisher != "kfac" and options.curvature.pairing == "paper":

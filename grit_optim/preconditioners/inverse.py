@@ -20,9 +20,9 @@ class Inverse(Mode):
         """Refuse a length that "inverse" does not have."""
         if options.preconditioning.step_length not in ("base", "natural"):
             raise ValueError(
-                f"step_length={options.preconditioning.step_length!r} is for 'spectral' and 'steer'; in 'inverse' the "
-                "gradient keeps its norm ('base') or has that of Σ⁻¹∇ ('natural'), and the base's own step "
-                "follows"
+                f"step_length={options.preconditioning.step_length!r} is for 'spectral' and 'steer'; in "
+                "'inverse' the gradient keeps its norm ('base') or has that of Σ⁻¹∇ ('natural'), and the "
+                "base's own step follows"
             )
 
     def refresh(self, curvature: BucketCurvature) -> None:
