@@ -24,6 +24,7 @@ from grit_optim.options import DECLARED, Options
 from grit_optim.options.documentation import arguments
 from grit_optim.parts import KEY, Parts
 from grit_optim.preconditioners.resolution import resolve
+from grit_optim.rank.adaptation import origins_of
 from grit_optim.rank.budget import Origin
 from grit_optim.rank.plan import make_plan
 from grit_optim.rank.report import RankReport
@@ -137,8 +138,7 @@ class GritOptimizer(OptimizerWrapper):
             raise RuntimeError("this GritOptimizer was closed; go on with its base, or build a new one")
         parts = self._parts
         returned = evaluate(closure)
-        loss = parts.losses.take(returned, parts.curvature.device if parts.follows_loss else None)
-        parts.ranks.observe(loss)
+        loss = parts.take_loss(returned)
         parts.follow_model()
         statistics = parts.capture.collect()  # None: no tap has fired, and nothing of GRIT's advances
         if statistics is not None:
@@ -181,16 +181,15 @@ class GritOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         sites = self._parts.sites
-        own = {"options": self.options, "grit": self._parts.state_dict()}
+        own = {"options": self.options, KEY: self._parts.state_dict()}
         return {**own, "base": self.base, "sites": sites.all, "given_sites": sites.given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The copy knows its pairs; the model they came from is not copied along.
         base, sites = state["base"], state["sites"]
-        origin = {name: Origin(*values) for name, values in state["grit"]["origin"].items()}
         found = SiteSet(base, None, sites if state["given_sites"] else None)
-        self._assemble(base, state["options"], found, sites, origin)
-        self._parts.load_state_dict(state["grit"])
+        self._assemble(base, state["options"], found, sites, origins_of(state[KEY]))
+        self._parts.load_state_dict(state[KEY])
 
     def check_capture(self) -> list[SiteReport]:
         """Whether the taps see what the gradients saw, per site; between ``backward()`` and :meth:`step`.

@@ -94,7 +94,7 @@ class Parts:
 
         Args:
             sites: the LoRA pairs.
-            known: what is known of sites of the same name and rank; by default what is known now.
+            known: saved state by site name; by default the present state.
         """
         known = self.pack_sites(with_operators=True) if known is None else known
         buckets = self.sites.take(sites)
@@ -118,6 +118,16 @@ class Parts:
             self.take(self.sites.with_trained())
 
     # ---------------------------------------------------------------- in a step
+
+    def take_loss(self, returned: Any) -> Tensor | float | None:
+        """The loss of the step, if somebody has told it; the mean over processes where a schedule needs it.
+
+        Args:
+            returned: what the closure returned.
+        """
+        loss = self.losses.take(returned, self.curvature.device if self.follows_loss else None)
+        self.ranks.observe(loss)
+        return loss
 
     def refresh_if_due(self) -> None:
         """Derive from the factors what is applied around the step."""
@@ -205,13 +215,13 @@ class Parts:
         Raises:
             ValueError: the version is newer, site names differ, or a site's rank does.
         """
-        self.take(self.sites.with_named(own["sites"].keys()))
         if own.get("version", 0) > VERSION:
             raise ValueError(
                 f"the checkpoint's GRIT state has version {own['version']}, this grit_optim reads up to "
                 f"{VERSION}; upgrade grit_optim"
             )
-        ranks = {name: c.bucket.rank for c in self.curvature.buckets for name in c.bucket.names()}
+        sites = self.sites.with_named(own["sites"].keys()) or self.sites.all
+        ranks = {site.name: site.rank for site in sites}
         _check_names(ranks.keys(), own["sites"].keys())
         for name, rank in ranks.items():
             saved_rank = own["sites"][name]["activation"].shape[-1]
@@ -224,6 +234,7 @@ class Parts:
     def load_state_dict(self, own: Mapping[str, Any] | None) -> None:
         """Go on from a state; from None start anew."""
         own = own or {"sites": {}}
+        self.take(self.sites.with_named(own["sites"].keys()))
         self.capture.load_state_dict(own)
         self.schedule.load_state_dict(own)
         self.capture.plan(self.schedule.steps)

@@ -71,7 +71,8 @@ class Schedule:
         damping_scale: what the damping is multiplied by.
         last_refresh: step of the latest refresh, followed with ``adaptive_schedule`` only; None before the
             first.
-        last_reprojection: the same of the latest reprojection.
+        last_reprojection: step of the latest reprojection, followed with ``adaptive_schedule`` only; None
+            before the first.
         previous_mean: mean loss of the half window before, None until there was one.
         first_noise: relative noise of the first whole half window, the unit of the later ones.
     """

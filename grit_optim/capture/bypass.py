@@ -25,14 +25,14 @@ class BypassWatch:
 
     def __init__(self) -> None:
         self._position: int | None = None
-        self._version = -1
+        self._weight_version = -1
         self._rounds = 0
         self._finished = False
 
     def stepped(self) -> None:
         """Start counting anew: the optimizer has stepped or cleared its gradients."""
         self._rounds = 0
-        self._version = -1
+        self._weight_version = -1
 
     def watches(self, position: int) -> bool:
         """Whether a forward pass of the site at ``position`` is of interest."""
@@ -49,8 +49,8 @@ class BypassWatch:
                 GradScaler skips a step.
         """
         self._position = position
-        weight, last = site.a, self._version
-        self._version = weight._version
+        weight, last = site.a, self._weight_version
+        self._weight_version = weight._version
         if fired == 0 or last < 0 or (weight._version == last and weight.grad is not None):
             return
         self._rounds += 1

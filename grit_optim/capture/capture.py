@@ -48,7 +48,7 @@ class Capture:
         """Tap these sites, and no others, from now on."""
         self._taps.close()
         if any(bucket.device.type == "meta" for bucket in buckets):
-            self.watch.steps_left = 0  # there are no values to compare
+            self.watch.stop()  # there are no values to compare
         self._taps = Taps(sites, buckets, self._options.max_tokens, self._times)
 
     def collect(self) -> Statistics | None:
@@ -93,7 +93,7 @@ class Capture:
 
     def plan(self, step: int) -> None:
         """Decide whether the tokens of step number ``step`` are recorded."""
-        self._taps.active = capture_due(step, self._options.cov_update_freq)
+        self._taps.record_next(capture_due(step, self._options.cov_update_freq))
 
     def close(self) -> None:
         """Remove the taps."""
@@ -101,9 +101,9 @@ class Capture:
 
     def state_dict(self) -> dict[str, Any]:
         """What decides which tokens of the next step are taken."""
-        return {"calls_per_step": self._taps.calls_per_step, "offset": self._taps.offset}
+        return self._taps.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, or start anew from an empty one."""
         self.discard()
-        self._taps.calls_per_step, self._taps.offset = state.get("calls_per_step", 1), state.get("offset", 0)
+        self._taps.load_state_dict(state)

@@ -133,6 +133,10 @@ class TapWatch:
         self._idle = 0
         self._suspects: set[str] = set()
 
+    def stop(self) -> None:
+        """Look at no more steps."""
+        self.steps_left = 0
+
     def look(self, report: Callable[[], list[SiteReport]]) -> None:
         """Judge one step. ``report`` makes its reports, and is called only while steps are left."""
         if self.steps_left == 0:

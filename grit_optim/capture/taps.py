@@ -8,7 +8,7 @@ pass through a forward pass, whatever activation checkpointing recomputes.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -247,6 +247,18 @@ class Taps:
             self.offset += 1
         self.discard()
         return sums
+
+    def record_next(self, active: bool) -> None:
+        """Say whether tokens are recorded from now on."""
+        self.active = active
+
+    def state_dict(self) -> dict[str, int]:
+        """What decides which tokens are taken next."""
+        return {"calls_per_step": self.calls_per_step, "offset": self.offset}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, or start anew from an empty one."""
+        self.calls_per_step, self.offset = state.get("calls_per_step", 1), state.get("offset", 0)
 
     def close(self) -> None:
         """Remove the taps."""

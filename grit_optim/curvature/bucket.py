@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grit_optim import linalg
+from grit_optim.base.transport import Move
 from grit_optim.capture.sums import Sums
 from grit_optim.curvature.factors import Factors
 from grit_optim.curvature.moments import GradientMoments
@@ -234,6 +235,23 @@ class BucketCurvature:
         self.a_ready, self.b_ready = torch.zeros(
             2, len(self.bucket.sites), dtype=torch.bool, device=self.bucket.device
         )
+
+    @property
+    def engaged(self) -> Tensor:
+        """Sites whose operators are in force for both A and B, boolean ``[S]``."""
+        return self.a_ready & self.b_ready
+
+    def scale_damping(self, scale: float) -> None:
+        """Set the factor of the adaptive schedule on ``kfac_damping``."""
+        self.damping_scale = scale
+
+    def change_coordinates(self, move: Move) -> None:
+        """Express the factors in the coordinates that ``move`` brought A and B to."""
+        self.factors.change_coordinates(move.a_weight, move.b_weight)
+
+    def forget(self, sites: Tensor) -> None:
+        """Let the factors of the chosen sites, boolean ``[S]``, be as if nothing had been seen."""
+        self.factors.forget(sites)
 
     def pack(self, with_operators: bool) -> dict[str, dict[str, Tensor]]:
         """The state of each site for a checkpoint: site name to tensors by name.

@@ -58,7 +58,7 @@ class Curvature:
     def scale_damping(self, scale: float) -> None:
         """Set the factor of the adaptive schedule on ``kfac_damping``."""
         for curvature in self.buckets:
-            curvature.damping_scale = scale
+            curvature.scale_damping(scale)
 
     def fold(self, statistics: Statistics) -> None:
         """Fold one step's statistics into the factors and, where ``fisher`` needs them, the moments.

@@ -27,10 +27,10 @@ class KeptRanks:
     def __init__(self, bucket: Bucket, first: Mapping[str, int], given_up: bool, compensates: bool) -> None:
         self.bucket = bucket
         self.rank = torch.full((len(bucket.sites),), bucket.rank, device=bucket.device)
-        self.first = torch.tensor([first[name] for name in bucket.names()], device=bucket.device)
         self.dropped = torch.zeros(len(bucket.sites), device=bucket.device)
         self.given_up = given_up
         self.compensates = compensates
+        self.started_from(first)
 
     @property
     def mask(self) -> Tensor:
@@ -53,6 +53,33 @@ class KeptRanks:
         did at first.
         """
         return self.first.square() / self.rank.clamp_min(1) if self.compensates else self.rank
+
+    def started_from(self, first: Mapping[str, int]) -> None:
+        """Note the directions that each site had when the optimizer was first built, by site name."""
+        ranks = [first[name] for name in self.bucket.names()]
+        self.first = torch.tensor(ranks, device=self.bucket.device)
+
+    def keep(self, rank: Tensor, cost: Tensor | None = None) -> None:
+        """Keep ``rank`` directions ``[S]``; ``cost`` ``[S]`` is the rise of the loss that was predicted."""
+        self.rank = rank
+        if cost is not None:
+            self.dropped = self.dropped + cost
+
+    def keep_all(self) -> None:
+        """Keep all directions."""
+        self.keep(torch.full_like(self.rank, self.bucket.rank))
+
+    def settle(self, used: Tensor) -> Tensor:
+        """Take the directions that the weights use ``[S]`` for the ranks.
+
+        Returns:
+            The sites that use more than they kept, boolean ``[S]``. Where such a site uses all, nothing
+            counts as dropped any more.
+        """
+        regained = used > self.rank
+        self.dropped = torch.where(regained & (used == self.bucket.rank), 0.0, self.dropped)
+        self.rank = used
+        return regained
 
     def by_name(self) -> dict[str, int]:
         """Directions kept, by site name. Waits for the device."""

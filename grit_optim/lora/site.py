@@ -24,7 +24,7 @@ class Site:
 
     Attributes:
         name: the layer's name in the model and the adapter's, as in
-            ``model.layers.0.self_attn.q_proj.default``. It keys the site's state in checkpoints.
+            ``base_model.model.model.layers.0.self_attn.q_proj.default``. It keys the state in checkpoints.
         adapter: the adapter's name, the key of the pair in the mappings that follow.
         a_modules: adapter name to the module whose weight is A; its output is h = A x.
         b_modules: adapter name to the module whose weight is B.

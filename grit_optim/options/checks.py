@@ -58,6 +58,12 @@ def flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def word(name: str, value: Any) -> None:
+    """Refuse what is no text."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a name in quotes, got {value!r}")
+
+
 def device(name: str, value: Any) -> None:
     """Refuse what is neither None nor a device."""
     if value is None:

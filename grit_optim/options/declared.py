@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from grit_optim.options.checks import Check, budget, device, flag, one_of, real, whole
+from grit_optim.options.checks import Check, budget, device, flag, one_of, real, whole, word
 
-PRECONDITIONS = ("spectral", "steer", "eigenbasis", "balanced", "inverse", "none")
 PAIRINGS = ("kfac", "paper")
 FISHERS = ("kfac", "diagonal", "block_diagonal", "ekfac")
 DAMPINGS = ("relative", "absolute")
@@ -39,7 +38,7 @@ class PreconditionOptions(Group):
 
     precondition: str = option(
         "spectral",
-        one_of(PRECONDITIONS),
+        word,  # the names stand in preconditioners/modes.py
         """How the curvature is used. "spectral": the base steps, and its step is turned to the direction of
         steepest descent in the spectral norm of Fisher coordinates: the momentum is whitened on its rank
         side, as Muon does to whole matrices. "steer": the base's step is turned to the natural gradient of
@@ -68,8 +67,8 @@ class PreconditionOptions(Group):
         """How long a step is. In "spectral" and "steer": root mean square of its entries in units of the
         learning rate, or "base" for the length of the base's own step; under a rank_budget it grows by r₀/r
         where a pair keeps r of its first r₀ directions. In "inverse": "base" keeps the norm of each matrix's
-        gradient, "natural" that of Σ⁻¹∇, as the GRIT library does. None: 0.6 in "spectral" around any Adam,
-        else "base".""",
+        gradient, "natural" that of Σ⁻¹∇, as the GRIT library does. None: 0.6 for "spectral" around an Adam
+        that is given its rate, else "base".""",
     )
     max_grad_norm: float | None = option(
         None,
@@ -128,7 +127,7 @@ class CurvatureOptions(Group):
 class CaptureOptions(Group):
     """What is recorded of the forward and backward passes."""
 
-    cov_update_freq: int = option(1, whole(1), """Steps of which one is recorded.""")
+    cov_update_freq: int = option(1, whole(1), """The taps record the tokens of one step in so many.""")
     max_tokens: int | None = option(
         1024,
         whole(1, optional=True),
@@ -170,7 +169,8 @@ class RankOptions(Group):
         "none",
         one_of(REPROJECTIONS),
         """"balanced" drops the coordinates that matter least in the K-FAC metric, for good. "two_sided" and
-        "one_sided" project A and B onto leading eigenvectors of their factors (the GRIT paper). "none".""",
+        "one_sided" project A and B onto leading eigenvectors of their factors (the GRIT paper). "none": A and
+        B stay.""",
     )
     reprojection_k: int | None = option(
         None, whole(1, optional=True), """Directions kept while there is no rank adaptation. None: all."""

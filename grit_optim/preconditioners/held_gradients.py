@@ -52,7 +52,7 @@ class Held:
         gradient_norm: Frobenius norm of each gradient of the loss, ``[m, 1, 1]``.
         without: norm of each update without curvature, ``[m, 1, 1]``: of the gradient in "inverse", of the
             base's step in "spectral" and "steer"; None in the modes that only know the one with.
-        turned: the same with curvature.
+        turned: norm of each update with curvature.
         cosine: of the angle between the update with and without curvature, ``[m, 1, 1]``; NaN where one is
             zero, None in the modes that only know the one with.
     """

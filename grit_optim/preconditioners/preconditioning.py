@@ -10,9 +10,6 @@ from torch.optim import Optimizer
 
 from grit_optim.curvature.curvature import Curvature
 from grit_optim.options import Options
-from grit_optim.options.checks import one_of
-from grit_optim.preconditioners.balanced import Balanced
-from grit_optim.preconditioners.eigenbasis import Eigenbasis
 from grit_optim.preconditioners.held_gradients import (
     Held,
     Outcome,
@@ -22,29 +19,13 @@ from grit_optim.preconditioners.held_gradients import (
     hold_gradients,
     norm,
 )
-from grit_optim.preconditioners.inverse import Inverse
 from grit_optim.preconditioners.mode import Mode
+from grit_optim.preconditioners.modes import MODES, mode_named
 from grit_optim.preconditioners.none import Identity
 from grit_optim.preconditioners.penalties import Penalties
-from grit_optim.preconditioners.spectral import Spectral
-from grit_optim.preconditioners.steer import Steer
 from grit_optim.profiling import StageTimes
 from grit_optim.rank.selection import RankPolicy
 from grit_optim.schedules import Schedule
-
-MODES: dict[str, type[Mode]] = {
-    mode.name: mode for mode in (Spectral, Steer, Eigenbasis, Balanced, Inverse, Identity)
-}
-
-
-def mode_named(name: str) -> type[Mode]:
-    """The mode of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    one_of(tuple(MODES))("precondition", name)
-    return MODES[name]
 
 
 class Preconditioning:
@@ -58,7 +39,7 @@ class Preconditioning:
     """
 
     def __init__(self, base: Optimizer, options: Options, times: StageTimes) -> None:
-        self.mode = MODES[options.preconditioning.precondition](base, options.preconditioning)
+        self.mode = mode_named(options.preconditioning.precondition)(base, options.preconditioning)
         self.penalties = Penalties(options.penalties, options.ranks.reprojection == "one_sided")
         self.refreshes = 0
         self.outcomes: list[Outcome] = []
@@ -88,7 +69,7 @@ class Preconditioning:
         self.refreshes += 1
 
     def refresh_moved(self, curvature: Curvature, schedule: Schedule, policy: RankPolicy) -> None:
-        """Derive anew what belonged to the coordinates that the pairs had before they were moved."""
+        """Refresh operators and penalties after the pairs have changed coordinates."""
         for one in curvature.buckets:
             if not schedule.warming_up:
                 self.mode.refresh(one)
@@ -101,7 +82,7 @@ class Preconditioning:
 
     @contextmanager
     def around_step(self, curvature: Curvature, schedule: Schedule) -> Iterator[None]:
-        """Let the body, which steps the base, see other gradients, and turn what it did.
+        """Replace the pairs' gradients while the body steps the base. Then change that step.
 
         The parameters' own gradients are back afterwards. Where the body fails, so are the weights.
         """
@@ -142,7 +123,7 @@ class Preconditioning:
             held.gradient = held.gradient + mode.as_the_base_sees(held, -extra if ascends else extra)
 
     def turn_back_from(self, mode: str | None, curvature: Curvature) -> None:
-        """Bring moments to plain coordinates that a checkpoint of another mode has in its operators."""
+        """Bring the base's moments to plain coordinates, where the loaded mode kept them in its operators."""
         other = MODES.get(mode or "")
         if other is not None and other.moments_in_operators and not isinstance(self.mode, other):
             turning = other(self._base, self.mode.options)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from grit_optim.base.checks import check_direction_momentum
 from grit_optim.options import Options
 from grit_optim.options.former import translated
-from grit_optim.preconditioners.preconditioning import mode_named
+from grit_optim.preconditioners.modes import mode_named
 
 
 def resolve(keywords: Mapping[str, Any], former: Mapping[str, Any], base: Optimizer) -> Options:

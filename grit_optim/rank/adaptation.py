@@ -270,13 +270,12 @@ class Ranks:
         self.removed = dict(state.get("removed", {}))
         self._versions = None
         self.budget = None
-        origin = {name: Origin(*values) for name, values in state.get("origin", {}).items()}
+        origin = origins_of(state)
         self.remember([] if origin else sites, origin)
         if self.budget is not None:
             self.budget.load(state.get("budget", {}))
         for ranks in self.kept:
-            first = [self.origin[name].rank for name in ranks.bucket.names()]
-            ranks.first = torch.tensor(first, device=ranks.bucket.device)
+            ranks.started_from({name: origin.rank for name, origin in self.origin.items()})
         self._forget_ranks_of_the_paper(state)
         self._reduced = any(bool((ranks.rank < ranks.bucket.rank).any()) for ranks in self.kept)
 
@@ -287,4 +286,9 @@ class Ranks:
         before = state.get("reprojection", now if now == "balanced" else PAPER_PROJECTIONS[0])
         if before in PAPER_PROJECTIONS and self.gives_up:
             for ranks in self.kept:
-                ranks.rank = torch.full_like(ranks.rank, ranks.bucket.rank)
+                ranks.keep_all()
+
+
+def origins_of(state: Mapping[str, Any]) -> dict[str, Origin]:
+    """What each site was when the optimizer was first built, from a checkpoint; empty in older ones."""
+    return {name: Origin(*values) for name, values in state.get("origin", {}).items()}

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from grit_optim import linalg
 from grit_optim.base import transport
 from grit_optim.curvature.bucket import BucketCurvature
-from grit_optim.lora.kept_ranks import KeptRanks
 from grit_optim.rank.coordinates import Coordinates, balanced_coordinates
 from grit_optim.rank.projections import paper_projection
 from grit_optim.rank.selection import RankPolicy
@@ -56,11 +55,11 @@ def truncate(base: Optimizer, curvature: BucketCurvature, found: Coordinates, ra
     """
     ranks = curvature.ranks
     kept = torch.minimum(rank, ranks.rank)
-    ranks.dropped = ranks.dropped + torch.where(found.usable, predicted_loss(curvature, found, kept), 0.0)
+    cost = torch.where(found.usable, predicted_loss(curvature, found, kept), 0.0)
     move = found.move(kept)
     _apply(base, curvature, move)
-    curvature.factors.change_coordinates(move.a_weight, move.b_weight)
-    ranks.rank = kept
+    curvature.change_coordinates(move)
+    ranks.keep(kept, cost)
 
 
 def regrow(base: Optimizer, curvature: BucketCurvature, rank: Tensor, seed: int) -> None:
@@ -85,7 +84,7 @@ def regrow(base: Optimizer, curvature: BucketCurvature, rank: Tensor, seed: int)
             norm = _typical_row_norm(old, curvature.ranks.rank[group.index])
             rows = rows * (norm / torch.linalg.vector_norm(rows, dim=-1, keepdim=True))
             transport.set_weights(base, group, torch.where(fresh[group.index][..., None], rows, old), fresh)
-    curvature.ranks.rank = torch.maximum(rank, curvature.ranks.rank)
+    curvature.ranks.keep(torch.maximum(rank, curvature.ranks.rank))
 
 
 def _typical_row_norm(stacked: Tensor, rank: Tensor) -> Tensor:
@@ -108,21 +107,17 @@ def ranks_from_weights(curvatures: Sequence[BucketCurvature]) -> None:
     """
     for curvature in curvatures:
         if curvature.ranks.given_up:
-            _settle(curvature, curvature.ranks)
+            curvature.forget(curvature.ranks.settle(_used(curvature)))
 
 
-def _settle(curvature: BucketCurvature, ranks: KeptRanks) -> None:
-    """As :func:`ranks_from_weights`, for one bucket."""
-    used = torch.zeros_like(ranks.mask)
+def _used(curvature: BucketCurvature) -> Tensor:
+    """Coordinates up to the last at which A or B is not zero, ``[S]``."""
+    used = torch.zeros_like(curvature.ranks.mask)
     for group in curvature.bucket.groups:
         there = (group.stack(group.parameters) != 0).any(3 - group.rank_dim)
         used[group.index] = used[group.index] | there
     position = torch.arange(1, curvature.bucket.rank + 1, device=used.device)
-    rank = (used * position).amax(-1)
-    regained = rank > ranks.rank
-    curvature.factors.forget(regained)
-    ranks.dropped = torch.where(regained & (rank == curvature.bucket.rank), 0.0, ranks.dropped)
-    ranks.rank = rank
+    return (used * position).amax(-1)
 
 
 def clear_given_up(curvature: BucketCurvature) -> None:
@@ -144,11 +139,10 @@ def project(base: Optimizer, curvature: BucketCurvature, policy: RankPolicy, two
         policy: which rank each site keeps.
         two_sided: whether B is projected by Σ_g, rather than by Σ_a as A is.
     """
-    ranks = curvature.ranks
-    move, ranks.rank = paper_projection(
-        curvature.factors, ranks.rank, policy, curvature.factors_ready(), two_sided
-    )
+    ready, now = curvature.factors_ready(), curvature.ranks.rank
+    move, kept = paper_projection(curvature.factors, now, policy, ready, two_sided)
     _apply(base, curvature, move)
+    curvature.ranks.keep(kept)
 
 
 def _apply(base: Optimizer, curvature: BucketCurvature, move: transport.Move) -> None:

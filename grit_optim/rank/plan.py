@@ -120,9 +120,9 @@ def _named(
     for name, rank in wanted.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+            hint = f"Did you mean {close[0]!r}? " if close else ""
             raise ValueError(
-                f"unknown site {name!r}; {hint}The {len(known)} sites are the keys of optimizer.ranks(): "
+                f"unknown site {name!r}. {hint}The {len(known)} sites are the keys of optimizer.ranks(): "
                 f"{listed(list(known), 3)}"
             )
         if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= known[name]:

@@ -118,7 +118,7 @@ def _tensors_of(curvature: BucketCurvature) -> dict[str, Tensor]:
         "in_use": ranks.in_use,
         "samples": factors.activation_samples,
         "damping": curvature.damping_used,
-        "engaged": curvature.a_ready & curvature.b_ready,
+        "engaged": curvature.engaged,
     }
 
 

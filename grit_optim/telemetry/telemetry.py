@@ -43,7 +43,7 @@ class Telemetry:
             "reprojections": parts.ranks.reprojections,
             "folds": parts.curvature.folds,
             "dropped_folds": int(parts.curvature.dropped_folds),
-            "engaged_sites": sum(int((c.a_ready & c.b_ready).sum()) for c in buckets),
+            "engaged_sites": sum(int(c.engaged.sum()) for c in buckets),
             "samples": {
                 name: int(n)
                 for c in buckets
@@ -162,7 +162,7 @@ class Telemetry:
     def _step_record(self, loss: Tensor | float | None) -> tuple[Record, Snapshot]:
         """What the host knows of the latest step, and a snapshot of what the device knows."""
         parts, buckets = self._parts, self._parts.curvature.buckets
-        engaged = [(c.a_ready & c.b_ready).sum() for c in buckets]
+        engaged = [c.engaged.sum() for c in buckets]
         scalars = {
             "loss": loss,
             "lr": parts.base.param_groups[0]["lr"],

@@ -9,7 +9,7 @@ import torch
 from stepping import one_step, sites_of
 
 from grit_optim import GritOptimizer, presets
-from grit_optim.preconditioners.preconditioning import mode_named
+from grit_optim.preconditioners.modes import mode_named
 
 MODES = ("spectral", "steer", "eigenbasis", "balanced", "inverse")
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from grit_optim import GritOptimizer, for_trainer
-from grit_optim.preconditioners.preconditioning import mode_named
+from grit_optim.preconditioners.modes import mode_named
 
 STEPS = 12
 

@@ -9,7 +9,7 @@ from stepping import one_step, sites_of
 
 from grit_optim import GritOptimizer
 from grit_optim.base import moments
-from grit_optim.preconditioners.preconditioning import mode_named
+from grit_optim.preconditioners.modes import mode_named
 from grit_optim.preconditioners.spectral import Spectral
 
 

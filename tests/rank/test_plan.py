@@ -39,7 +39,7 @@ BAD = {
     "unknown site": (
         {"q_proj": 2},
         ValueError,
-        "unknown site 'q_proj'; .*14 sites are the keys of optimizer.ranks",
+        "unknown site 'q_proj'. .*14 sites are the keys of optimizer.ranks",
     ),
     "rank too high": (
         lambda o: {next(iter(o.ranks())): 5},
