@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call of at most nine minutes: bash benchmarks/gpu.sh [--dry-run] [OUT]
 #
-# Runs with what is installed for ${PYTHON:-python3} and installs nothing; a package that is missing is named, and what needs it
-# left out. Every part has a time limit of its own; one that fails is recorded, and the next one runs. OUT (by default
-# benchmarks/results/gpu) gets summary.md and summary.json, every part's output, and the results in cost/.
+# Runs with what is installed for ${PYTHON:-python3} and installs nothing. A package that is missing is named,
+# and what needs it is left out. Every part has a time limit of its own; one that fails is recorded, and the next
+# one runs. OUT (by default benchmarks/results/gpu) gets summary.md and summary.json, every part's output, and the
+# results in cost/.
 # GPU_SH_DEVICE=cpu runs the same parts on a tiny model without a GPU.
 set -uo pipefail
 
@@ -70,27 +71,32 @@ cost() { # NAME SECONDS ARGUMENTS...
 
 peers="$("$python" -m benchmarks.gpu_summary optimizers 2>/dev/null)" || peers="grit"
 
+tests=(tests/integration/test_devices.py tests/integration/test_device_cost.py --junitxml "$out/tests.xml")
 if [ "$device" = cpu ]; then
     total=1000 # a busy laptop is slow, and nobody pays for it by the minute
     part environment 60 "$python" -m benchmarks.gpu_summary environment "$out/environment.json"
-    part tests 300 "$python" -m pytest -q -p no:cacheprovider -m "not slow" -k cpu tests/test_devices.py --junitxml "$out/tests.xml"
+    part tests 300 "$python" -m pytest -q -p no:cacheprovider -m "not slow" -k cpu "${tests[@]}"
     small=(--model tiny --length 16 --steps 2 --seconds 5 --threads 1)
     cost tiny 180 "${small[@]}" --optimizers "$peers" --trace "$out/trace.json"
     cost tiny-nf4 120 "${small[@]}" --quantize nf4 --optimizers grit
     cost scaling 120 "${small[@]}" --optimizers grit --scale --scale-tokens 8,16 --scale-layers 1,2
 else
     part environment 25 "$python" -m benchmarks.gpu_summary environment "$out/environment.json"
-    part tests 90 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_devices.py --junitxml "$out/tests.xml"
+    part tests 90 "$python" -m pytest -q -p no:cacheprovider -m gpu "${tests[@]}"
     cost llama-8b 130 --model llama-3-8b-shape --optimizers grit --steps 8 --block 2 --seconds 30
     if "$python" -c "import bitsandbytes" >/dev/null 2>&1; then
-        cost llama-8b-nf4 100 --model llama-3-8b-shape --quantize nf4 --optimizers grit --steps 4 --block 2 --seconds 20
+        cost llama-8b-nf4 100 --model llama-3-8b-shape --quantize nf4 --optimizers grit \
+            --steps 4 --block 2 --seconds 20
     else
         leave_out llama-8b-nf4 "bitsandbytes is not installed"
     fi
     # One pass a step: the optimizers' own share is the largest there, and many of them fit into the time.
-    cost llama-8b-peers 115 --model llama-3-8b-shape --accumulation 1 --optimizers "$peers" --steps 4 --block 2 --seconds 15
-    cost scaling 60 --model llama-3-8b-shape --layers 4 --accumulation 1 --optimizers grit --scale --steps 6 --block 3 --seconds 3
-    cost llama-1b 50 --model llama-3.2-1b-shape --optimizers grit --steps 10 --seconds 10 --trace "$out/trace-1b.json.gz"
+    cost llama-8b-peers 115 --model llama-3-8b-shape --accumulation 1 --optimizers "$peers" \
+        --steps 4 --block 2 --seconds 15
+    cost scaling 60 --model llama-3-8b-shape --layers 4 --accumulation 1 --optimizers grit \
+        --scale --steps 6 --block 3 --seconds 3
+    cost llama-1b 50 --model llama-3.2-1b-shape --optimizers grit --steps 10 --seconds 10 \
+        --trace "$out/trace-1b.json.gz"
 fi
 part report 20 "$python" -m benchmarks report "$out/cost"
 

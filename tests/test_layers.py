@@ -83,9 +83,11 @@ def own_private_names():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and private(node.name):
                 yield node.name
-            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and private(node.attr):
-                if ast.unparse(node.value) == "self":
-                    yield node.attr
+            stored = (
+                isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and private(node.attr)
+            )
+            if stored and ast.unparse(node.value) == "self":
+                yield node.attr
 
 
 OURS = set(own_private_names())

@@ -184,7 +184,11 @@ def test_the_qlora_recipe_runs(tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_the_options_named_exist():
-    named = set(re.findall(r"`([a-z_]+)(?:=[^`]*)?`", README[README.index("No option has to be set") :]))
-    options = {name for name in named if name in GritOptimizer.__init__.__kwdefaults__}
-    assert options >= {"kfac_damping", "direction_momentum", "rank_budget"}
+def test_the_options_to_set_work():
+    (options,) = re.findall(r"Or set `([^`]*)`", README)
+    keywords = eval(f"dict({options})")
+    assert keywords["rank_budget"] == 0.5
+    model = tiny.llama(layers=1)
+    optimizer = tiny.grit(model, min_lora_rank=0, **keywords)
+    tiny.train(model, optimizer, 2)
+    assert optimizer.ranks().parameters <= 0.5 * optimizer.ranks().parameters_before
