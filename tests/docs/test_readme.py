@@ -189,6 +189,6 @@ def test_the_options_to_set_work():
     keywords = eval(f"dict({options})")
     assert keywords["rank_budget"] == 0.5
     model = tiny.llama(layers=1)
-    optimizer = tiny.grit(model, min_lora_rank=0, **keywords)
+    optimizer = tiny.grit(model, min_lora_rank=0, reprojection_freq=1, **keywords)
     tiny.train(model, optimizer, 2)
     assert optimizer.ranks().parameters <= 0.5 * optimizer.ranks().parameters_before
