@@ -19,7 +19,7 @@ from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.export.shrink import shrink
 from grit_optim.export.trained import save_trained, warn_of_ranks_that_stay
 from grit_optim.lora.site import Site
-from grit_optim.lora.site_set import SiteSet
+from grit_optim.lora.site_set import SiteSet, given_sites
 from grit_optim.options import DECLARED, Options
 from grit_optim.options.documentation import arguments
 from grit_optim.parts import KEY, Parts
@@ -104,7 +104,7 @@ class GritOptimizer(OptimizerWrapper):
                 f"the second argument must be the model (an nn.Module), got {type(model).__name__}"
             )
         found = SiteSet(base, model, sites)
-        self._assemble(base, options, found, list(sites) if sites is not None else found.find(model))
+        self._assemble(base, options, found, given_sites(sites) if sites is not None else found.find(model))
         warn_of_ranks_that_stay(self._parts)
 
     def _assemble(

@@ -13,6 +13,8 @@ from grit_optim.preconditioners.inverse import Inverse
 INVALID = [
     # option, value, error, what the message says
     ("precondition", "eigenbais", ValueError, "did you mean 'eigenbasis'"),
+    ("direction_momentum", "bse", TypeError, "did you mean 'base'"),
+    ("step_length", "naturl", TypeError, "did you mean 'natural'"),
     ("pairing", "both", ValueError, "'kfac', 'paper'"),
     ("fisher", "blockdiagonal", ValueError, "did you mean 'block_diagonal'"),
     ("damping", None, ValueError, "'relative', 'absolute'"),

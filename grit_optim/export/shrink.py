@@ -115,7 +115,8 @@ def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], pef
     if strange:
         warn(
             f"shrink_() does not know how to cut the state that {type(base).__name__} keeps "
-            f"({', '.join(sorted(strange))}); it was reset for the LoRA parameters that became smaller",
+            f"({', '.join(sorted(strange))}); it was reset for the LoRA parameters that became smaller. "
+            "Training goes on, and the base gathers that state anew"
         )
 
 

@@ -6,7 +6,8 @@ A pair may be unfrozen, replaced, deleted or moved to another device in the cour
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -145,6 +146,22 @@ class SiteSet:
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._base.param_groups for p in group["params"]]
+
+
+def given_sites(sites: object) -> list[Site]:
+    """The sites that a user hands over.
+
+    Raises:
+        TypeError: it is no sequence of sites.
+    """
+    found: list[Any] = list(sites) if isinstance(sites, Iterable) and not isinstance(sites, str) else [sites]
+    for place, site in enumerate(found):
+        if not isinstance(site, Site):
+            raise TypeError(
+                f"sites must be a list of grit_optim.Site, got {type(site).__name__} at place {place}. Make "
+                "one with Site.from_modules(name, a, b, scaling)"
+            )
+    return found
 
 
 def check_whole(parameters: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,19 @@ import torch
 Check = Callable[[str, Any], None]
 
 
+def _hint(value: Any, allowed: Sequence[str]) -> str:
+    """The nearest of the allowed words, for the end of a message."""
+    close = difflib.get_close_matches(str(value), allowed, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def one_of(allowed: tuple[str, ...]) -> Check:
     """A check that a value is among ``allowed``, with the nearest of them in the message."""
 
     def check(name: str, value: Any) -> None:
         if value not in allowed:
-            close = difflib.get_close_matches(str(value), allowed, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{hint}")
+            listed = ", ".join(map(repr, allowed))
+            raise ValueError(f"{name}={value!r} is not one of {listed}{_hint(value, allowed)}")
 
     return check
 
@@ -45,7 +50,8 @@ def real(allowed: str, test: Callable[[float], bool], besides: tuple[object, ...
         if any(value is other or (isinstance(value, str) and value == other) for other in besides):
             return
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
+            words = [other for other in besides if isinstance(other, str)]
+            raise TypeError(f"{name} must be a number {allowed}, got {value!r}{_hint(value, words)}")
         if not math.isfinite(value) or not test(value):
             raise ValueError(f"{name} must be {allowed}, got {value}")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grit_optim.messages import warn
+from grit_optim.options.checks import flag, whole
 from grit_optim.sinks import Record, Sink
 from grit_optim.telemetry.snapshot import Snapshot
 
@@ -32,10 +33,9 @@ class Contents:
 
     def __post_init__(self) -> None:
         for name in ("log_fisher_spectrum", "log_eig_heatmaps"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            flag(name, getattr(self, name))
         for name in ("log_top_eigs", "log_eig_heatmaps_modules"):
-            check_count(name, getattr(self, name))
+            whole(1)(name, getattr(self, name))
 
     def columns(self, snapshot: Snapshot) -> dict[str, list[Any]]:
         """The snapshot's columns, with the eigenvalues and eigenvectors that were asked for."""
@@ -91,7 +91,8 @@ class Recorder:
             self._pending.clear()
             warn(
                 f"{type(sink).__name__} failed on the {record['kind']!r} record of step {record['step']} "
-                f"and is given no more: {type(error).__name__}: {error}",
+                f"and is given no more: {type(error).__name__}: {error}. Training goes on; mend the sink and "
+                "call log_to() again"
             )
 
     def close(self, end: Record) -> None:
@@ -102,16 +103,3 @@ class Recorder:
         if close is not None:
             close()
         self.sink = None
-
-
-def check_count(name: str, value: object) -> None:
-    """Refuse a value that is no whole number from 1 up.
-
-    Raises:
-        TypeError: the value is no whole number.
-        ValueError: it is below 1.
-    """
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from grit_optim.curvature.bucket import BucketCurvature
+from grit_optim.options.checks import whole
 from grit_optim.parts import Parts
 from grit_optim.preconditioners.held_gradients import Outcome
 from grit_optim.sinks import JsonLines, Record
-from grit_optim.telemetry.recorder import Contents, Recorder, check_count
+from grit_optim.telemetry.recorder import Contents, Recorder
 from grit_optim.telemetry.snapshot import Snapshot
 
 FORMAT = 1
@@ -104,7 +105,7 @@ class Telemetry:
 
     def log_to(self, sink: str | Path | Callable[[Record], object], every: int, contents: Contents) -> None:
         """Record from now on; see :meth:`GritOptimizer.log_to`."""
-        check_count("every", every)
+        whole(1)("every", every)
         if not (isinstance(sink, str | Path) or callable(sink)):
             raise TypeError(
                 f"a sink is a path or something that can be called with a record, got {type(sink).__name__}"

@@ -155,3 +155,11 @@ def test_another_dtype_goes_on():
     assert len(moved) == 28
     assert min(moved) > 0.01
     assert max(moved) < 1.0
+
+
+@pytest.mark.parametrize(("given", "kind"), [(["q_proj"], "str"), ("q_proj", "str"), (3, "int")])
+def test_sites_that_are_none_are_refused_by_type_and_place(given, kind):
+    model = llama(layers=1)
+    with pytest.raises(TypeError, match=rf"got {kind} at place 0. Make one with Site.from_modules"):
+        GritOptimizer(AdamW(trained(model)), model, sites=given)
+    assert not any(module._forward_hooks for module in model.modules())
