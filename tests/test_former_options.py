@@ -107,6 +107,8 @@ REFUSED = [
         ValueError,
         "preserve_norm=True contradicts step_length='nat",
     ),
+    ({"rank_budget_start": "half"}, TypeError, "rank_budget_start must be a float in .*got 'half'"),
+    ({"rank_budget_start": True, "rank_budget": 0.5, **WAY}, TypeError, "rank_budget_start must be a float"),
     (
         {"rank_budget_start": 0.9},
         ValueError,
@@ -120,7 +122,7 @@ REFUSED = [
     (
         {"rank_budget_start": 1.5, "rank_budget": 0.5, **WAY},
         ValueError,
-        r"the start of rank_budget must be in \(0, 1\]",
+        r"rank_budget_start must be in \(0, 1\]",
     ),
     ({"rank_regrowth": 1}, TypeError, "rank_regrowth must be True or False, got 1"),
     ({"rank_regrowth": True}, ValueError, "rank_regrowth=True contradicts rank_budget=None"),

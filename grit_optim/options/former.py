@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from grit_optim.options.checks import budget_value
 from grit_optim.options.combined import DECLARED
 
 _CONSTANT = "is a constant of each mode now, since no other value was better (docs/findings.md); leave it out"
@@ -25,8 +26,8 @@ def translated(options: dict[str, Any], former: dict[str, Any]) -> dict[str, Any
     ``step_length="natural"``, and ``rank_regrowth`` follows from a budget that rises.
 
     Raises:
-        TypeError: a name that is not known, or an option that is gone.
-        ValueError: two names for one thing disagree.
+        TypeError: a name that is not known, an option that is gone, or a former one of the wrong type.
+        ValueError: two names for one thing disagree, or a former start of the budget is out of range.
     """
     options = dict(options)
     for name in former:
@@ -68,6 +69,7 @@ def _adaptation(options: dict[str, Any], former: dict[str, Any]) -> None:
 def _budget(options: dict[str, Any], former: dict[str, Any]) -> None:
     start, end = former.get("rank_budget_start"), options.get("rank_budget")
     if start is not None:
+        budget_value("rank_budget_start", start)
         if end is None or isinstance(end, tuple | list):
             raise ValueError(
                 f"rank_budget_start={start!r} is the first of the two numbers in rank_budget=(start, end), "
