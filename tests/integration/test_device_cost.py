@@ -6,9 +6,10 @@ import gc
 import pytest
 import tiny
 import torch
-from benchmarks.kernels import profiled
 from on_devices import WAITING_FOR_NOTHING, loss_on, started, train
 from torch import nn
+
+from benchmarks.cost.kernels import profiled
 
 
 @contextlib.contextmanager

@@ -1,14 +1,12 @@
 """The command line's recipes, the documents on them, and the table of several runs."""
 
 import re
-import shlex
 
-import pytest
 from finetuning import local_copies, train
 
 from benchmarks.__main__ import main, make_parser
 from benchmarks.core.files import REPOSITORY
-from benchmarks.finetune import report, study
+from benchmarks.finetune import study
 
 
 def parsed(*arguments):
@@ -45,15 +43,6 @@ def test_a_recipe_from_command_to_folder(tiny_model, tmp_path):
     metrics = train(tiny_model, local_copies(tmp_path, "alpaca-gpt4", train=60, test=8), out, *arguments)
     assert (metrics["config"]["max_length"], metrics["config"]["lr"]) == (192, 2e-5)
     assert metrics["telemetry"]["options"]["pairing"] == "paper"
-
-
-@pytest.mark.parametrize("document", ["README.md", "docs/finetune.md"])
-def test_the_documents_commands_are_ones_that_the_parser_takes(document):
-    text = (REPOSITORY / document).read_text(encoding="utf-8")
-    commands = re.findall(r"^python -m benchmarks (train .+)$", text, flags=re.MULTILINE)
-    assert len(commands) >= 5
-    for command in commands:
-        make_parser().parse_args(shlex.split(command, comments=True))
 
 
 def test_the_documents_defaults_are_the_ones_in_the_code():
@@ -97,12 +86,3 @@ def test_report_takes_each_optimizer_at_its_best_rate(tiny_model, tmp_path, caps
     assert (runs / "table.md").read_text().strip() == said.strip()
     train(tiny_model, data, runs / "other", "--steps", "2", "--trainer", "loop", "--dropout", "0.1")
     assert "differ in dropout; only alike ones can be compared" in refusal(["report", str(runs)])
-
-
-def test_the_comparisons_table_is_the_one_that_was_printed():
-    folder = REPOSITORY / "benchmarks" / "results" / "qlora"
-    found = report.read(folder)
-    printed = report.table(found).strip()
-    assert (folder / "table.md").read_text(encoding="utf-8").strip() == printed
-    assert printed in (REPOSITORY / "docs" / "finetune.md").read_text(encoding="utf-8")
-    assert {metrics["code"]["dirty"] for metrics in found} == {False}
