@@ -143,7 +143,7 @@ class GritOptimizer(OptimizerWrapper):
         statistics = parts.capture.collect()  # None: no tap has fired, and nothing of GRIT's advances
         if statistics is not None:
             parts.curvature.fold(statistics)
-        parts.tap_unfrozen()
+        parts.tap_unfrozen()  # not before: new taps forget what the old ones gathered
         if statistics is not None:
             parts.refresh_if_due()
         with parts.preconditioning.around_step(parts.curvature, parts.schedule), parts.times("base"):
