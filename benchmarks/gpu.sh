@@ -2,9 +2,9 @@
 # Everything that needs a GPU, in one call of at most nine minutes: bash benchmarks/gpu.sh [--dry-run] [OUT]
 #
 # Runs with what is installed for ${PYTHON:-python3} and installs nothing. A package that is missing is named,
-# and what needs it is left out. Every part has a time limit of its own; one that fails is recorded, and the next
-# one runs. OUT (by default benchmarks/results/gpu) gets summary.md and summary.json, every part's output, and the
-# results in cost/.
+# and what needs it is left out. Every part has a time limit of its own. One that fails is recorded, and the
+# next one runs. OUT (by default benchmarks/results/gpu) gets summary.md and summary.json, every part's output,
+# and the results in cost/.
 # GPU_SH_DEVICE=cpu runs the same parts on a tiny model without a GPU.
 set -uo pipefail
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv in the repository root with the given extra of pyproject.toml, by default bench; quick the second
-# time.
+# Makes .venv in the repository root with the given extra of pyproject.toml, by default bench. Quick the
+# second time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extra="${1:-bench}"
@@ -9,11 +9,11 @@ stamp=.venv/.setup-stamp
 
 [ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv
 
-state='import hashlib, sys; print(hashlib.sha256(open("pyproject.toml", "rb").read()).hexdigest(), sys.version)'
-wanted="$extra $("$python" -c "$state")"
+hash='hashlib.sha256(open("pyproject.toml", "rb").read()).hexdigest()'
+wanted="$extra $("$python" -c "import hashlib, sys; print($hash, sys.version)")"
 if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
-    # torch first and alone: where the CPU build comes from its own index, PIP_INDEX_URL or PIP_EXTRA_INDEX_URL say
-    # so.
+    # torch first and alone. Where the CPU build comes from its own index, PIP_INDEX_URL or PIP_EXTRA_INDEX_URL
+    # say so.
     "$python" -m pip install --quiet "torch==2.13.0"
     "$python" -m pip install --quiet -e ".[$extra]"
     printf '%s\n' "$wanted" >"$stamp"

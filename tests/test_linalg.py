@@ -185,7 +185,10 @@ def test_roots_by_products_are_those_by_eigendecomposition(size, seed, order, da
 @pytest.mark.parametrize("bad", [0.0, torch.inf, torch.nan])
 def test_roots_of_a_hopeless_matrix_are_the_identity_and_its_neighbours_are_spared(bad):
     factor = factors(3, 4, dtype=torch.float32)
-    roots = lambda: linalg.newton_root(factor, linalg.damping_strength(factor, 0.1, relative=True), 2, 0.1)  # noqa: E731
+
+    def roots():
+        return linalg.newton_root(factor, linalg.damping_strength(factor, 0.1, relative=True), 2, 0.1)
+
     alone = roots()
     factor[1] = bad
     found = roots()

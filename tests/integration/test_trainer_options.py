@@ -11,7 +11,18 @@ from packaging.version import Version
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from hf import BEST, HALF, Agreement, Stop, assert_close, built, engaged, loss_on_data, restarted, run  # noqa: E402
+from hf import (  # noqa: E402
+    BEST,
+    HALF,
+    Agreement,
+    Stop,
+    assert_close,
+    built,
+    engaged,
+    loss_on_data,
+    restarted,
+    run,
+)
 from peft import LoraConfig, get_peft_model  # noqa: E402
 
 from grit_optim.integrations.callback import GritCallback  # noqa: E402

@@ -12,7 +12,15 @@ pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
 
-from hf import HANDS_OVER_THE_MODEL, Agreement, Stop, assert_same, engaged, of_trainer, scrambled  # noqa: E402
+from hf import (  # noqa: E402
+    HANDS_OVER_THE_MODEL,
+    Agreement,
+    Stop,
+    assert_same,
+    engaged,
+    of_trainer,
+    scrambled,
+)
 from peft import LoraConfig  # noqa: E402
 
 STEPS = 4
