@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
 
 # Packages between the user's program and this one: a warning points at none of their lines.
@@ -39,3 +40,9 @@ def _library(frame: FrameType) -> str:
 def listed(names: Sequence[str], most: int = 5) -> str:
     """The first ``most`` names, separated by commas, with an ellipsis where there are more."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def nearest(word: object, known: Iterable[str]) -> str | None:
+    """The known name that is most like ``word``, for a hint in a message; None if none is near."""
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return close[0] if close else None

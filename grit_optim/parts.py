@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from grit_optim.capture.capture import Capture
 from grit_optim.capture.losses import Losses
 from grit_optim.curvature.curvature import Curvature
+from grit_optim.lora.buckets import Bucket
 from grit_optim.lora.site import Site
 from grit_optim.lora.site_set import SiteSet
 from grit_optim.messages import listed
@@ -98,17 +99,21 @@ class Parts:
         """
         known = self.pack_sites(with_operators=True) if known is None else known
         buckets = self.sites.take(sites)
+        self._start_anew(buckets)
+        self.capture.attach(sites, buckets)
+        self.unpack_sites(known)
+
+    def _start_anew(self, buckets: Sequence[Bucket]) -> None:
+        """Know nothing of the sites of these buckets."""
         self.ranks.attach(buckets)
         self.curvature.attach(self.ranks.kept)
         self.preconditioning.attach(self.curvature)
-        self.capture.attach(sites, buckets)
-        self.unpack_sites(known)
 
     def follow_model(self) -> None:
         """Notice weights that were replaced, moved to another device, or loaded since the last step."""
         remaining = self.sites.remaining()
         if remaining is None:
-            self.ranks.follow_loaded_weights(self.curvature.buckets, self.sites.weight_versions())
+            self.ranks.follow_loaded_weights(self.curvature.buckets, self.sites.weight_versions)
         else:
             self.attach(remaining)
 
@@ -159,7 +164,7 @@ class Parts:
     def end_step(self, loss: Tensor | float | None) -> None:
         """Count the step, and say what is to be recorded in the next."""
         self.schedule.advance(loss)
-        self.ranks.end_step(self.sites.weight_versions())
+        self.ranks.end_step(self.sites.weight_versions)
         self.capture.plan(self.schedule.steps)
 
     def known_model(self, model: nn.Module | None) -> nn.Module | None:
@@ -238,9 +243,7 @@ class Parts:
         self.capture.load_state_dict(own)
         self.schedule.load_state_dict(own)
         self.capture.plan(self.schedule.steps)
-        self.ranks.attach([kept.bucket for kept in self.ranks.kept])
-        self.curvature.attach(self.ranks.kept)
-        self.preconditioning.attach(self.curvature)
+        self._start_anew([kept.bucket for kept in self.ranks.kept])
         self.preconditioning.load_state_dict(own)
         self.unpack_sites(own["sites"])
         self.ranks.load_state_dict(own, self.sites.all)

@@ -74,6 +74,7 @@ class Capture:
         together = processes.add_up(taps.collect(), fired, inner)
 
         def reports() -> list[SiteReport]:
+            """What the check of the taps finds over the tokens of all processes."""
             columns = (t.tolist() for t in (together.fired, together.inner, together.known))
             seen = [(int(n), value if known else None) for n, value, known in zip(*columns, strict=True)]
             return inspect(taps.sites, seen, rounding)

@@ -36,10 +36,6 @@ class Curvature:
         """Start anew, with no statistics, for the buckets of ``ranks``."""
         self.buckets = [BucketCurvature(kept.bucket, kept, self._options) for kept in ranks]
 
-    def forget(self) -> None:
-        """Discard all statistics of the sites worked on."""
-        self.attach([curvature.ranks for curvature in self.buckets])
-
     @property
     def device(self) -> torch.device | None:
         """The device of the first bucket; None without buckets."""
@@ -73,7 +69,7 @@ class Curvature:
             relative = self._options.damping == "relative"
             in_use = [curvature.ranks.in_use for curvature in self.buckets]
             unit = gradient_unit(sums, in_use) if relative else torch.ones((), device=device)
-            moment_unit, scored = self._moment_unit(device), loss_tokens(sums)
+            moment_unit, scored = self._moment_unit(device, relative), loss_tokens(sums)
             if moment_unit is not None:
                 accept = accept & moment_unit.isfinite()
             for curvature, total in zip(self.buckets, sums, strict=True):
@@ -83,7 +79,7 @@ class Curvature:
             self.folds += 1
             self.dropped_folds = self.dropped_folds + (~accept).long()
 
-    def _moment_unit(self, device: torch.device) -> Tensor | None:
+    def _moment_unit(self, device: torch.device, relative: bool) -> Tensor | None:
         """The unit of this step's squared gradients, not finite if a gradient is not. None without moments.
 
         The unit is a scalar on ``device``.
@@ -96,4 +92,4 @@ class Curvature:
             for group in curvature.bucket.groups
             if (part := group.with_gradient())
         ]
-        return mean_square(groups, device, relative=self._options.damping == "relative")
+        return mean_square(groups, device, relative)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from grit_optim.messages import nearest
+
 Check = Callable[[str, Any], None]
 
 
 def _hint(value: Any, allowed: Sequence[str]) -> str:
     """The nearest of the allowed words, for the end of a message."""
-    close = difflib.get_close_matches(str(value), allowed, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = nearest(value, allowed)
+    return f"; did you mean {close!r}?" if close else ""
 
 
 def one_of(allowed: tuple[str, ...]) -> Check:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
+from grit_optim.messages import nearest
 from grit_optim.options.checks import budget_value
 from grit_optim.options.combined import DECLARED
 
@@ -34,8 +34,8 @@ def translated(options: dict[str, Any], former: dict[str, Any]) -> dict[str, Any
         if name in GONE:
             raise TypeError(f"{name} {GONE[name]}")
         if name not in FORMER:
-            close = difflib.get_close_matches(name, DECLARED, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "; docs/options.md lists all options"
+            close = nearest(name, DECLARED)
+            hint = f"; did you mean {close!r}?" if close else "; docs/options.md lists all options"
             raise TypeError(f"GritOptimizer has no option {name!r}{hint}")
     for name in ("enable_rank_adaptation", "preserve_norm", "rank_regrowth"):
         if not isinstance(former.get(name, False), bool):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,14 +84,16 @@ class Ranks:
         if loss is not None and self.budget is not None and self.follows_loss:
             self.budget.observe(loss)
 
-    def follow_loaded_weights(self, curvatures: Sequence[BucketCurvature], versions: list[int]) -> None:
+    def follow_loaded_weights(
+        self, curvatures: Sequence[BucketCurvature], versions: Callable[[], list[int]]
+    ) -> None:
         """Take the ranks from the weights, if somebody has changed these since the last step.
 
         Args:
             curvatures: of the buckets.
-            versions: how often each A has been changed in place, by now.
+            versions: tells how often each A has been changed in place, by now.
         """
-        if self._versions not in (None, versions):
+        if self._versions is not None and self._versions != versions():
             moves.ranks_from_weights(curvatures)
 
     def clear_given_up(self, curvatures: Sequence[BucketCurvature]) -> None:
@@ -120,8 +122,7 @@ class Ranks:
                     self._base, curvature, self.policy(step), self._options.reprojection == "two_sided"
                 )
             return
-        moves.ranks_from_weights(curvatures)
-        found = [moves.coordinates(curvature, BALANCING_DAMPING) for curvature in curvatures]
+        found = self.coordinates(curvatures)
         if self.budget is not None and step >= self.budget.first:
             ranks = self.within(curvatures, found, self.budget.advance(step), self.budget.rises)
         else:
@@ -186,9 +187,9 @@ class Ranks:
                 moves.regrow(self._base, curvature, rank, seed=step * len(curvatures) + i)
         self._reduced = self._reduced or for_good or self.budget is not None or self.policy(step).reduces
 
-    def end_step(self, versions: list[int]) -> None:
+    def end_step(self, versions: Callable[[], list[int]]) -> None:
         """Remember the weights' versions, so that weights loaded before the next step are noticed."""
-        self._versions = versions if self._reduced else None
+        self._versions = versions() if self._reduced else None
 
     # ---------------------------------------------------------------- what is known
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grit_optim.curvature.bucket import BucketCurvature
-from grit_optim.messages import listed
+from grit_optim.messages import listed, nearest
 from grit_optim.options import Options
 from grit_optim.options.checks import budget_value
 from grit_optim.rank import budget, moves
@@ -119,8 +118,8 @@ def _named(
     """
     for name, rank in wanted.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {close[0]!r}? " if close else ""
+            close = nearest(name, known)
+            hint = f"Did you mean {close!r}? " if close else ""
             raise ValueError(
                 f"unknown site {name!r}. {hint}The {len(known)} sites are the keys of optimizer.ranks(): "
                 f"{listed(list(known), 3)}"

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import support
 import torch
+from around import go_around_the_tap, layer_of
 from tiny import HandWritten, adamw, grit, llama, loss_of, train, trained
 from torch import nn
 from torch.nn import functional as F
@@ -27,16 +28,6 @@ def counted(optimizer):
 
 def grit_warnings(caught):
     return [str(w.message) for w in caught if SILENT in str(w.message) or MISMATCH in str(w.message)]
-
-
-def layer_of(model, ending):
-    return next(m for n, m in model.named_modules() if n.endswith(ending))
-
-
-def go_around_the_tap(layer):
-    """What a fused kernel does: reads the adapter's weights, never calls its modules."""
-    a, b, s = layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"]
-    layer.forward = lambda x: layer.base_layer(x) + s * F.linear(F.linear(x, a.weight), b.weight)
 
 
 # -------------------------------------------------------------------- statuses

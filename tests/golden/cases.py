@@ -24,6 +24,7 @@ CHECKPOINTS = HERE / "checkpoints"
 STEPS, SAVED_AT = 9, 5
 
 MODES = ("spectral", "steer", "eigenbasis", "balanced", "inverse", "none")
+# The paper's settings with periods short enough to be met within a test.
 SHORT_PAPER = {
     **presets.PAPER,
     "kfac_update_freq": 3,

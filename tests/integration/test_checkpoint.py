@@ -5,6 +5,7 @@ import copy
 import pytest
 import support
 import torch
+from golden.cases import SHORT_PAPER as PAPER
 from tiny import adamw, grit, llama, train, trained, weights
 from torch.optim import AdamW
 
@@ -12,17 +13,6 @@ from grit_optim import GritOptimizer, presets
 
 MODES = ["spectral", "steer", "inverse", "eigenbasis", "balanced", "none"]
 
-# The paper's settings with periods short enough to be met within a test.
-PAPER = {
-    **presets.PAPER,
-    "kfac_update_freq": 3,
-    "kfac_min_samples": 8,
-    "cov_update_freq": 2,
-    "reprojection_freq": 4,
-    "reprojection_k": 3,
-    "min_lora_rank": 2,
-    "rank_adaptation_threshold": 0.6,
-}
 ADAPTING = {
     "reprojection": "balanced",
     "reprojection_freq": 3,

@@ -117,35 +117,36 @@ def test_epochs_count_whole_passes():
     assert [steps_of(epochs, 80, config) for epochs in (0.01, 1, 2.5)] == [1, 10, 25]
 
 
+EMBEDDED = ["--model", "embedded", "--dataset", "dolly"]
 REFUSED = {
     "no model": (["--dataset", "dolly"], "required: --model"),
     "unknown data": (["--model", "embedded", "--dataset", "squad"], "neither known data"),
     "no folder": (["--model", "./nowhere", "--dataset", "dolly"], "no such folder"),
-    "trainer": (["--model", "embedded", "--dataset", "dolly", "--trainer", "trl"], "invalid choice: 'trl'"),
+    "trainer": ([*EMBEDDED, "--trainer", "trl"], "invalid choice: 'trl'"),
     "optimizer": (
-        ["--model", "embedded", "--dataset", "dolly", "--optimizer", "adam"],
+        [*EMBEDDED, "--optimizer", "adam"],
         "unknown optimizer 'adam'",
     ),
     "base": (
-        ["--model", "embedded", "--dataset", "dolly", "--optimizer", "adamw", "--base", "adamw8bit"],
+        [*EMBEDDED, "--optimizer", "adamw", "--base", "adamw8bit"],
         "only grit can",
     ),
-    "base of grit": (["--model", "embedded", "--dataset", "dolly", "--base", "grit-paper"], "is GRIT itself"),
+    "base of grit": ([*EMBEDDED, "--base", "grit-paper"], "is GRIT itself"),
     "length": (
-        ["--model", "embedded", "--dataset", "dolly", "--max-length", "600"],
+        [*EMBEDDED, "--max-length", "600"],
         "reads at most 512 tokens",
     ),
     "warm-up": (
-        ["--model", "embedded", "--dataset", "dolly", "--warmup", "200"],
+        [*EMBEDDED, "--warmup", "200"],
         "leaves no step at the full rate",
     ),
     "steps and epochs": (
-        ["--model", "embedded", "--dataset", "dolly", "--steps", "2", "--epochs", "1"],
+        [*EMBEDDED, "--steps", "2", "--epochs", "1"],
         "not allowed with",
     ),
-    "dropout": (["--model", "embedded", "--dataset", "dolly", "--dropout", "1"], "not below 1"),
+    "dropout": ([*EMBEDDED, "--dropout", "1"], "not below 1"),
     "revision": (
-        ["--model", "embedded", "--dataset", "dolly", "--revision", "main"],
+        [*EMBEDDED, "--revision", "main"],
         "for a model from the hub",
     ),
 }
