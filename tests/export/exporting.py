@@ -49,13 +49,10 @@ def chosen(optimizer, by_end):
     return ranks
 
 
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": tiny.VOCABULARY}
+
+
 def small_llama(**settings):
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "vocab_size": tiny.VOCABULARY,
-    }
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **settings))
+    return LlamaForCausalLM(LlamaConfig(**SMALL, **heads, **settings))

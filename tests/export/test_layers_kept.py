@@ -4,7 +4,7 @@ import bases
 import pytest
 import tiny
 import torch
-from exporting import LLAMA, chosen, grit, small_llama, start, train
+from exporting import LLAMA, SMALL, chosen, grit, small_llama, start, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -51,14 +51,8 @@ def test_a_trained_bias_keeps_its_layer(tmp_path, bias, how):
 def test_experts_whose_weights_are_adapted_keep_rank_and_scale(tmp_path, pattern):
     def base():
         torch.manual_seed(0)
-        sizes = {
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 1,
-            "vocab_size": tiny.VOCABULARY,
-        }
         heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
-        return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+        return MixtralForCausalLM(MixtralConfig(**SMALL, **heads))
 
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = LoraConfig(
