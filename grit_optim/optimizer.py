@@ -42,15 +42,15 @@ class GritOptimizer(OptimizerWrapper):
 
     Args:
         base: any ``torch.optim.Optimizer`` except LBFGS, built on the model's trainable parameters.
-        model: the PEFT model, or one that contains such layers. A weak reference is kept. A pair that the
-            base holds but that is frozen is tapped once it is trained.
+        model: the PEFT model, or one that contains such layers, several models in one ``nn.ModuleList`` too.
+            It is kept alive. A pair that the base holds but that is frozen is tapped once it is trained.
         sites: the pairs, where PEFT does not hold them: ``[Site.from_modules(name, a, b, scaling), …]``.
 
         {options}
 
     Raises:
         TypeError: ``base`` is no optimizer or cannot be wrapped, or an option has the wrong type or name.
-        ValueError: an option is out of range, or no LoRA pair is found.
+        ValueError: an option is out of range, or ``base`` holds no LoRA pair of ``model``, trained or not.
 
     Example:
         >>> optimizer = GritOptimizer(torch.optim.AdamW(parameters, lr=2e-4), model)  # doctest: +SKIP
@@ -104,7 +104,7 @@ class GritOptimizer(OptimizerWrapper):
                 f"the second argument must be the model (an nn.Module), got {type(model).__name__}"
             )
         found = SiteSet(base, model, sites)
-        self._assemble(base, options, found, given_sites(sites) if sites is not None else found.find(model))
+        self._assemble(base, options, found, given_sites(sites) if sites is not None else found.first(model))
         warn_of_ranks_that_stay(self._parts)
 
     def _assemble(
@@ -143,7 +143,7 @@ class GritOptimizer(OptimizerWrapper):
         statistics = parts.capture.collect()  # None: no tap has fired, and nothing of GRIT's advances
         if statistics is not None:
             parts.curvature.fold(statistics)
-        parts.tap_unfrozen()  # not before: new taps forget what the old ones gathered
+        parts.follow_groups()  # not before: new taps forget what the old ones gathered
         if statistics is not None:
             parts.refresh_if_due()
         with parts.preconditioning.around_step(parts.curvature, parts.schedule), parts.times("base"):
@@ -159,11 +159,6 @@ class GritOptimizer(OptimizerWrapper):
         """Clear the gradients, and what the taps gathered with them."""
         super().zero_grad(set_to_none)
         self._parts.capture.discard()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Give the base another parameter group; LoRA pairs that it completes are tapped from now on."""
-        super().add_param_group(param_group)
-        self._parts.take(self._parts.sites.with_trained())
 
     def close(self) -> None:
         """Remove every hook, end the logging, and leave the base with plain moments: it can go on alone."""

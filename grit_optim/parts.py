@@ -117,9 +117,9 @@ class Parts:
         else:
             self.attach(remaining)
 
-    def tap_unfrozen(self) -> None:
-        """Tap pairs that were frozen and are trained now."""
-        if self.sites.unfrozen():
+    def follow_groups(self) -> None:
+        """Tap pairs that are trained now and were not: unfrozen, or in the base's groups since."""
+        if self.sites.grown():
             self.take(self.sites.with_trained())
 
     # ---------------------------------------------------------------- in a step
@@ -204,6 +204,7 @@ class Parts:
             or self.preconditioning.mode.moments_in_operators
             or self.curvature.gradient_moments_in_operators
         )
+        held = self.sites.held()  # an optimizer that is built without the others is to load this
         return {
             "version": VERSION,
             **self.schedule.state_dict(),
@@ -211,7 +212,7 @@ class Parts:
             **self.preconditioning.state_dict(),
             **self.ranks.state_dict(),
             "fisher": self.curvature.kind,
-            "sites": self.pack_sites(with_operators),
+            "sites": {n: state for n, state in self.pack_sites(with_operators).items() if n in held},
         }
 
     def check_state_dict(self, own: Mapping[str, Any]) -> None:
@@ -226,7 +227,8 @@ class Parts:
                 f"{VERSION}; upgrade grit_optim"
             )
         sites = self.sites.with_named(own["sites"].keys()) or self.sites.all
-        ranks = {site.name: site.rank for site in sites}
+        left = {site.name for site in self.sites.all} - self.sites.held()
+        ranks = {s.name: s.rank for s in sites if s.name not in left or s.name in own["sites"]}
         _check_names(ranks.keys(), own["sites"].keys())
         for name, rank in ranks.items():
             saved_rank = own["sites"][name]["activation"].shape[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,28 +27,32 @@ def first_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
 
 
 def moment_weight(
-    base: Optimizer, parameter: Tensor, settings: dict[str, Any], decay: float
+    base: Optimizer, parameters: Sequence[Tensor], settings: dict[str, Any], decay: float
 ) -> Tensor | float:
     """The sum of the weights in :func:`first_moment`. The moment divided by it is a mean of gradients.
 
     Args:
         base: the base optimizer.
-        parameter: one of its parameters, after at least one step.
-        settings: the parameter's group.
+        parameters: m of its parameters in one group, after at least one step each.
+        settings: their group.
         decay: the share of the average that is kept per step: β₁ or SGD's momentum.
 
     Returns:
         ``1 − β₁ᵗ`` for Adam's average after t steps; ``(1 − dampening) / (1 − β)`` for SGD's momentum buffer,
-        which is a sum; 1 for any other.
+        which is a sum; 1 for any other, and where those weights have no positive, finite sum (a dampening of
+        1 lets no gradient in but the first, and a momentum of 1 forgets none). A number for all parameters,
+        or ``[m, 1, 1]`` where they have not taken equally many steps.
     """
     if "dampening" in settings:
-        return (1 - settings["dampening"]) / (1 - decay)
-    steps = base.state.get(parameter, {}).get("step")
-    return 1.0 if steps is None or "betas" not in settings else 1 - decay**steps
+        taken, forgotten = 1 - settings["dampening"], 1 - decay
+        return taken / forgotten if taken > 0 and forgotten > 0 else 1.0
+    if "betas" not in settings:
+        return 1.0
+    return _by_steps(base, parameters, lambda steps: 1 - decay**steps)
 
 
 def freshened_correction(
-    base: Optimizer, parameter: Tensor, settings: dict[str, Any], decay: float, wanted: float
+    base: Optimizer, parameters: Sequence[Tensor], settings: dict[str, Any], decay: float, wanted: float
 ) -> Tensor | float:
     """The factor that mends the length of Adam's step where its average forgets faster than Adam believes.
 
@@ -57,18 +61,40 @@ def freshened_correction(
 
     Args:
         base: the base optimizer.
-        parameter: one of its parameters, after at least one step.
-        settings: the parameter's group.
+        parameters: m of its parameters in one group, after at least one step each.
+        settings: their group.
         decay: β₁.
         wanted: w.
 
     Returns:
-        The factor; 1 for a base without bias correction.
+        The factor, a number or ``[m, 1, 1]`` as in :func:`moment_weight`; 1 for a base without bias
+        correction.
     """
-    steps = base.state.get(parameter, {}).get("step")
-    if steps is None or "betas" not in settings:
+    if "betas" not in settings:
         return 1.0
-    return (1 - decay**steps) / (decay * (1 - wanted ** (steps - 1)) + 1 - decay)
+    return _by_steps(
+        base, parameters, lambda t: (1 - decay**t) / (decay * (1 - wanted ** (t - 1)) + 1 - decay)
+    )
+
+
+def _by_steps(
+    base: Optimizer, parameters: Sequence[Tensor], formula: Callable[[Any], Any]
+) -> Tensor | float:
+    """``formula`` of the steps that each parameter has taken by the base's count; 1 where it keeps none.
+
+    A parameter that was unfrozen later, or that skips steps without a gradient, has taken fewer than others.
+    A count on a GPU is not read back.
+
+    Returns:
+        One value where all have taken equally many steps, as far as the host knows; else ``[m, 1, 1]``.
+    """
+    counts = [base.state.get(p, {}).get("step") for p in parameters]
+    keys = [c.item() if isinstance(c, Tensor) and c.device.type == "cpu" else c for c in counts]
+    values = {key: 1.0 if c is None else formula(c) for key, c in zip(keys, counts, strict=True)}
+    if len(values) == 1:
+        return next(iter(values.values()))
+    device = parameters[0].device
+    return torch.stack([torch.as_tensor(values[key], device=device) for key in keys])[:, None, None]
 
 
 def set_first_moment(base: Optimizer, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -22,6 +22,14 @@ _DECOUPLED_KERNELS = ("adam", "ademamix", "lamb", "lion")
 _DECOUPLED_FLAGS = ("decoupled_weight_decay", "weight_decouple", "decouple_weight_decay")
 
 
+def group_by_parameter(base: Optimizer) -> dict[int, dict[str, Any]]:
+    """``id(parameter)`` to the parameter group that holds it now.
+
+    Groups are reordered, deleted and replaced, and parameters moved between them, in the course of training.
+    """
+    return {id(p): group for group in base.param_groups for p in group["params"]}
+
+
 def rate(settings: dict[str, Any]) -> float | Tensor:
     """The learning rate of a parameter group in the step just taken.
 

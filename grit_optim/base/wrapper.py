@@ -18,6 +18,9 @@ from torch.optim import Optimizer
 class OwnState(Protocol):
     """The state that a wrapper keeps beside the base's."""
 
+    def follow_groups(self) -> None:
+        """Take note that the base's parameter groups are others now."""
+
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and plain containers."""
 
@@ -60,6 +63,7 @@ class OptimizerWrapper(Optimizer):
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         """Set the base optimizer's ``param_groups``."""
         self.base.param_groups = groups
+        self._own.follow_groups()
 
     @property
     def state(self) -> Any:
@@ -88,6 +92,7 @@ class OptimizerWrapper(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Give the base another parameter group."""
         self.base.add_param_group(param_group)
+        self._own.follow_groups()
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict, with the wrapper's own state under :attr:`state_key`."""

@@ -142,6 +142,8 @@ class TapWatch:
         if self.steps_left == 0:
             return
         reports = report()
+        if not reports:  # no pair is trained yet
+            return
         if all(r.status == "unused" for r in reports):
             self._idle += 1
             if self._idle == CHECKED_STEPS:

@@ -1,9 +1,10 @@
 """Sites stacked for batched algebra.
 
 A :class:`Bucket` holds the sites of one rank on one device; their factors form tensors ``[S, r, r]``. Within
-it, a :class:`Group` holds the matrices of one side (A or B) that share a shape, a dtype and a parameter group
-of the base optimizer. An operation on all of them is one batched product, never a loop with one kernel per
-site.
+it, a :class:`Group` holds the matrices of one side (A or B) that share a shape and a dtype. An operation on all
+of them is one batched product, never a loop with one kernel per site. Which parameter group of the base
+optimizer holds a matrix may change at any time, so that is looked up whenever it is needed
+(:meth:`Group.by_settings`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from grit_optim.lora.site import Site
 Side = Literal["A", "B"]
 SIDES: tuple[Side, Side] = ("A", "B")
 
+_SUBSETS_KEPT = 64
+
 
 @dataclass(eq=False)
 class Group:
@@ -30,16 +33,14 @@ class Group:
         side: which matrix of the pair these are.
         parameters: the m parameters, in the order of ``index``.
         index: position of each one's site in the bucket, ``[m]``, on the bucket's device.
-        param_group: position in the base optimizer's ``param_groups`` of the group that holds them. The dict
-            itself is replaced by ``load_state_dict``.
         positions: ``index`` as Python numbers, to be had without waiting for the device.
     """
 
     side: Side
     parameters: list[Tensor]
     index: Tensor
-    param_group: int
     positions: tuple[int, ...] = ()
+    _subsets: dict[tuple[int, ...], Group] = field(default_factory=dict, repr=False)
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
         """The m tensors as matrices ``[m, rows, columns]``, in fp32 or better."""
@@ -62,16 +63,37 @@ class Group:
         return torch.where(chosen[:, :, None] if self.side == "A" else chosen[:, None, :], stacked, 0.0)
 
     def subset(self, positions: Sequence[int]) -> Group:
-        """The group of some of its members, given by their positions in ``parameters``."""
-        chosen = torch.tensor(positions, device=self.index.device)
-        members, places = [self.parameters[i] for i in positions], tuple(self.positions[i] for i in positions)
-        return Group(self.side, members, self.index[chosen], self.param_group, places)
+        """The group of some of its members, given by their positions in ``parameters``, in order.
+
+        It is kept: the same few recur in every step, and copying positions to a GPU would wait for it.
+        """
+        key = tuple(positions)
+        if len(key) == len(self.parameters):
+            return self
+        if key not in self._subsets:
+            if len(self._subsets) >= _SUBSETS_KEPT:
+                self._subsets.clear()
+            places = tuple(self.positions[i] for i in key)
+            index = torch.tensor(places, device=self.index.device)
+            self._subsets[key] = Group(self.side, [self.parameters[i] for i in key], index, places)
+        return self._subsets[key]
+
+    def by_settings(self, settings: Mapping[int, dict[str, Any]]) -> list[tuple[dict[str, Any], Group]]:
+        """The members that share a parameter group of the base, with that group, in order of occurrence.
+
+        Args:
+            settings: ``id(parameter)`` to the parameter group that holds it now. Members that are in none are
+                left out: the base does not step them.
+        """
+        members: dict[int, list[int]] = {}
+        for position, parameter in enumerate(self.parameters):
+            if (found := settings.get(id(parameter))) is not None:
+                members.setdefault(id(found), []).append(position)
+        return [(settings[id(self.parameters[m[0]])], self.subset(m)) for m in members.values()]
 
     def with_gradient(self) -> Group | None:
         """The group of the members that have a gradient now; None if none has."""
         present = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
-        if len(present) == len(self.parameters):
-            return self
         return self.subset(present) if present else None
 
     def gradients(self) -> list[Tensor]:
@@ -120,35 +142,31 @@ class Bucket:
         return [site.name for site in self.sites]
 
 
-def build_buckets(sites: Iterable[Site], param_group_of: Mapping[int, int]) -> list[Bucket]:
+def build_buckets(sites: Iterable[Site]) -> list[Bucket]:
     """Stack the sites by rank and device, in the order in which each combination first occurs.
 
     Args:
         sites: the sites, in the model's order.
-        param_group_of: ``id(parameter)`` to the position of its group in the base optimizer's
-            ``param_groups``.
     """
     buckets: dict[tuple[int, torch.device], Bucket] = {}
     for site in sites:
         key = (site.rank, site.a.device)
         buckets.setdefault(key, Bucket([], *key)).sites.append(site)
     for bucket in buckets.values():
-        bucket.groups = [*_groups(bucket, "A", param_group_of), *_groups(bucket, "B", param_group_of)]
+        bucket.groups = [*_groups(bucket, "A"), *_groups(bucket, "B")]
     return list(buckets.values())
 
 
-def _groups(bucket: Bucket, side: Side, param_group_of: Mapping[int, int]) -> list[Group]:
+def _groups(bucket: Bucket, side: Side) -> list[Group]:
     members: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
     for position, site in enumerate(bucket.sites):
         parameter = site.a if side == "A" else site.b
-        key = (parameter.flatten(1).shape, parameter.shape, parameter.dtype, param_group_of[id(parameter)])
-        members.setdefault(key, []).append((position, parameter))
+        members.setdefault((parameter.shape, parameter.dtype), []).append((position, parameter))
     groups = []
     for found in members.values():
         positions = tuple(position for position, _ in found)
         index = torch.tensor(positions, device=bucket.device)
-        parameters = [parameter for _, parameter in found]
-        groups.append(Group(side, parameters, index, param_group_of[id(parameters[0])], positions))
+        groups.append(Group(side, [parameter for _, parameter in found], index, positions))
     return groups
 
 

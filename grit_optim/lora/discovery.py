@@ -6,13 +6,14 @@ PEFT's layers are recognised by their attributes, so that PEFT need not be impor
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from grit_optim.lora.site import Site, alpha_for, mismatch
+from grit_optim.messages import listed
 
 # Layers that hold ``lora_A`` but never call it as a module on activations: a hook on it would not fire.
 _UNTAPPABLE_LAYERS = {
@@ -118,20 +119,70 @@ def frozen_pairs(model: nn.Module, parameters: Iterable[Tensor]) -> list[tuple[T
     return [(a, b) for a, b in pairs if {id(a), id(b)} <= held and not (a.requires_grad and b.requires_grad)]
 
 
+def pairs_elsewhere(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> dict[int, str]:
+    """Parameters of ``groups`` that are none of the model's, and may be A and B of pairs by their shapes.
+
+    Args:
+        model: the model.
+        groups: the base optimizer's parameter groups.
+
+    Returns:
+        ``id(parameter)`` to a name, for each A ``[r, d_in]`` for whose r there is a B ``[d_out, r]``, and
+        each such B.
+    """
+    outside = {id(p): (name, p) for name, p in _outside(model, groups) if p.dim() > 1}
+    of_a = {i: p.shape[0] for i, (_, p) in outside.items() if p.shape[0] < p[0].numel()}
+    of_b = {i: p.shape[1] for i, (_, p) in outside.items() if p.shape[1] < p.shape[0]}
+    both = set(of_a.values()) & set(of_b.values())
+    return {i: name for i, (name, _) in outside.items() if {of_a.get(i), of_b.get(i)} & both}
+
+
+def _outside(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[tuple[str, Tensor]]:
+    """Names and parameters of ``groups`` that are none of the model's. Without a name, place and shape."""
+    inside = {id(p) for p in model.parameters()}
+    found = []
+    for i, group in enumerate(groups):
+        for j, parameter in enumerate(group["params"]):
+            if id(parameter) not in inside:
+                shape = list(parameter.shape)
+                place = f"param_groups[{i}]['params'][{j}] {shape}"
+                found.append((group["param_names"][j] if "param_names" in group else place, parameter))
+    return found
+
+
+def peft_models_in(model: nn.Module) -> dict[str, Any]:
+    """The outermost ``PeftModel``s that ``model`` is or holds, by their names in it.
+
+    The names of wrappers (DDP, ``torch.compile``) are left out. ``model`` itself has the name ``""``.
+    """
+    found: dict[str, Any] = {}
+    for full_name, module in model.named_modules():
+        is_one = all(hasattr(module, name) for name in ("peft_config", "base_model", "get_base_model"))
+        if is_one and not any(module is inner for outer in found.values() for inner in outer.modules()):
+            found[_WRAPPER_NAMES.sub("", f"{full_name}.").rstrip(".")] = module
+    return found
+
+
 def peft_model_in(model: nn.Module) -> Any:
     """The ``PeftModel`` that ``model`` is, or that a wrapper (DDP, ``torch.compile``) holds.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or there are several.
     """
-    for module in model.modules():
-        if (
-            hasattr(module, "peft_config")
-            and hasattr(module, "base_model")
-            and hasattr(module, "get_base_model")
-        ):
-            return module
-    raise ValueError(
+    found = peft_models_in(model)
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} PeftModels ({listed(list(found))}), and an adapter "
+            "is one model's. Pass one of them"
+        )
+    if found:
+        return next(iter(found.values()))
+    raise ValueError(no_peft_model_message(model))
+
+
+def no_peft_model_message(model: nn.Module) -> str:
+    """The error for a model whose pairs lie in no ``PeftModel``."""
+    return (
         f"{type(model).__name__} holds no PeftModel, so there is no PEFT adapter to save. Make one with "
         "peft.get_peft_model(model, config). Save hand-written LoRA with the model's own state_dict(), "
         "which is smaller after shrink_()"
@@ -200,18 +251,38 @@ def adapter_layers(peft_model: Any, adapter: str) -> AdapterLayers:
     return AdapterLayers(pairs, others)
 
 
-def no_sites_message(model: nn.Module, untapped: Mapping[str, str]) -> str:
-    """The error for a model without a LoRA pair that can be tapped.
+def no_sites_message(
+    model: nn.Module, untapped: Mapping[str, str], groups: Sequence[Mapping[str, Any]]
+) -> str:
+    """The error for a model and a base optimizer that share no LoRA pair.
 
     Args:
         model: the model.
         untapped: the trained adapters that cannot be tapped, name to reason.
+        groups: the base optimizer's parameter groups.
     """
-    found = "; ".join(f"{name}: {reason}" for name, reason in list(untapped.items())[:5])
-    return (
-        f"found no LoRA pair in {type(model).__name__} that both requires gradients and is among the base "
-        f"optimizer's parameters{f' (seen but not usable: {found})' if found else ''}. Wrap the model "
-        "first, as in `model = peft.get_peft_model(model, peft.LoraConfig(target_modules='all-linear'))`, "
-        "and give the base optimizer its trainable parameters. Pass hand-written pairs as "
-        "`sites=[Site.from_modules(name, a, b, scaling), ...]`"
-    )
+    kind = type(model).__name__
+    seen = "; ".join(f"{name}: {reason}" for name, reason in list(untapped.items())[:5])
+    said = [
+        f"found no LoRA pair in {kind} that is among the base optimizer's parameters"
+        f"{f' (seen but not usable: {seen})' if seen else ''}"
+    ]
+    held, outside = sum(len(group["params"]) for group in groups), _outside(model, groups)
+    if outside:
+        names = listed([name for name, _ in outside], 3)
+        said.append(f"{len(outside)} of the {held} parameters that the base holds are none of {kind}'s ({names})")
+    pairs = [f"{name}.{a}" for name, layer in layers_of_pairs(model).values() for a in layer.lora_A]
+    if pairs:
+        said.append(
+            f"{kind} has {len(pairs)} pairs ({listed(pairs, 3)}), and the base does not hold both A and B of "
+            "any that can be tapped. Build the base on the parameters of this model, or pass the model whose "
+            "parameters it holds (several in one nn.ModuleList)"
+        )
+    else:
+        said.append(
+            "Wrap the model first, as in `model = peft.get_peft_model(model, "
+            "peft.LoraConfig(target_modules='all-linear'))`, and give the base optimizer its trainable "
+            "parameters"
+        )
+    said.append("Pass hand-written pairs as `sites=[Site.from_modules(name, a, b, scaling), ...]`")
+    return ". ".join(said)

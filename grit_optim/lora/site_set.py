@@ -5,7 +5,6 @@ A pair may be unfrozen, replaced, deleted or moved to another device in the cour
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grit_optim.lora.buckets import Bucket, build_buckets, check_distinct
-from grit_optim.lora.discovery import find_sites, frozen_pairs, no_sites_message
+from grit_optim.lora.discovery import find_sites, frozen_pairs, no_sites_message, pairs_elsewhere
 from grit_optim.lora.site import Site
 from grit_optim.messages import listed, warn
 
@@ -23,70 +22,105 @@ class SiteSet:
 
     Args:
         base: the optimizer that holds the sites' parameters.
-        model: where LoRA pairs are looked for. A weak reference is kept. None in a copy of the optimizer,
-            which keeps its sites but not the model.
+        model: where LoRA pairs are looked for. None in a copy of the optimizer, which keeps its sites but not
+            the model.
         given: sites from the user, for hand-written LoRA; None: look for PEFT's in ``model``.
 
     Attributes:
         all: the sites worked on, in the model's order.
         given: whether the user gave the sites, so that none are looked for.
+        model: the model. It is kept alive: the caller may have made an ``nn.ModuleList`` for this alone.
     """
 
     def __init__(self, base: Optimizer, model: nn.Module | None, given: Sequence[Site] | None = None) -> None:
         self.all: list[Site] = []
         self.given = given is not None
         self._base = base
-        self._model = weakref.ref(model) if model is not None else None
+        self.model = model
+        self._seen: dict[int, Tensor] = {}  # the base's parameters at the latest find()
         self._frozen: list[tuple[Tensor, Tensor]] = []  # A and B that the base holds but that are not trained
+        self._untapped: dict[str, str] = {}  # name to reason
+        self._elsewhere: set[int] = set()  # what may be pairs of another model, and has been named
         self._weights: list[tuple[Tensor, Tensor, object]] = []  # A, B and A's device when they were taken
 
-    @property
-    def model(self) -> nn.Module | None:
-        """The model; None if it was not given or no longer exists."""
-        return self._model() if self._model is not None else None
+    def first(self, model: nn.Module) -> list[Site]:
+        """The model's pairs that are trained now; those that are trained later are tapped then.
+
+        Raises:
+            ValueError: the base holds no pair of the model, trained now or not.
+        """
+        sites, untapped = find_sites(model, self._parameters())
+        if not sites and not frozen_pairs(model, self._parameters()):
+            raise ValueError(no_sites_message(model, untapped, self._base.param_groups))
+        return self.find(model)
 
     def find(self, model: nn.Module) -> list[Site]:
         """The sites worked on now, and those of the model's other pairs that are trained.
 
-        Warns of trained adapters that cannot be tapped. Notes which pairs are frozen, for :meth:`unfrozen`.
-
-        Raises:
-            ValueError: the model has no trained pair that can be tapped, and none is worked on.
+        Warns of trained adapters that cannot be tapped, and of pairs of another model in the base, once each.
+        Notes which pairs are frozen, for :meth:`grown`.
         """
         parameters = self._parameters()
         found, untapped = find_sites(model, parameters)
-        if not (found or self.all):
-            raise ValueError(no_sites_message(model, untapped))
+        self._seen = {id(p): p for p in parameters}
         tapped = {id(site.a) for site in self.all}
         self._frozen = [(a, b) for a, b in frozen_pairs(model, parameters) if id(a) not in tapped]
-        if untapped:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in untapped.items())
-            warn(
-                f"GRIT leaves {len(untapped)} adapter(s) to the base optimizer alone, since they cannot be "
-                f"tapped: {reasons}. They are trained without curvature. Leave their layers out of the "
-                "LoraConfig if that is not wanted"
-            )
+        self._warn_of_untapped(untapped)
+        self._warn_of_elsewhere(model)
         names = {site.name for site in self.all}
         return [*self.all, *(site for site in found if site.name not in names)]
 
+    def _warn_of_untapped(self, untapped: Mapping[str, str]) -> None:
+        news = {name: reason for name, reason in untapped.items() if self._untapped.get(name) != reason}
+        self._untapped.update(news)
+        if news:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in news.items())
+            warn(
+                f"GRIT leaves {len(news)} adapter(s) to the base optimizer alone, since they cannot be "
+                f"tapped: {reasons}. They are trained without curvature. Leave their layers out of the "
+                "LoraConfig if that is not wanted"
+            )
+
+    def _warn_of_elsewhere(self, model: nn.Module) -> None:
+        found = pairs_elsewhere(model, self._base.param_groups)
+        news = [name for i, name in found.items() if i not in self._elsewhere]
+        self._elsewhere |= found.keys()
+        if news:
+            warn(
+                f"the base optimizer holds {len(news)} parameter(s) that look like A and B of LoRA pairs and are "
+                f"none of {type(model).__name__}'s: {listed(news)}. They are trained without curvature. Where "
+                "they are another model's, pass both, as in GritOptimizer(base, torch.nn.ModuleList([one, "
+                "other]))"
+            )
+
     def with_trained(self) -> list[Site] | None:
         """The sites worked on, and those that have become trained since; None if sites are not looked for."""
-        model = self.model
-        return self.find(model) if model is not None and not self.given else None
+        return self.find(self.model) if self.model is not None and not self.given else None
 
-    def unfrozen(self) -> bool:
-        """Whether a pair that was frozen at the latest :meth:`find` is trained now."""
-        return any(a.requires_grad and b.requires_grad for a, b in self._frozen)
+    def grown(self) -> bool:
+        """Whether pairs may be trained now that were not at the latest :meth:`find`.
+
+        A pair that was frozen is not, or the base holds a parameter that it did not hold.
+        """
+        if self.model is None or self.given:
+            return False
+        unfrozen = any(a.requires_grad and b.requires_grad for a, b in self._frozen)
+        return unfrozen or any(id(p) not in self._seen for p in self._parameters())
+
+    def held(self) -> set[str]:
+        """Names of the sites whose matrices the base holds now. A parameter may leave its groups."""
+        ids = {id(p) for p in self._parameters()}
+        return {site.name for site in self.all if id(site.a) in ids and id(site.b) in ids}
 
     def with_named(self, names: Collection[str]) -> list[Site] | None:
-        """The sites worked on, and frozen ones among ``names``, of which a checkpoint has state.
+        """The sites worked on, and others among ``names``, of which a checkpoint has state, frozen or not.
 
-        None where all names are worked on already, or no pair is frozen.
+        None where all names are worked on already, or sites are not looked for.
         """
-        model, missing = self.model, set(names) - {site.name for site in self.all}
-        if model is None or not self._frozen or not missing:
+        missing = set(names) - {site.name for site in self.all}
+        if self.model is None or self.given or not missing:
             return None
-        found, _ = find_sites(model, self._parameters(), frozen_too=True)
+        found, _ = find_sites(self.model, self._parameters(), frozen_too=True)
         return [*self.all, *(site for site in found if site.name in missing)]
 
     def take(self, sites: list[Site]) -> list[Bucket]:
@@ -96,19 +130,20 @@ class SiteSet:
             The sites, stacked by rank and device.
 
         Raises:
-            ValueError: two sites share a name or a matrix, or the base does not hold one of the matrices.
+            ValueError: two sites share a name or a matrix, or the base does not hold a matrix of a new one.
             NotImplementedError: a matrix is partitioned over processes.
         """
-        group_of = {id(p): i for i, group in enumerate(self._base.param_groups) for p in group["params"]}
         check_distinct(sites)
         check_whole({site.name: site.a for site in sites})
-        strangers = [site.name for site in sites if id(site.a) not in group_of or id(site.b) not in group_of]
+        ids, known = {id(p) for p in self._parameters()}, {id(site) for site in self.all}
+        new = [site for site in sites if id(site) not in known]
+        strangers = [site.name for site in new if not {id(site.a), id(site.b)} <= ids]
         if strangers:
             raise ValueError(
                 f"site(s) {listed(strangers)} have weights that the base optimizer does not hold. Build the "
                 "base optimizer on the model's trainable parameters"
             )
-        buckets = build_buckets(sites, group_of)
+        buckets = build_buckets(sites)
         self.all = sites
         self._weights = [(site.a, site.b, site.a.device) for site in sites]
         return buckets

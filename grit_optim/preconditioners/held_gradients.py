@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ class Held:
 
     Attributes:
         curvature: of the bucket that the group belongs to.
-        group: the parameters that have a gradient in this step, m of them.
+        group: the parameters that have a gradient in this step, m of them, all in one parameter group.
+        settings: the base's parameter group that holds them in this step.
         originals: their own gradients, given back after the step.
         loss_gradient: these stacked, ``[m, rows, columns]``; None once they are replaced.
         gradient: what the base will see, ``[m, rows, columns]``; the same tensor while nothing has changed
@@ -59,6 +61,7 @@ class Held:
 
     curvature: BucketCurvature
     group: Group
+    settings: dict[str, Any]
     originals: list[Tensor]
     loss_gradient: Tensor | None
     gradient: Tensor
@@ -90,18 +93,26 @@ class Held:
         return Outcome(bucket, self.group.side, self.group.positions, self.gradient_norm.flatten(), *others)
 
 
-def hold_gradients(curvatures: Iterable[BucketCurvature]) -> list[Held]:
+def hold_gradients(
+    curvatures: Iterable[BucketCurvature], settings: Mapping[int, dict[str, Any]]
+) -> list[Held]:
     """Stack the gradients of all groups; all of them become zero if any one of them is not finite.
 
     A zero gradient is the one answer that costs no read-back and poisons neither weights nor moments.
+
+    Args:
+        curvatures: of the buckets.
+        settings: ``id(parameter)`` to the base's parameter group that holds it now.
     """
     held = []
     for curvature in curvatures:
-        for group in curvature.bucket.groups:
+        together = [found for group in curvature.bucket.groups for found in group.by_settings(settings)]
+        # In the model's order, whatever the order of the parameter groups is.
+        for its, group in sorted(together, key=lambda found: (found[1].side, found[1].positions[0])):
             part = group.with_gradient()
             if part is not None:
                 stacked = part.stack(part.gradients())
-                held.append(Held(curvature, part, part.gradients(), stacked, stacked))
+                held.append(Held(curvature, part, its, part.gradients(), stacked, stacked))
     finite = all_finite([h.gradient for h in held])
     if finite.device.type == "cpu" and finite:  # the usual case; looking costs nothing on the host
         return held

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from grit_optim.base.settings import group_by_parameter
 from grit_optim.curvature.curvature import Curvature
 from grit_optim.options import Options
 from grit_optim.preconditioners.held_gradients import (
@@ -92,7 +93,7 @@ class Preconditioning:
         # warm-up too.
         needed = self.mode.holds_gradients or self._max_grad_norm is not None or penalty > 0
         with self._times("precondition"):
-            held = hold_gradients(curvature.buckets) if needed else []
+            held = self._hold(curvature) if needed else []
         try:
             with self._times("precondition"):
                 for one in held:
@@ -113,13 +114,16 @@ class Preconditioning:
         places = {id(one): i for i, one in enumerate(curvature.buckets)}
         self.outcomes = [one.outcome(places[id(one.curvature)]) for one in held]
 
+    def _hold(self, curvature: Curvature) -> list[Held]:
+        return hold_gradients(curvature.buckets, group_by_parameter(self._base))
+
     def _prepare(self, mode: Mode, held: Held, penalty: float) -> None:
         """Precondition one group's gradient, and add what the penalties give."""
         held.gradient_norm = norm(held.gradient)
         extra = self.penalties.gradient(held.curvature.bucket, held.group, penalty) if penalty else None
         mode.before(held)
         if extra is not None:  # after the preconditioner, which so never sees it
-            ascends = self._base.param_groups[held.group.param_group].get("maximize", False)
+            ascends = held.settings.get("maximize", False)
             held.gradient = held.gradient + mode.as_the_base_sees(held, -extra if ascends else extra)
 
     def turn_back_from(self, mode: str | None, curvature: Curvature) -> None:

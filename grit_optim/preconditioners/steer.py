@@ -65,7 +65,7 @@ class Steer(Mode):
         length = target / size
         # Without a gradient (an expert that saw no token) the base's step fades out as its average does; so
         # must this one.
-        turned = held.ready & length.isfinite() & (held.gradient_norm > 0)
+        turned = held.ready & length.isfinite() & size.isfinite() & (held.gradient_norm > 0)
         # A step that stays as it is has not been turned.
         held.cosine = torch.where(turned | cosine.isnan(), cosine, 1.0)
         held.without, held.turned = step_size, torch.where(turned, target, step_size)
@@ -89,7 +89,7 @@ class Steer(Mode):
             decay, wanted = base_settings.moment_decay(settings), self._momentum(held)
             if wanted != decay:  # the base's bias correction knows nothing of what was freshened
                 ratio *= base_moments.freshened_correction(
-                    self.base, group.parameters[0], settings, decay, wanted
+                    self.base, group.parameters, settings, decay, wanted
                 )
             return ratio * base_length
         entries = held.curvature.ranks.step_rank[group.index] * group.width
@@ -114,7 +114,7 @@ class Steer(Mode):
 
     def _settings(self, held: Held) -> dict[str, Any]:
         """The base's parameter group."""
-        return self.base.param_groups[held.group.param_group]
+        return held.settings
 
     def _newest(self, held: Held) -> Tensor:
         """The newest gradient of what the base descends, the penalty of a coupled weight decay included."""
@@ -136,7 +136,7 @@ class Steer(Mode):
             moment, decay = self._freshened(held, moment, wanted / decay), wanted
         if self.gradient_share == 0:
             return moment
-        weight = base_moments.moment_weight(self.base, group.parameters[0], settings, decay)
+        weight = base_moments.moment_weight(self.base, group.parameters, settings, decay)
         return (1 - self.gradient_share) * (moment / weight) + self.gradient_share * self._newest(held)
 
     def _freshened(self, held: Held, moment: Tensor, ratio: float) -> Tensor:

@@ -272,7 +272,7 @@ class Ranks:
         self._versions = None
         self.budget = None
         origin = origins_of(state)
-        self.remember([] if origin else sites, origin)
+        self.remember([site for site in sites if site.name not in origin], origin)
         if self.budget is not None:
             self.budget.load(state.get("budget", {}))
         for ranks in self.kept:

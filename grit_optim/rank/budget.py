@@ -43,6 +43,11 @@ def check(name: str, budget: float, origins: Collection[Origin], floor: int) -> 
         ValueError: the budget is less than ``floor`` keeps, less than one direction, or more than all
             parameters.
     """
+    if not origins:
+        raise ValueError(
+            f"{name}={budget!r} shares out the parameters of the pairs in training, and none is trained yet. "
+            "Unfreeze the adapter and train first"
+        )
     directions = [(min(floor, origin.rank), origin.parameters // origin.rank) for origin in origins]
     least = sum(count * size for count, size in directions) or min(size for _, size in directions)
     total = full_parameters(origins)
@@ -168,7 +173,7 @@ class BudgetSchedule:
 
 
 def make_schedule(options: RankOptions, origins: Collection[Origin]) -> BudgetSchedule | None:
-    """The course of the rank budget; None without a budget.
+    """The course of the rank budget; None without a budget, and while no pair is trained.
 
     Args:
         options: the rank options.
@@ -177,7 +182,7 @@ def make_schedule(options: RankOptions, origins: Collection[Origin]) -> BudgetSc
     Raises:
         ValueError: the start or the end of the budget cannot be met.
     """
-    if options.budget is None:
+    if options.budget is None or not origins:
         return None
     start, end = options.budget
     total = full_parameters(origins)

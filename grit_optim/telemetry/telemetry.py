@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grit_optim.base.settings import group_by_parameter
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.options.checks import whole
 from grit_optim.parts import Parts
@@ -160,13 +161,21 @@ class Telemetry:
             ],
         }
 
+    def _rate(self) -> float | Tensor | None:
+        """The learning rate of the first pair that the base holds, or of its first group; None without any."""
+        base, sites = self._parts.base, self._parts.sites.all
+        settings = group_by_parameter(base)
+        of_pairs = (settings[id(site.a)] for site in sites if id(site.a) in settings)
+        group = next(of_pairs, None) or next(iter(base.param_groups), {})
+        return group.get("lr")
+
     def _step_record(self, loss: Tensor | float | None) -> tuple[Record, Snapshot]:
         """What the host knows of the latest step, and a snapshot of what the device knows."""
         parts, buckets = self._parts, self._parts.curvature.buckets
         engaged = [c.engaged.sum() for c in buckets]
         scalars = {
             "loss": loss,
-            "lr": parts.base.param_groups[0]["lr"],
+            "lr": self._rate(),
             "engaged_sites": torch.stack([e.to(engaged[0].device) for e in engaged]).sum() if engaged else 0,
             "dropped_folds": parts.curvature.dropped_folds,
             "predicted_cost": parts.ranks.predicted_cost(),

@@ -162,5 +162,5 @@ def test_the_weight_of_a_moment_makes_it_a_mean_of_gradients(make, steps):
         parameter.grad = torch.full((2, 3), 5.0)
         base.step()
     moment = moments.first_moment(base, parameter)
-    weight = moments.moment_weight(base, parameter, base.param_groups[0], 0.7)
+    weight = moments.moment_weight(base, [parameter], base.param_groups[0], 0.7)
     torch.testing.assert_close(moment / weight, torch.full((2, 3), 5.0))
