@@ -77,9 +77,7 @@ def freshened_correction(
     )
 
 
-def _by_steps(
-    base: Optimizer, parameters: Sequence[Tensor], formula: Callable[[Any], Any]
-) -> Tensor | float:
+def _by_steps(base: Optimizer, parameters: Sequence[Tensor], formula: Callable[[Any], Any]) -> Tensor | float:
     """``formula`` of the steps that each parameter has taken by the base's count; 1 where it keeps none.
 
     A parameter that was unfrozen later, or that skips steps without a gradient, has taken fewer than others.

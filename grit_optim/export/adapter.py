@@ -83,13 +83,57 @@ def export_adapter(
             changed the base weights, no direction is left, a weight is infinite or NaN, or ``dtype`` cannot
             hold a value.
     """
+    found = prepared(
+        peft_model_in(model),
+        adapter=adapter,
+        fold_scale=fold_scale,
+        tolerance=tolerance,
+        dtype=dtype,
+        history=history,
+        threshold=threshold,
+    )
+    write(Path(path), found)
+    return found.report
+
+
+class Prepared(NamedTuple):
+    """An adapter as it is to be saved; nothing more can be refused.
+
+    Attributes:
+        peft_model: which it was trained in.
+        tensors: by PEFT's names.
+        config: PEFT's configuration.
+        report: the ranks.
+    """
+
+    peft_model: Any
+    tensors: dict[str, Tensor]
+    config: Any
+    report: RankReport
+
+
+@torch.no_grad()
+def prepared(
+    peft_model: Any,
+    *,
+    adapter: str | None,
+    fold_scale: bool,
+    tolerance: float = 0.0,
+    dtype: torch.dtype | None,
+    history: Mapping[str, History] | None,
+    threshold: float,
+) -> Prepared:
+    """What :func:`export_adapter` is to write, from a PeftModel and its other arguments.
+
+    Raises:
+        ValueError: as :func:`export_adapter`.
+    """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype!r}")
     if not 0 <= tolerance < 1:
         raise ValueError(
             f"tolerance must be a share of the largest singular value in [0, 1), got {tolerance!r}"
         )
-    peft_model = peft_model_in(model)
     adapter = peft_config.choose_adapter(peft_model, adapter)
     config = peft_model.peft_config[adapter]
     peft_config.check_exportable(config, adapter)
@@ -116,8 +160,7 @@ def export_adapter(
     saved = peft_config.with_ranks(config, layers, ranks, fold_scale)
     report = _report(layers, smaller, history or {}, threshold)
     tensors = _tensors(peft_model, layers, smaller, fold_scale)
-    _write(Path(path), peft_model, tensors if dtype is None else _rounded(tensors, dtype), saved, report)
-    return report
+    return Prepared(peft_model, tensors if dtype is None else _rounded(tensors, dtype), saved, report)
 
 
 def _reduced(site: Site, tolerance: float) -> Pair:
@@ -250,10 +293,11 @@ def _report(
     return RankReport(sites, threshold)
 
 
-def _write(path: Path, peft_model: Any, tensors: dict[str, Tensor], config: Any, report: RankReport) -> None:
+def write(path: Path, found: Prepared) -> None:
     """Write weights, configuration and report, and let them take the place of the old folder."""
     from safetensors.torch import save_file
 
+    peft_model, tensors, config, report = found
     base = peft_model.get_base_model()
     config.inference_mode = True
     config.base_model_name_or_path = (

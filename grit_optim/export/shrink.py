@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import compress
 
 from torch import nn
 from torch.optim import Optimizer
 
 from grit_optim.base.transport import narrow_state
 from grit_optim.export import peft_config
-from grit_optim.lora.discovery import adapter_layers, layers_of_pairs, peft_model_in, resize_layer
+from grit_optim.export.peft_models import Home, homes
+from grit_optim.lora.discovery import adapter_layers, layers_of_pairs, resize_layer
 from grit_optim.lora.site import Site
 from grit_optim.messages import warn
 from grit_optim.parts import Parts, narrowed
@@ -33,67 +34,65 @@ def shrink(parts: Parts, model: nn.Module | None) -> None:
             "nothing to shrink. Build the optimizer with reprojection='balanced' or 'none'"
         )
     sites = parts.sites.all
-    peft_model = check(parts.known_model(model), sites)
-    parts.preconditioning.to_plain_coordinates(parts.curvature)
+    found = check(parts.known_model(model), sites)
     kept, dropped = parts.ranks.by_name(parts.curvature.buckets), parts.ranks.dropped()
     if not any(kept.values()):
         raise ValueError(
             "no site keeps a direction, so nothing would be left to train; reduce the ranks less"
         )
-    known = parts.pack_sites(with_operators=True)
     # PEFT keeps no trained bias without a pair.
     sizes = {site.name: max(kept[site.name], int(site.trains_bias)) for site in sites}
     gone = [site for site in sites if sizes[site.name] == 0]
-    check_starts(sites, sizes, peft_model)
-    narrow(parts.base, sites, sizes, peft_model)
-    if peft_model is not None:
-        update_configs(peft_model, gone)
+    check_starts(found, sizes)
+    # Nothing is refused from here on.
+    parts.preconditioning.to_plain_coordinates(parts.curvature)
+    known = parts.pack_sites(with_operators=True)
+    narrow(parts.base, sites, sizes, found)
+    for home in found:
+        update_configs(home, gone)
     parts.ranks.remove({site.name: dropped[site.name] for site in gone})
     left = [site for site in sites if sizes[site.name] > 0]
     parts.attach(left, {site.name: narrowed(known[site.name], sizes[site.name]) for site in left})
 
 
-def check(model: nn.Module | None, sites: Sequence[Site]) -> Any | None:
-    """The PEFT model that holds the sites, or None for hand-written LoRA.
+def check(model: nn.Module | None, sites: Sequence[Site]) -> list[Home]:
+    """The PEFT models that hold the sites; none for hand-written LoRA.
 
     Raises:
-        ValueError: the PEFT model, which holds the configuration, is not known, or the adapter is DoRA.
+        ValueError: a PEFT model, which holds the configuration, is not known, or an adapter is DoRA.
     """
-    adapters = sorted({site.adapter for site in sites if site.in_peft})
-    if not adapters:
-        return None
+    if not any(site.in_peft for site in sites):
+        return []
     if model is None:
-        raise ValueError(
-            "this optimizer no longer knows its model (it was copied or unpickled, or the model is gone); "
-            "pass model="
-        )
-    peft_model = peft_model_in(model)
-    for adapter in adapters:
-        peft_config.check_exportable(peft_model.peft_config[adapter], adapter)
-    return peft_model
+        raise ValueError("this optimizer no longer knows its model (it was copied or unpickled); pass model=")
+    found = homes(model, sites)
+    for home in found:
+        for adapter in home.adapters():
+            peft_config.check_exportable(home.peft_model.peft_config[adapter], adapter)
+    return found
 
 
-def check_starts(sites: Iterable[Site], sizes: Mapping[str, int], peft_model: Any | None) -> None:
+def check_starts(found: Iterable[Home], sizes: Mapping[str, int]) -> None:
     """Refuse to cut adapters whose start depends on their rank.
 
     Raises:
         ValueError: a site of such an adapter would get another rank.
     """
-    for adapter in sorted({site.adapter for site in sites if site.in_peft and sizes[site.name] != site.rank}):
-        assert peft_model is not None
-        peft_config.check_start(peft_model.peft_config[adapter], adapter)
+    for home in found:
+        for adapter in sorted({site.adapter for site in home.sites if sizes[site.name] != site.rank}):
+            peft_config.check_start(home.peft_model.peft_config[adapter], adapter)
 
 
-def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], peft_model: Any | None) -> None:
+def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], found: Iterable[Home]) -> None:
     """Cut each site, and what the base keeps of it, to its leading directions.
 
     Args:
         base: the optimizer that holds the parameters. A site of rank 0 leaves its groups.
         sites: those to cut.
         sizes: name to the directions that are left.
-        peft_model: which holds the layers, or None for hand-written LoRA.
+        found: the PEFT models that hold the layers.
     """
-    layers = layers_of_pairs(peft_model) if peft_model is not None else {}
+    layers = {key: layer for home in found for key, (_, layer) in layers_of_pairs(home.peft_model).items()}
     strange: set[str] = set()
     removed: set[int] = set()
     for site in sites:
@@ -109,9 +108,8 @@ def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], pef
         if rank > 0 or not site.in_peft:
             site.narrow_(rank)
         if site.in_peft:
-            resize_layer(layers[id(site.a_modules)][1], site.adapter, rank)
-    for group in base.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in removed]
+            resize_layer(layers[id(site.a_modules)], site.adapter, rank)
+    remove_parameters(base, removed)
     if strange:
         warn(
             f"shrink_() does not know how to cut the state that {type(base).__name__} keeps "
@@ -120,33 +118,39 @@ def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], pef
         )
 
 
-def update_configs(peft_model: Any, gone: Sequence[Site]) -> None:
+def remove_parameters(base: Optimizer, removed: Collection[int]) -> None:
+    """Take parameters out of the base's groups, and their entries out of every list that goes with them.
+
+    Such a list is ``param_names``, or any other of a group's own that is as long as its ``params``. Settings
+    that the base's defaults hold are no such lists (``betas``).
+
+    Args:
+        base: the base optimizer.
+        removed: ``id(parameter)`` of those that leave.
+    """
+    for group in base.param_groups:
+        stays = [id(p) not in removed for p in group["params"]]
+        for key, value in list(group.items()):
+            per_parameter = isinstance(value, list | tuple) and len(value) == len(stays)
+            if key == "params" or (per_parameter and key not in base.defaults):
+                group[key] = type(value)(compress(value, stays))
+
+
+def update_configs(home: Home, gone: Sequence[Site]) -> None:
     """Write the layers' ranks into PEFT's configuration, and exclude the layers of ``gone``."""
-    names = layers_of_pairs(peft_model.get_base_model())
-    for adapter, config in peft_model.peft_config.items():
-        layers = adapter_layers(peft_model, adapter)
+    names = home.layer_names()
+    for adapter, config in home.peft_model.peft_config.items():
+        layers = adapter_layers(home.peft_model, adapter)
         if not layers.pairs:
             continue
         ranks = {name: site.rank for name, site in layers.pairs.items()}
         new = peft_config.with_ranks(config, layers, ranks, fold_scale=False)
-        left_out = [names[id(site.a_modules)][0] for site in gone if site.adapter == adapter and site.in_peft]
+        left_out = [
+            names[id(site.a_modules)]
+            for site in gone
+            if site.adapter == adapter and id(site.a_modules) in names
+        ]
         if left_out:
             new.exclude_modules = peft_config.excluding(new.exclude_modules, left_out)
         for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "exclude_modules"):
             setattr(config, field, getattr(new, field))
-
-
-def common_prefix(known: Mapping[str, str]) -> str:
-    """What precedes the layer's name in a site's name: ``base_model.model.`` or nothing.
-
-    Args:
-        known: the layer's name in the base model to the site's name.
-    """
-    for layer, name in known.items():
-        return name[: name.index(layer)]
-    return ""
-
-
-def layer_name(site_name: str, prefix: str, adapter: str) -> str:
-    """The layer's name in the base model, from the site's name."""
-    return site_name.removeprefix(prefix).removesuffix(f".{adapter}")

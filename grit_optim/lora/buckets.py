@@ -1,9 +1,9 @@
 """Sites stacked for batched algebra.
 
 A :class:`Bucket` holds the sites of one rank on one device; their factors form tensors ``[S, r, r]``. Within
-it, a :class:`Group` holds the matrices of one side (A or B) that share a shape and a dtype. An operation on all
-of them is one batched product, never a loop with one kernel per site. Which parameter group of the base
-optimizer holds a matrix may change at any time, so that is looked up whenever it is needed
+it, a :class:`Group` holds the matrices of one side (A or B) that share a shape and a dtype. An operation on
+all of them is one batched product, never a loop with one kernel per site. Which parameter group of the base
+optimizer holds a matrix may change at any time. It is looked up whenever it is needed
 (:meth:`Group.by_settings`).
 """
 

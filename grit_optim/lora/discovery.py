@@ -270,7 +270,7 @@ def no_sites_message(
     held, outside = sum(len(group["params"]) for group in groups), _outside(model, groups)
     if outside:
         names = listed([name for name, _ in outside], 3)
-        said.append(f"{len(outside)} of the {held} parameters that the base holds are none of {kind}'s ({names})")
+        said.append(f"{len(outside)} of the base's {held} parameters are none of {kind}'s ({names})")
     pairs = [f"{name}.{a}" for name, layer in layers_of_pairs(model).values() for a in layer.lora_A]
     if pairs:
         said.append(

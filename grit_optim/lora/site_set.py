@@ -87,10 +87,10 @@ class SiteSet:
         self._elsewhere |= found.keys()
         if news:
             warn(
-                f"the base optimizer holds {len(news)} parameter(s) that look like A and B of LoRA pairs and are "
-                f"none of {type(model).__name__}'s: {listed(news)}. They are trained without curvature. Where "
-                "they are another model's, pass both, as in GritOptimizer(base, torch.nn.ModuleList([one, "
-                "other]))"
+                f"the base optimizer holds {len(news)} parameter(s) that look like A and B of LoRA pairs and "
+                f"are none of {type(model).__name__}'s: {listed(news)}. They are trained without curvature. "
+                "Where they are another model's, pass both, as in GritOptimizer(base, "
+                "torch.nn.ModuleList([one, other]))"
             )
 
     def with_trained(self) -> list[Site] | None:

@@ -162,7 +162,7 @@ class Telemetry:
         }
 
     def _rate(self) -> float | Tensor | None:
-        """The learning rate of the first pair that the base holds, or of its first group; None without any."""
+        """The learning rate of the first pair; of the base's first group where it holds none."""
         base, sites = self._parts.base, self._parts.sites.all
         settings = group_by_parameter(base)
         of_pairs = (settings[id(site.a)] for site in sites if id(site.a) in settings)
