@@ -1,4 +1,4 @@
-"""The base's parameter groups change in the course of training, and the pairs follow, as under AdamW alone."""
+"""The base's parameter groups change in the course of training, and the pairs follow, as under AdamW."""
 
 import copy
 
@@ -16,7 +16,11 @@ from grit_optim import GritOptimizer
 
 MODES = ["spectral", "steer", "inverse", "eigenbasis", "balanced", "none"]
 PARTS = ("lora_A", "lora_B", "norm")
-SETTINGS = ({"lr": 1e-2}, {"lr": 1e-4, "weight_decay": 0.3}, {"lr": 3e-3, "betas": (0.8, 0.99), "maximize": True})
+SETTINGS = (
+    {"lr": 1e-2},
+    {"lr": 1e-4, "weight_decay": 0.3},
+    {"lr": 3e-3, "betas": (0.8, 0.99), "maximize": True},
+)
 
 
 def started(order=(0, 1, 2)):
@@ -57,8 +61,8 @@ def add_empty(groups):
 EDITS = {edit.__name__: edit for edit in (reverse, rotate, move_out, move_one, add_empty)}
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from(sorted(EDITS)), min_size=2, max_size=4))
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(sorted(EDITS)), min_size=2, max_size=3))
 def test_every_change_of_the_groups_is_exact_without_curvature(names):
     """Also where the list itself is another one; weights, the base's state and its state dict."""
     runs = []
@@ -165,7 +169,9 @@ def test_a_pair_that_leaves_the_groups_is_left_alone(mode):
     torch.testing.assert_close(after, product, rtol=1e-4, atol=1e-6)  # "balanced" changes its coordinates
     saved = optimizer.state_dict()
     assert len(saved["grit"]["sites"]) == 2
-    without = wrapped(model, AdamW([{"params": g["params"]} for g in optimizer.param_groups]), precondition=mode)
+    without = wrapped(
+        model, AdamW([{"params": g["params"]} for g in optimizer.param_groups]), precondition=mode
+    )
     without.load_state_dict(saved)
     optimizer.load_state_dict(saved)
     assert len(without.ranks()) == 2
@@ -182,7 +188,7 @@ def test_the_reported_rate_is_the_pairs_own():
     assert [r["lr"] for r in records if r["kind"] == "step"] == [1e-2, 1e-2]
 
 
-# -------------------------------------------------------------------- what the base holds and does not train yet
+# -------------------------------------------------------------------- pairs that are not trained yet
 
 
 def head_first(model):
@@ -193,7 +199,9 @@ def head_first(model):
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize("options", [{}, {"reprojection": "balanced", "rank_budget": 0.5, "min_lora_rank": 0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"reprojection": "balanced", "rank_budget": 0.5, "min_lora_rank": 0}]
+)
 def test_the_head_first_and_the_pairs_later(options):
     model = tiny.llama(layers=1)
     head, lora = head_first(model)
@@ -251,5 +259,7 @@ def test_the_error_says_what_the_base_holds_and_the_model_does_not():
         with pytest.raises(ValueError, match=r"14 of the base's 14 parameters are none of PeftModel's") as e:
             GritOptimizer(base, model)
         assert name in str(e.value)
-        assert "PeftModel has 7 pairs (base_model.model.model.layers.0.self_attn.q_proj.default, " in str(e.value)
+        assert "PeftModel has 7 pairs (base_model.model.model.layers.0.self_attn.q_proj.default, " in str(
+            e.value
+        )
         assert "get_peft_model" not in str(e.value)
