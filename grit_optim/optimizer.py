@@ -263,11 +263,15 @@ class GritOptimizer(OptimizerWrapper):
         """Save the adapter with the ranks that are kept and no others, for ``PeftModel.from_pretrained``.
 
         Args:
-            path: the folder; it holds the old adapter or the new one at every moment (docs/adapters.md).
+            path: the folder; it holds the old adapter or the new one at every moment (docs/adapters.md). Where
+                the model holds several PeftModels, each has a folder in it by its name.
             adapter: name of the adapter, where this optimizer trains several.
             fold_scale: multiply the scale into B, for programs that ignore ``alpha_pattern`` and rsLoRA.
             dtype: ``torch.bfloat16`` or ``torch.float16`` for half the bytes of fp32; None: as it is.
             model: the model, where the optimizer does not know it any more (after unpickling).
+
+        Returns:
+            The ranks by site name, as in :meth:`ranks`.
 
         Raises:
             ValueError: no such adapter, one that this optimizer does not train, one that cannot be exported
