@@ -263,8 +263,8 @@ class GritOptimizer(OptimizerWrapper):
         """Save the adapter with the ranks that are kept and no others, for ``PeftModel.from_pretrained``.
 
         Args:
-            path: the folder; it holds the old adapter or the new one at every moment (docs/adapters.md). Where
-                the model holds several PeftModels, each has a folder in it by its name.
+            path: the folder; it holds the old adapter or the new one at every moment (docs/adapters.md). Of
+                several PeftModels each has a folder in it, by its name in the model.
             adapter: name of the adapter, where this optimizer trains several.
             fold_scale: multiply the scale into B, for programs that ignore ``alpha_pattern`` and rsLoRA.
             dtype: ``torch.bfloat16`` or ``torch.float16`` for half the bytes of fp32; None: as it is.

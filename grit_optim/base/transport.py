@@ -63,10 +63,13 @@ def set_weights(base: Optimizer, group: Group, stacked: Tensor, changed: Tensor)
     """
     group.write(stacked)
     for name in WEIGHT_LIKE:
-        states = [base.state.get(p, {}) for p in group.parameters]
-        if all(isinstance(state.get(name), Tensor) for state in states):
-            copies = [state[name] for state in states]
-            mixed = group.masked(stacked, changed) + group.masked(group.stack(copies), ~changed)
+        found = [base.state.get(p, {}).get(name) for p in group.parameters]
+        # A parameter that has not been stepped yet has no copy.
+        present = [i for i, copy in enumerate(found) if isinstance(copy, Tensor)]
+        if present:
+            part, copies = group.subset(present), [found[i] for i in present]
+            values = stacked if part is group else stacked[present]
+            mixed = part.masked(values, changed) + part.masked(part.stack(copies), ~changed)
             for copy, value in zip(copies, mixed, strict=True):
                 copy.copy_(value.view_as(copy))
 

@@ -122,3 +122,18 @@ def test_the_tokens_correlations_bring_carried_moments_nearer_to_the_gradients(m
     correlated = errors_of_carried_moments(monkeypatch, correlated=True)
     assert (correlated < uncorrelated).all()
     assert correlated[0] < 0.85 * uncorrelated[0], "later moves are small ones"
+
+
+def test_copies_of_weights_are_set_where_there_are_any():
+    """A schedule-free base has none of a parameter that it has not stepped yet."""
+    model = tiny.llama(layers=1, target_modules=["q_proj", "v_proj"])
+    optimizer = GritOptimizer(torch.optim.AdamW(tiny.trained(model)), model, precondition="none")
+    (bucket,) = [curvature.bucket for curvature in optimizer.curvature]
+    group = next(g for g in bucket.groups if g.side == "B")
+    first, second = group.parameters[0], group.parameters[-1]
+    optimizer.base.state[second]["z"] = torch.ones_like(second)
+    new = torch.full((len(group.parameters), group.width, bucket.rank), 2.0)
+    transport.set_weights(optimizer.base, group, new, torch.tensor([[True, False, False, True]] * 2))
+    assert (first == 2).all()
+    expected = torch.tensor([2.0, 1.0, 1.0, 2.0]).expand(group.width, 4)
+    torch.testing.assert_close(optimizer.state[second]["z"], expected)
