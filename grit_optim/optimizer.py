@@ -270,7 +270,8 @@ class GritOptimizer(OptimizerWrapper):
         Args:
             path: the folder; it holds the old adapter or the new one at every moment (docs/adapters.md).
             adapter: name of the adapter, where this optimizer trains several.
-            fold_scale: multiply the scale into B, for programs that ignore ``alpha_pattern`` and rsLoRA.
+            fold_scale: pad every layer with zeros to one rank and fold the scale into B: right in llama.cpp,
+                vLLM and every other program too (docs/adapters.md), at the size of one rank for all.
             dtype: ``torch.bfloat16`` or ``torch.float16`` for half the bytes of fp32; None: as it is.
             model: the model, where the optimizer does not know it any more (after unpickling).
 
