@@ -105,7 +105,6 @@ class GritOptimizer(OptimizerWrapper):
             )
         found = SiteSet(base, model, sites)
         self._assemble(base, options, found, given_sites(sites) if sites is not None else found.find(model))
-        warn_of_ranks_that_stay(self._parts)
 
     def _assemble(
         self,
@@ -121,7 +120,12 @@ class GritOptimizer(OptimizerWrapper):
         self._telemetry = Telemetry(self._parts)
         self._closed = False
         self._wrap(base, self._parts)
-        self._parts.start(sites, origin)
+        try:
+            self._parts.start(sites, origin)
+            warn_of_ranks_that_stay(self._parts)
+        except BaseException:  # also a warning that is an error; the model is as it was
+            self._parts.close()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -169,11 +173,12 @@ class GritOptimizer(OptimizerWrapper):
         """Remove every hook, end the logging, and leave the base with plain moments: it can go on alone."""
         if self._closed:
             return
-        self.finish_logging()
-        self._parts.preconditioning.to_plain_coordinates(self._parts.curvature)
-        self._parts.losses.detach()
-        self._parts.capture.close()
-        self._closed = True
+        try:
+            self.finish_logging()
+        finally:
+            self._parts.preconditioning.to_plain_coordinates(self._parts.curvature)
+            self._parts.close()
+            self._closed = True
 
     def __repr__(self) -> str:
         mode, sites = self.options.preconditioning.precondition, len(self._parts.sites.all)
@@ -270,8 +275,7 @@ class GritOptimizer(OptimizerWrapper):
         Args:
             path: the folder; it holds the old adapter or the new one at every moment (docs/adapters.md).
             adapter: name of the adapter, where this optimizer trains several.
-            fold_scale: pad every layer with zeros to one rank and fold the scale into B: right in llama.cpp,
-                vLLM and every other program too (docs/adapters.md), at the size of one rank for all.
+            fold_scale: all layers at one rank, the scale in B: for llama.cpp, vLLM, … (docs/adapters.md).
             dtype: ``torch.bfloat16`` or ``torch.float16`` for half the bytes of fp32; None: as it is.
             model: the model, where the optimizer does not know it any more (after unpickling).
 
@@ -324,7 +328,7 @@ class GritOptimizer(OptimizerWrapper):
         """Record from now on, until :meth:`finish_logging` or :meth:`close`. Sinks are not saved or copied.
 
         Args:
-            sink: a path for a file of JSON lines, one of ``grit_optim.sinks``, or a callable of a dict.
+            sink: a path for a file of JSON lines (new, or an earlier log, which goes on), one of ``grit_optim.sinks``, or a callable of a dict.
             every: steps between two records; the first step has one too.
             log_fisher_spectrum: also both factors' leading eigenvalues, as many as ``log_top_eigs``.
             log_eig_heatmaps: also both factors' eigenvectors, of ``log_eig_heatmaps_modules`` sites.
@@ -333,6 +337,7 @@ class GritOptimizer(OptimizerWrapper):
 
         Raises:
             TypeError: ``sink`` is no path and cannot be called, or an option has the wrong type.
+            OSError, ValueError: the file cannot be written, or holds something that is no log.
         """
         contents = Contents(log_fisher_spectrum, log_top_eigs, log_eig_heatmaps, log_eig_heatmaps_modules)
         self._telemetry.log_to(sink, every, contents)
