@@ -47,7 +47,7 @@ def raising_at(number, call):
             counted += 1
             if counted > number:
                 raise Injected
-        return None
+        return
 
     before = sys.gettrace()
     sys.settrace(trace)

@@ -78,7 +78,9 @@ def _writable(path: Path) -> bool:
 
 def _clear_up(path: Path) -> None:
     """Remove what killed processes have left, and put back an old folder that one had set aside."""
-    at_work = [temporary.remove_abandoned(place, path.name) for place in (path.parent, path) if place.is_dir()]
+    at_work = [
+        temporary.remove_abandoned(place, path.name) for place in (path.parent, path) if place.is_dir()
+    ]
     aside = _aside(path)
     if aside.is_dir() and not path.exists() and not any(at_work):
         aside.rename(path)

@@ -43,7 +43,7 @@ def check_exportable(config: Any, adapter: str) -> None:
 
 
 def check_start(config: Any, adapter: str) -> None:
-    """Refuse another rank, or another program, for an adapter whose start took a term of the full rank out of the base model.
+    """Refuse another rank, or another program, for an adapter whose start changed the base model.
 
     Raises:
         ValueError: ``init_lora_weights`` is PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA or the like.

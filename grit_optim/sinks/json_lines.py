@@ -39,7 +39,9 @@ class JsonLines:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if self.path.is_dir():
-            raise IsADirectoryError(f"{self.path} is a folder; a log is a file: pass {self.path / 'grit.jsonl'}")
+            raise IsADirectoryError(
+                f"{self.path} is a folder; a log is a file: pass {self.path / 'grit.jsonl'}"
+            )
         _check_log(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a", encoding="utf8")

@@ -109,8 +109,8 @@ class Recorder:
                 _close(sink)
             except Exception as error:
                 warn(
-                    f"{type(sink).__name__} could not be closed: {type(error).__name__}: {error}. What it was "
-                    "given last may be missing there"
+                    f"{type(sink).__name__} could not be closed: {type(error).__name__}: {error}. What it "
+                    "was given last may be missing there"
                 )
 
 

@@ -1,4 +1,4 @@
-"""What killed saves leave is cleared up by the next one; what is alive, protected or another's is left alone."""
+"""The next save clears up what killed ones left; what is alive, read-only or another's it leaves alone."""
 
 import os
 import signal
@@ -44,6 +44,11 @@ def killed_in_a_save(path):
     os.waitpid(child, 0)
     yield None
     os.close(reader), os.close(writer)
+
+
+def killed_after(rename):
+    """A rename that kills the process instead, where the new folder is to come in."""
+    return lambda self, target: os._exit(9) if ".tmp" in self.name else rename(self, target)
 
 
 def hidden(folder):
@@ -123,9 +128,7 @@ def test_an_old_folder_that_a_killed_save_had_set_aside_is_put_back(adapter, mon
     if child == 0:
         with replaced(adapter) as new:
             (new / "weights").write_text("half")
-            type(new).rename = lambda self, target, rename=type(new).rename: (
-                os._exit(9) if ".tmp" in self.name else rename(self, target)
-            )
+            monkeypatch.setattr(type(new), "rename", killed_after(type(new).rename))
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not adapter.exists()

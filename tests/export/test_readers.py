@@ -126,6 +126,8 @@ def test_an_optimizers_mixed_ranks_are_right_in_llama_cpp(base_folder, tmp_path,
 def test_a_start_that_other_programs_do_not_repeat_is_refused(base_folder, tmp_path):
     model = start("fp32", {**LLAMA, "init_lora_weights": "olora"}, base_folder)
     export_adapter(model, tmp_path / "whole")
-    with pytest.raises(ValueError, match=r"init_lora_weights='olora'.*other programs \(fold_scale\) take out"):
+    with pytest.raises(
+        ValueError, match=r"init_lora_weights='olora'.*other programs \(fold_scale\) take out"
+    ):
         export_adapter(model, tmp_path / "folded", fold_scale=True)
     assert not (tmp_path / "folded").exists()

@@ -17,7 +17,6 @@ from recording import recorded, rounded
 from grit_optim import GritOptimizer, Site, sinks
 from grit_optim.sinks.flattening import Flattener
 
-
 BEGINNINGS = (b'{"kind": "start"', b'{"kind": "step"', b'{"kind": "end"')
 
 
