@@ -328,7 +328,8 @@ class GritOptimizer(OptimizerWrapper):
         """Record from now on, until :meth:`finish_logging` or :meth:`close`. Sinks are not saved or copied.
 
         Args:
-            sink: a path for JSON lines (a new file, or a log that goes on), one of ``grit_optim.sinks``, or a callable of a dict.
+            sink: a path for JSON lines (a new file, or a log that goes on), one of ``grit_optim.sinks``, or a
+                callable of a dict.
             every: steps between two records; the first step has one too.
             log_fisher_spectrum: also both factors' leading eigenvalues, as many as ``log_top_eigs``.
             log_eig_heatmaps: also both factors' eigenvectors, of ``log_eig_heatmaps_modules`` sites.
@@ -337,7 +338,7 @@ class GritOptimizer(OptimizerWrapper):
 
         Raises:
             TypeError: ``sink`` is no path and cannot be called, or an option has the wrong type.
-            OSError, ValueError: the file cannot be written, or holds something that is no log.
+            OSError, ValueError: the file cannot be written, or is no log.
         """
         contents = Contents(log_fisher_spectrum, log_top_eigs, log_eig_heatmaps, log_eig_heatmaps_modules)
         self._telemetry.log_to(sink, every, contents)

@@ -59,7 +59,7 @@ def test_a_file_that_is_no_log_is_left_as_it_is(text):
         path.write_bytes(text)
         if any(text.startswith(beginning) or beginning.startswith(text) for beginning in BEGINNINGS):
             return
-        with pytest.raises(ValueError, match="is no log of GRIT's.*log to another file"):
+        with pytest.raises(ValueError, match=r"is no log of GRIT's.*log to another file"):
             sinks.JsonLines(path)
         assert path.read_bytes() == text
 
