@@ -328,8 +328,7 @@ class GritOptimizer(OptimizerWrapper):
         """Record from now on, until :meth:`finish_logging` or :meth:`close`. Sinks are not saved or copied.
 
         Args:
-            sink: a path for JSON lines (a new file, or a log that goes on), one of ``grit_optim.sinks``, or a
-                callable of a dict.
+            sink: a path for JSON lines, new or a log that goes on; one of ``grit_optim.sinks``; a callable.
             every: steps between two records; the first step has one too.
             log_fisher_spectrum: also both factors' leading eigenvalues, as many as ``log_top_eigs``.
             log_eig_heatmaps: also both factors' eigenvectors, of ``log_eig_heatmaps_modules`` sites.

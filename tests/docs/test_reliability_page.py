@@ -28,6 +28,7 @@ def test_the_tests_exist(name):
     assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
+@pytest.mark.slow  # collecting imports what the tests named import
 def test_the_cases_are_those_that_are_collected():
     """A number that a test draws or counts itself is said in words, and is not looked at here."""
     counted = {name: int(cases.split(",")[0]) for name, cases in NAMED.items() if "drawn" not in cases}
