@@ -105,7 +105,6 @@ class GritOptimizer(OptimizerWrapper):
             )
         found = SiteSet(base, model, sites)
         self._assemble(base, options, found, given_sites(sites) if sites is not None else found.first(model))
-        warn_of_ranks_that_stay(self._parts)
 
     def _assemble(
         self,
@@ -121,7 +120,12 @@ class GritOptimizer(OptimizerWrapper):
         self._telemetry = Telemetry(self._parts)
         self._closed = False
         self._wrap(base, self._parts)
-        self._parts.start(sites, origin)
+        try:
+            self._parts.start(sites, origin)
+            warn_of_ranks_that_stay(self._parts)
+        except BaseException:  # also a warning that is an error; the model is as it was
+            self._parts.close()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -164,11 +168,12 @@ class GritOptimizer(OptimizerWrapper):
         """Remove every hook, end the logging, and leave the base with plain moments: it can go on alone."""
         if self._closed:
             return
-        self.finish_logging()
-        self._parts.preconditioning.to_plain_coordinates(self._parts.curvature)
-        self._parts.losses.detach()
-        self._parts.capture.close()
-        self._closed = True
+        try:
+            self.finish_logging()
+        finally:
+            self._parts.preconditioning.to_plain_coordinates(self._parts.curvature)
+            self._parts.close()
+            self._closed = True
 
     def __repr__(self) -> str:
         mode, sites = self.options.preconditioning.precondition, len(self._parts.sites.all)
@@ -266,7 +271,7 @@ class GritOptimizer(OptimizerWrapper):
             path: the folder; it holds the old adapter or the new one at every moment (docs/adapters.md). Of
                 several PeftModels each has a folder in it, by its name in the model.
             adapter: name of the adapter, where this optimizer trains several.
-            fold_scale: multiply the scale into B, for programs that ignore ``alpha_pattern`` and rsLoRA.
+            fold_scale: all layers at one rank, the scale in B: for llama.cpp, vLLM, … (docs/adapters.md).
             dtype: ``torch.bfloat16`` or ``torch.float16`` for half the bytes of fp32; None: as it is.
             model: the model, where the optimizer does not know it any more (after unpickling).
 
@@ -322,7 +327,7 @@ class GritOptimizer(OptimizerWrapper):
         """Record from now on, until :meth:`finish_logging` or :meth:`close`. Sinks are not saved or copied.
 
         Args:
-            sink: a path for a file of JSON lines, one of ``grit_optim.sinks``, or a callable of a dict.
+            sink: a path for JSON lines, new or a log that goes on; one of ``grit_optim.sinks``; a callable.
             every: steps between two records; the first step has one too.
             log_fisher_spectrum: also both factors' leading eigenvalues, as many as ``log_top_eigs``.
             log_eig_heatmaps: also both factors' eigenvectors, of ``log_eig_heatmaps_modules`` sites.
@@ -331,6 +336,7 @@ class GritOptimizer(OptimizerWrapper):
 
         Raises:
             TypeError: ``sink`` is no path and cannot be called, or an option has the wrong type.
+            OSError, ValueError: the file cannot be written, or is no log.
         """
         contents = Contents(log_fisher_spectrum, log_top_eigs, log_eig_heatmaps, log_eig_heatmaps_modules)
         self._telemetry.log_to(sink, every, contents)

@@ -84,6 +84,11 @@ class Parts:
         if self.follows_loss:
             self.losses.attach(self.sites.model)
 
+    def close(self) -> None:
+        """Remove every hook from the model."""
+        self.losses.detach()
+        self.capture.close()
+
     def take(self, sites: list[Site] | None) -> None:
         """Work on these sites from now on, with what is known of them so far; None changes nothing."""
         if sites is not None:

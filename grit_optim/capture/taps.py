@@ -104,9 +104,13 @@ class Taps:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.bypass = BypassWatch()
         self.discard()
-        for position, site in enumerate(self.sites):
-            _remove_inert_taps(site.tap)
-            self._hooks.append(site.tap.register_forward_hook(Tap(self, position)))
+        try:
+            for position, site in enumerate(self.sites):
+                _remove_inert_taps(site.tap)
+                self._hooks.append(site.tap.register_forward_hook(Tap(self, position)))
+        except BaseException:  # nobody will hold these taps to close them
+            self.close()
+            raise
 
     def discard(self) -> None:
         """Forget what was gathered since the last :meth:`collect`."""

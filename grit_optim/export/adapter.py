@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from grit_optim.export import atomic_folder, peft_config
-from grit_optim.export.files import EMBEDDING_B, LORA_A, LORA_B, LORA_B_BIAS, PREFIX, STALE_WEIGHTS, WEIGHTS
+from grit_optim.export.files import (
+    EMBEDDING_A,
+    EMBEDDING_B,
+    LORA_A,
+    LORA_B,
+    LORA_B_BIAS,
+    PREFIX,
+    STALE_WEIGHTS,
+    WEIGHTS,
+)
 from grit_optim.lora.discovery import AdapterLayers, adapter_layers, peft_model_in
 from grit_optim.lora.site import Site
 from grit_optim.messages import listed
@@ -42,6 +51,14 @@ class Pair(NamedTuple):
     a: Tensor
     b: Tensor
 
+    def padded(self, rank: int) -> Pair:
+        """The pair with zero directions added up to ``rank``; B·A stays the same."""
+        a, b, more = self.a, self.b, rank - self.a.shape[0]
+        return Pair(
+            torch.cat((a, a.new_zeros(more, *a.shape[1:]))),
+            torch.cat((b, b.new_zeros(b.shape[0], more, *b.shape[2:])), dim=1),
+        )
+
 
 @torch.no_grad()
 def export_adapter(
@@ -65,8 +82,10 @@ def export_adapter(
         model: the PEFT model, or a wrapper that holds it.
         path: the folder to write; other files in it stay.
         adapter: the adapter's name; needed where there are several.
-        fold_scale: multiply the scale s into B and save ``alpha = r``, for programs that ignore
-            ``alpha_pattern`` and rsLoRA.
+        fold_scale: save an adapter that is right under every program's rule for the scale (llama.cpp, vLLM
+            and others ignore ``rank_pattern``, ``alpha_pattern`` or rsLoRA; docs/adapters.md). The scale s is
+            multiplied into B, every layer is padded with zeros to the largest rank r, and ``alpha = r``. The
+            report counts the zeros.
         tolerance: share in [0, 1). Also leave out singular values of ΔW up to this share of the layer's
             largest. A layer with such values is written as the factors of its SVD. 0 changes no weight.
         dtype: ``torch.bfloat16`` or ``torch.float16`` rounds an adapter that was trained in fp32 to half the
@@ -150,17 +169,30 @@ def prepared(
             "adapter as it is with model.save_pretrained()"
         )
     smaller = {name: _reduced(site, tolerance) for name, site in layers.pairs.items()}
-    ranks = {name: pair.a.shape[0] for name, pair in smaller.items()}
-    if not any(ranks.values()):
+    if not any(pair.a.shape[0] for pair in smaller.values()):
         raise ValueError(
-            f"adapter {adapter!r} has no direction to save: in each of its {len(ranks)} layers "
-            f"({listed(list(ranks), 3)}) A or B is zero. It has not been trained yet, or the rank budget "
+            f"adapter {adapter!r} has no direction to save: in each of its {len(smaller)} layers "
+            f"({listed(list(smaller), 3)}) A or B is zero. It has not been trained yet, or the rank budget "
             "left nothing. Train it first, or reduce the ranks less: PEFT cannot load an adapter of rank 0"
         )
+    if fold_scale:
+        smaller = _of_one_rank(smaller, layers, adapter)
+    ranks = {name: pair.a.shape[0] for name, pair in smaller.items()}
     saved = peft_config.with_ranks(config, layers, ranks, fold_scale)
     report = _report(layers, smaller, history or {}, threshold)
     tensors = _tensors(peft_model, layers, smaller, fold_scale)
     return Prepared(peft_model, tensors if dtype is None else _rounded(tensors, dtype), saved, report)
+
+
+def _of_one_rank(pairs: Mapping[str, Pair], layers: AdapterLayers, adapter: str) -> dict[str, Pair]:
+    """The pairs, padded to the largest rank of any layer; those of rank 0 stay left out.
+
+    llama.cpp divides alpha by the rank of each tensor, vLLM by the ``r`` of the configuration. Both give the
+    same scale to all layers only where all ranks are one.
+    """
+    others = [layer.r[adapter] for layer in layers.others.values()]
+    largest = max([*(pair.a.shape[0] for pair in pairs.values()), *others])
+    return {name: pair.padded(largest) if pair.a.shape[0] else pair for name, pair in pairs.items()}
 
 
 def _reduced(site: Site, tolerance: float) -> Pair:
@@ -220,7 +252,7 @@ def _tensors(
         if scale != 1 and site.has_bias:
             tensors[place + LORA_B_BIAS] = tensors[place + LORA_B_BIAS] * scale
     if fold_scale:
-        _fold_others(tensors, layers, adapter)
+        _fold_others(tensors, layers, adapter, max(pair.a.shape[0] for pair in smaller.values()))
     # Copies: a view would bring its whole storage along, and safetensors refuses tensors that share memory.
     return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
 
@@ -247,20 +279,21 @@ def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
     return rounded
 
 
-def _fold_others(tensors: dict[str, Tensor], layers: AdapterLayers, adapter: str) -> None:
-    """Multiply the scale into B of the adapted embeddings, which are no pairs here.
+def _fold_others(tensors: dict[str, Tensor], layers: AdapterLayers, adapter: str, rank: int) -> None:
+    """Fold the scale of the adapted embeddings, which are no pairs here, and pad them to ``rank``.
 
     Raises:
-        ValueError: another kind of layer, whose B is not known.
+        ValueError: another kind of layer, whose matrices are not known.
     """
     for name, layer in layers.others.items():
-        key = f"{PREFIX}{name}{EMBEDDING_B}"
-        if key not in tensors:
+        place = f"{PREFIX}{name}"
+        if not {place + EMBEDDING_A, place + EMBEDDING_B} <= tensors.keys():
             raise ValueError(
                 f"fold_scale=True cannot fold the scale of layer {name!r} ({type(layer).__name__}); leave "
                 "it at False"
             )
-        tensors[key] = tensors[key] * layer.scaling[adapter]
+        pair = Pair(tensors[place + EMBEDDING_A], tensors[place + EMBEDDING_B] * layer.scaling[adapter])
+        tensors[place + EMBEDDING_A], tensors[place + EMBEDDING_B] = pair.padded(rank)
 
 
 def _report(

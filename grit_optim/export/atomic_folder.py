@@ -6,10 +6,11 @@ import ctypes
 import errno
 import os
 import shutil
-import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from grit_optim.export import temporary
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 
@@ -20,7 +21,8 @@ def replaced(path: Path, drop: Collection[str] = ()) -> Iterator[Path]:
 
     Other files of the old folder are carried over. If the body fails or the process is killed, the old folder
     stays as it was. A folder that cannot be replaced (a mount point, the working directory, one whose parent
-    is not writable) gets the new files one by one instead, the largest last.
+    is not writable, one that is another user's or holds something of theirs) gets the new files one by one
+    instead, the largest last. What processes that were killed have left beside ``path`` or in it is removed.
 
     Args:
         path: the folder; it need not exist.
@@ -31,17 +33,19 @@ def replaced(path: Path, drop: Collection[str] = ()) -> Iterator[Path]:
 
     Raises:
         NotADirectoryError: ``path`` is a file.
+        PermissionError: ``path``, or a file in it that would be replaced, is read-only.
     """
     path = path.resolve()
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; an adapter is saved as a folder: choose another path")
+    _check_writable(next(place for place in (path, *path.parents) if place.exists()))
     path.parent.mkdir(parents=True, exist_ok=True)
+    _clear_up(path)
     stays = path.exists() and _must_stay(path)
-    place = path if stays else path.parent
-    new = place / f".{path.name}.{uuid.uuid4().hex}.tmp"
-    new.mkdir()
-    try:
+    with temporary.folder(path if stays else path.parent, path.name) as new:
         yield new
+        for name in [*os.listdir(new), *drop]:
+            _check_writable(path / name)
         if stays:
             flush(new)
             _move_into(new, path, drop)
@@ -51,17 +55,57 @@ def replaced(path: Path, drop: Collection[str] = ()) -> Iterator[Path]:
             new.chmod(path.stat().st_mode & 0o7777)
         flush(new)
         take_the_place(new, path)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse what its owner has made read-only: renaming would replace it all the same.
+
+    Raises:
+        PermissionError: nobody may write there, or this process may not.
+    """
+    if path.exists() and not _writable(path):
+        raise PermissionError(
+            errno.EACCES,
+            "it is read-only, so nothing was saved; choose another path, or make it writable (chmod u+w)",
+            str(path),
+        )
+
+
+def _writable(path: Path) -> bool:
+    """Whether its owner lets somebody write there, and the system this process; root may write anywhere."""
+    return bool(path.stat().st_mode & 0o222) and os.access(path, os.W_OK)
+
+
+def _clear_up(path: Path) -> None:
+    """Remove what killed processes have left, and put back an old folder that one had set aside."""
+    at_work = [
+        temporary.remove_abandoned(place, path.name) for place in (path.parent, path) if place.is_dir()
+    ]
+    aside = _aside(path)
+    if aside.is_dir() and not path.exists() and not any(at_work):
+        aside.rename(path)
+
+
+def _aside(path: Path) -> Path:
+    """Where the old folder lies between the two steps of :func:`_swap_in_two_steps`."""
+    return path.with_name(f".{path.name}.previous")
 
 
 def _must_stay(path: Path) -> bool:
-    """Whether the folder cannot be replaced, or is the process's working directory."""
+    """Whether the folder cannot be replaced, is the working directory, or is not ours alone.
+
+    A copy of what is another user's would be ours.
+    """
     try:
         inside = Path.cwd().is_relative_to(path)
     except FileNotFoundError:  # the working directory is gone already
         inside = False
-    return inside or os.path.ismount(path) or not os.access(path.parent, os.W_OK | os.X_OK)
+    return (
+        inside
+        or os.path.ismount(path)
+        or not _writable(path.parent)
+        or not temporary.owned((path, *path.iterdir()))
+    )
 
 
 def _move_into(new: Path, path: Path, drop: Collection[str]) -> None:
@@ -136,7 +180,7 @@ def _swap_in_two_steps(new: Path, path: Path) -> None:
 
     Between the two steps nothing is at ``path``, and the old folder lies beside it.
     """
-    aside = path.with_name(f".{path.name}.previous")
+    aside = _aside(path)
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
     try:

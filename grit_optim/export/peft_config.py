@@ -43,7 +43,7 @@ def check_exportable(config: Any, adapter: str) -> None:
 
 
 def check_start(config: Any, adapter: str) -> None:
-    """Refuse another rank for an adapter whose start took a term of the full rank out of the base model.
+    """Refuse another rank, or another program, for an adapter whose start changed the base model.
 
     Raises:
         ValueError: ``init_lora_weights`` is PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA or the like.
@@ -52,7 +52,8 @@ def check_start(config: Any, adapter: str) -> None:
         raise ValueError(
             f"adapter {adapter!r} was started with init_lora_weights={config.init_lora_weights!r}, which "
             "takes a term of the full rank out of the base model's weights; PEFT does so again when it "
-            "loads the adapter, and at another rank would take out another one. Convert it first with "
+            "loads the adapter, but at another rank takes out another one, and other programs (fold_scale) "
+            "take out none. Convert it first with "
             "model.save_pretrained(path_initial_model_for_weight_conversion=…), load that, and export it"
         )
 
@@ -64,7 +65,12 @@ def with_ranks(config: Any, layers: AdapterLayers, ranks: Mapping[str, int], fol
         config: PEFT's ``LoraConfig``.
         layers: the adapter's layers.
         ranks: name in the base model to rank, for every pair; 0 leaves the layer out.
-        fold_scale: the scale is multiplied into B, and the configuration is to say 1.
+        fold_scale: the scale is multiplied into B and all ranks are one, for programs that know neither
+            patterns nor rsLoRA; the configuration is to say that the scale is 1.
+
+    Raises:
+        ValueError: a rank changes, or the adapter is for other programs, and its start took a term out of the
+            base model.
     """
     config = copy.deepcopy(config)
     rank_stabilized = bool(config.use_rslora) and not fold_scale
@@ -76,7 +82,7 @@ def with_ranks(config: Any, layers: AdapterLayers, ranks: Mapping[str, int], fol
     for name, layer in layers.others.items():
         adapter = _adapter_of(layers)
         name = _target_name(name, layer)
-        sizes[name] = layer.r[adapter]
+        sizes[name] = max(ranks.values()) if fold_scale else layer.r[adapter]
         alphas[name] = sizes[name] if fold_scale else layer.lora_alpha[adapter]
     config.r = max(sizes.values())
     at_full_rank = Counter(alphas[name] for name, rank in sizes.items() if rank == config.r)
@@ -90,7 +96,7 @@ def with_ranks(config: Any, layers: AdapterLayers, ranks: Mapping[str, int], fol
     left_out = [name for name, rank in ranks.items() if rank == 0]
     if left_out:
         config.exclude_modules = excluding(config.exclude_modules, left_out)
-    if any(rank != pair.rank for rank, pair in zip(ranks.values(), layers.pairs.values(), strict=True)):
+    if fold_scale or any(ranks[name] != pair.rank for name, pair in layers.pairs.items()):
         check_start(config, _adapter_of(layers))
         config.init_lora_weights = (
             True  # "orthogonal" refuses odd ranks, and loading overwrites what it draws

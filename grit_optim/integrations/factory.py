@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from grit_optim.messages import nearest
 from grit_optim.optimizer import GritOptimizer
 from grit_optim.options import DECLARED
 from grit_optim.options.former import FORMER
@@ -43,7 +45,8 @@ def for_trainer(model: nn.Module | None = None, **keywords: Any) -> Any:
         The GritOptimizer that :func:`build` makes; without a model, :func:`build` itself.
 
     Raises:
-        TypeError: there are keywords and no model, or ``model`` is no module.
+        TypeError: there are keywords and no model, ``model`` is no module, there is no ``lr``, or a keyword
+            that nobody knows.
         ValueError: the model has nothing to train, or no LoRA pair.
     """
     if isinstance(model, nn.Module):
@@ -64,13 +67,17 @@ def for_trainer(model: nn.Module | None = None, **keywords: Any) -> Any:
 
 
 def build(
-    model: nn.Module, *, lr: float, base: Callable[..., Optimizer] = torch.optim.AdamW, **keywords: Any
+    model: nn.Module,
+    *,
+    lr: float | None = None,
+    base: Callable[..., Optimizer] = torch.optim.AdamW,
+    **keywords: Any,
 ) -> GritOptimizer:
     """A GritOptimizer over ``base`` on the trainable parameters of ``model``.
 
     Args:
         model: the PEFT model.
-        lr: learning rate. The Trainer does not pass ``args.learning_rate`` to a factory.
+        lr: learning rate, to be given. The Trainer does not pass ``args.learning_rate`` to a factory.
         base: class of the base optimizer, or any callable of parameter groups and keywords.
         **keywords: options of GritOptimizer go to it, all others (weight_decay, betas, …) to ``base``. Only
             matrices decay, as in the Trainer: biases and the weights of norms are a group with a
@@ -78,11 +85,40 @@ def build(
 
     Raises:
         ValueError: the model has nothing to train, or no LoRA pair.
-        TypeError: neither GritOptimizer nor ``base`` knows a keyword.
+        TypeError: there is no ``lr``, or neither GritOptimizer nor ``base`` knows a keyword.
     """
+    if lr is None:
+        raise TypeError(
+            "for_trainer() needs lr=, the learning rate: the Trainer does not pass args.learning_rate on. "
+            "Give it as for_trainer(model, lr=2e-4), or optimizer_cls_and_kwargs=(for_trainer, {'lr': 2e-4})"
+        )
     options = {name: value for name, value in keywords.items() if name in OPTIONS}
     settings = {name: value for name, value in keywords.items() if name not in OPTIONS}
+    _check_settings(base, settings)
     return GritOptimizer(base(_groups(model, settings), lr=lr, **settings), model, **options)
+
+
+def _check_settings(base: Callable[..., Optimizer], settings: Iterable[str]) -> None:
+    """Refuse keywords that nobody knows, where ``base`` says what it knows.
+
+    Raises:
+        TypeError: a keyword is unknown.
+    """
+    try:
+        known = inspect.signature(base).parameters
+    except (TypeError, ValueError):  # written in C, without a signature
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        close = nearest(unknown[0], {*DECLARED, *known})
+        hint = f"did you mean {close!r}? " if close else ""
+        who = getattr(base, "__name__", type(base).__name__)
+        raise TypeError(
+            f"for_trainer() got {', '.join(map(repr, unknown))}, which is neither an option of GritOptimizer "
+            f"nor a keyword of {who}; {hint}docs/options.md lists the options"
+        )
 
 
 def _groups(model: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ class Balanced(Mode):
         "kfac_update_freq": 10,
         "kfac_damping": BALANCING_DAMPING,
     }
+    uses = Mode.uses - {"kfac_inversion_device"}
 
     @classmethod
     def check(cls, options: Options) -> None:

@@ -25,6 +25,7 @@ class Eigenbasis(Mode):
     changes_coordinates = True
     moments_in_operators = True
     defaults: ClassVar[dict[str, Any]] = {**Mode.defaults, "kfac_update_freq": 2}
+    uses = Mode.uses - {"kfac_damping"}
 
     @classmethod
     def check(cls, options: Options) -> None:

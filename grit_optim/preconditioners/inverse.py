@@ -14,6 +14,7 @@ class Inverse(Mode):
     """``"inverse"``: ``∇A ← Σ⁻¹ ∇A``, ``∇B ← ∇B Σ⁻¹`` with damped inverses, then the base's own step."""
 
     name = "inverse"
+    uses = Mode.uses | {"step_length"}
 
     @classmethod
     def check(cls, options: Options) -> None:

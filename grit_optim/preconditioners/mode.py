@@ -28,6 +28,8 @@ class Mode:
         moments_in_operators: whether the base's moments are expressed in the operators, so that a checkpoint
             needs those.
         defaults: of the options that are None until a mode says what they are.
+        uses: which of the options that are up to the mode (``options.effect.OF_THE_MODE``) it uses. A user
+            is told of others.
     """
 
     name: ClassVar[str]
@@ -41,6 +43,17 @@ class Mode:
         "direction_momentum": "base",
         "step_length": "base",
     }
+
+    uses: ClassVar[frozenset[str]] = frozenset(
+        {
+            "fisher",
+            "pairing",
+            "kfac_damping",
+            "kfac_inversion_device",
+            "kfac_update_freq",
+            "ng_warmup_steps",
+        }
+    )
 
     def __init__(self, base: Optimizer, options: PreconditionOptions) -> None:
         self.base = base

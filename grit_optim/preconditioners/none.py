@@ -10,3 +10,4 @@ class Identity(Mode):
 
     name = "none"
     holds_gradients = False
+    uses = frozenset()

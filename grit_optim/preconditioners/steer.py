@@ -34,6 +34,7 @@ class Steer(Mode):
     caution: ClassVar[float] = 0.0
     a_step_ratio: ClassVar[float] = 1.0
     defaults: ClassVar[dict[str, Any]] = {**Mode.defaults, "kfac_damping": 0.3}
+    uses = Mode.uses | {"kfac_power", "direction_momentum", "step_length"}
 
     def refresh(self, curvature: BucketCurvature) -> None:
         """Take the factors' inverses to the power p."""

@@ -7,24 +7,62 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from grit_optim.messages import warn
+
+try:
+    import fcntl
+except ImportError:  # Windows: two writers of one file are not noticed
+    fcntl = None  # type: ignore[assignment]
+
 Record = dict[str, Any]
 Sink = Callable[[Record], object]
+
+_BEGINNINGS = tuple(f'{{"kind": "{kind}"'.encode() for kind in ("start", "step", "end"))
+"""How each line of a log begins."""
 
 
 class JsonLines:
     """Appends one line per record to a file, so that a resumed run goes on in it.
 
-    Drops a last line without an end, which a killed process leaves.
+    Drops a last record that was cut off, which a killed process leaves. Warns where another process, or
+    another sink of this one, is writing the file.
 
     Args:
-        path: the file. Missing folders are made.
+        path: the file: a new or an empty one, or an earlier log. Missing folders are made.
+
+    Raises:
+        ValueError: the file holds something that is no log. It is left as it is.
+        IsADirectoryError: it is a folder.
+        OSError: it cannot be written.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.is_dir():
+            raise IsADirectoryError(
+                f"{self.path} is a folder; a log is a file: pass {self.path / 'grit.jsonl'}"
+            )
+        _check_log(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_broken_line(self.path)
         self._file = self.path.open("a", encoding="utf8")
+        try:
+            self._begin()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _begin(self) -> None:
+        """Bring the file to the end of a line."""
+        if not self.path.is_file():  # a device, such as /dev/null
+            return
+        if _lock(self._file.fileno()):
+            _end_last_line(self.path)
+            return
+        warn(
+            f"{self.path} is being written by another process, or by another optimizer that has not been "
+            "closed. Their records will stand among this one's, and no reader can tell them apart. Log to "
+            "one file per run, and from one process alone"
+        )
 
     def __call__(self, record: Record) -> None:
         """Write a line, and flush it."""
@@ -36,8 +74,57 @@ class JsonLines:
         self._file.close()
 
 
-def _drop_broken_line(path: Path) -> None:
-    """Cut a file back to the end of its last whole line."""
-    if path.is_file() and (text := path.read_bytes()) and not text.endswith(b"\n"):
-        with path.open("rb+") as file:
-            file.truncate(text.rfind(b"\n") + 1)
+def _lock(handle: int) -> bool:
+    """Hold the file's lock until the handle is closed; True also where there are no locks.
+
+    Returns:
+        False where another handle holds it.
+    """
+    if fcntl is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            return True
+    return True
+
+
+def _check_log(path: Path) -> None:
+    """Refuse a file that is no log.
+
+    Raises:
+        ValueError: its first line is neither a record nor the beginning of one.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        first = file.readline()
+    longest = max(map(len, _BEGINNINGS))
+    if not any(start.startswith(first[:longest]) or first.startswith(start) for start in _BEGINNINGS):
+        raise ValueError(
+            f"{path} exists and is no log of GRIT's: it begins with {first[:40]!r}. Nothing was written; log "
+            "to another file"
+        )
+
+
+def _end_last_line(path: Path) -> None:
+    """Cut off a last record that is not whole, and end a whole one that lacks its line's end."""
+    text = path.read_bytes()
+    last = text[text.rfind(b"\n") + 1 :]
+    if not last:
+        return
+    with path.open("rb+") as file:
+        if _is_whole(last):
+            file.seek(0, 2)
+            file.write(b"\n")
+        else:
+            file.truncate(len(text) - len(last))
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,8 @@ class Recorder:
         except Exception as error:
             sink, self.sink = self.sink, None
             self._pending.clear()
+            with suppress(Exception):  # what it has to say then is the failure of before
+                _close(sink)
             warn(
                 f"{type(sink).__name__} failed on the {record['kind']!r} record of step {record['step']} "
                 f"and is given no more: {type(error).__name__}: {error}. Training goes on; mend the sink and "
@@ -96,10 +99,23 @@ class Recorder:
             )
 
     def close(self, end: Record) -> None:
-        """Write what is pending and the record ``end``, and close the sink."""
-        self.drain(wait=True)
-        self.write(end)
-        close = getattr(self.sink, "close", None)
-        if close is not None:
-            close()
-        self.sink = None
+        """Write what is pending and the record ``end``, and close the sink; a warning if that fails."""
+        try:
+            self.drain(wait=True)
+            self.write(end)
+        finally:
+            sink, self.sink = self.sink, None
+            try:
+                _close(sink)
+            except Exception as error:
+                warn(
+                    f"{type(sink).__name__} could not be closed: {type(error).__name__}: {error}. What it "
+                    "was given last may be missing there"
+                )
+
+
+def _close(sink: Sink | None) -> None:
+    """Close a sink that can be closed."""
+    close = getattr(sink, "close", None)
+    if close is not None:
+        close()

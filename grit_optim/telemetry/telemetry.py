@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,19 @@ class Telemetry:
     def finish(self) -> None:
         """Write what is pending, the latest step and the final ranks, and close the sinks."""
         recorders, self._recorders = self._recorders, []
-        steps = self._parts.schedule.steps
         if not self._parts.follows_loss:
             self._parts.losses.detach()
-        for recorder in recorders:
+        with ExitStack() as all_of_them:  # also those after one that raises
+            for recorder in reversed(recorders):
+                all_of_them.callback(self._finish, recorder)
+
+    def _finish(self, recorder: Recorder) -> None:
+        """Write what one sink lacks, and close it."""
+        steps = self._parts.schedule.steps
+        try:
             if steps and recorder.last_step != steps:
                 recorder.submit(*self._step_record(None))
+        finally:
             recorder.close({"kind": "end", "step": steps, "final": self.final_ranks()})
 
     def _start_record(self) -> Record:

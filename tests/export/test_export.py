@@ -113,7 +113,9 @@ def test_the_file_is_as_small_as_its_ranks(exported, name):
     header = int.from_bytes(file.read_bytes()[:8], "little")
     assert file.stat().st_size == 8 + header + sum(t.numel() * t.element_size() for t in tensors.values())
     pairs = {k: t for k, t in tensors.items() if "lora_A" in k or "lora_B" in k}
-    assert sum(t.numel() for t in pairs.values()) == report.parameters < report.parameters_before
+    assert sum(t.numel() for t in pairs.values()) == report.parameters
+    if "embeddings" not in name or "folded" not in name:  # folded, all are as large as the whole embedding's
+        assert report.parameters < report.parameters_before
     shapes = {k.removesuffix(".lora_A.weight"): t.shape[0] for k, t in pairs.items() if "lora_A" in k}
     assert shapes == {s.name.removesuffix(".default"): s.rank for s in report.sites if s.rank}
     config = json.loads((path / "adapter_config.json").read_text())
