@@ -170,7 +170,7 @@ class GritOptimizer(OptimizerWrapper):
         if self._closed:
             return
         self.finish_logging()
-        self._parts.preconditioning.to_plain_coordinates(self._parts.curvature)
+        self._parts.to_plain_coordinates()
         self._parts.losses.detach()
         self._parts.capture.close()
         self._closed = True

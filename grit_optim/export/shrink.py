@@ -10,10 +10,16 @@ from torch.optim import Optimizer
 
 from grit_optim.base.transport import narrow_state
 from grit_optim.export import peft_config
-from grit_optim.lora.discovery import adapter_layers, layers_of_pairs, peft_model_in, resize_layer
+from grit_optim.lora.discovery import (
+    adapter_layers,
+    layers_of_pairs,
+    modules_of_pairs,
+    peft_model_in,
+    resize_layer,
+)
 from grit_optim.lora.site import Site
 from grit_optim.messages import warn
-from grit_optim.parts import Parts, narrowed
+from grit_optim.parts import Parts
 
 
 def shrink(parts: Parts, model: nn.Module | None) -> None:
@@ -34,6 +40,15 @@ def shrink(parts: Parts, model: nn.Module | None) -> None:
         )
     sites = parts.sites.all
     peft_model = check(parts.known_model(model), sites)
+    layers = layers_of_pairs(peft_model) if peft_model is not None else {}
+    configs = peft_model.peft_config.values() if peft_model is not None else ()
+    with parts.all_or_nothing(*modules_of_pairs(sites, layers), *configs):
+        _shrink(parts, sites, layers, peft_model)
+
+
+def _shrink(
+    parts: Parts, sites: list[Site], layers: Mapping[int, tuple[str, Any]], peft_model: Any | None
+) -> None:
     parts.preconditioning.to_plain_coordinates(parts.curvature)
     kept, dropped = parts.ranks.by_name(parts.curvature.buckets), parts.ranks.dropped()
     if not any(kept.values()):
@@ -45,12 +60,12 @@ def shrink(parts: Parts, model: nn.Module | None) -> None:
     sizes = {site.name: max(kept[site.name], int(site.trains_bias)) for site in sites}
     gone = [site for site in sites if sizes[site.name] == 0]
     check_starts(sites, sizes, peft_model)
-    narrow(parts.base, sites, sizes, peft_model)
+    narrow(parts.base, sites, sizes, layers)
     if peft_model is not None:
         update_configs(peft_model, gone)
     parts.ranks.remove({site.name: dropped[site.name] for site in gone})
     left = [site for site in sites if sizes[site.name] > 0]
-    parts.attach(left, {site.name: narrowed(known[site.name], sizes[site.name]) for site in left})
+    parts.attach(left, parts.narrowed(known, {site.name: sizes[site.name] for site in left}))
 
 
 def check(model: nn.Module | None, sites: Sequence[Site]) -> Any | None:
@@ -84,16 +99,20 @@ def check_starts(sites: Iterable[Site], sizes: Mapping[str, int], peft_model: An
         peft_config.check_start(peft_model.peft_config[adapter], adapter)
 
 
-def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], peft_model: Any | None) -> None:
+def narrow(
+    base: Optimizer,
+    sites: Iterable[Site],
+    sizes: Mapping[str, int],
+    layers: Mapping[int, tuple[str, Any]],
+) -> None:
     """Cut each site, and what the base keeps of it, to its leading directions.
 
     Args:
         base: the optimizer that holds the parameters. A site of rank 0 leaves its groups.
         sites: those to cut.
         sizes: name to the directions that are left.
-        peft_model: which holds the layers, or None for hand-written LoRA.
+        layers: PEFT's layers, from ``layers_of_pairs``; none for hand-written LoRA.
     """
-    layers = layers_of_pairs(peft_model) if peft_model is not None else {}
     strange: set[str] = set()
     removed: set[int] = set()
     for site in sites:
