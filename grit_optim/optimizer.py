@@ -163,7 +163,7 @@ class GritOptimizer(OptimizerWrapper):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Give the base another parameter group; LoRA pairs that it completes are tapped from now on."""
         super().add_param_group(param_group)
-        self._parts.take(self._parts.sites.with_trained())
+        self._parts.take_trained()
 
     def close(self) -> None:
         """Remove every hook, end the logging, and leave the base with plain moments: it can go on alone."""

@@ -70,17 +70,19 @@ class Parts:
 
     # ---------------------------------------------------------------- all or nothing
 
-    def all_or_nothing(self, *flat: Any) -> AbstractContextManager[None]:
+    def all_or_nothing(self, *flat: Any, own_only: bool = False) -> AbstractContextManager[None]:
         """Puts back bit by bit what the body has changed, if it raises: the pairs and everything about them.
 
         That is A and B, their gradients, the base's state of them and its groups, and our own state. Ctrl-C
-        counts as an error too. The body finds all of this in one system of coordinates, and so does whoever
-        goes on after it.
+        counts as an error too. All of this so stays in one system of coordinates.
 
         Args:
             flat: what else the body changes: dicts, lists, modules or other objects, of which the attributes
                 are put back.
+            own_only: the body changes our own state alone.
         """
+        if own_only:
+            return self._undone_on_failure([], flat, [], apart=[self.base])
         pairs = [p for c in self.curvature.buckets for group in c.bucket.groups for p in group.parameters]
         states = [self.base.state[p] for p in pairs if p in self.base.state]
         held = [*states, self.base.param_groups]
@@ -140,7 +142,7 @@ class Parts:
             sites: the LoRA pairs.
             known: saved state by site name; by default the present state.
         """
-        with self.all_or_nothing():
+        with self.all_or_nothing(own_only=True):
             known = self.pack_sites(with_operators=True) if known is None else known
             buckets = self.sites.take(sites)
             self._start_anew(buckets)
@@ -170,6 +172,11 @@ class Parts:
     def tap_unfrozen(self) -> None:
         """Tap pairs that were frozen and are trained now."""
         if self.sites.unfrozen():
+            self.take_trained()
+
+    def take_trained(self) -> None:
+        """Work from now on also on the pairs that have become trained."""
+        with self.all_or_nothing(own_only=True):
             self.take(self.sites.with_trained())
 
     # ---------------------------------------------------------------- in a step
@@ -188,8 +195,10 @@ class Parts:
         """Derive from the factors what is applied around the step."""
         if not self.preconditioning.refresh_due(self.schedule):
             return
-        moves = self.preconditioning.mode.changes_coordinates
-        with self.times("refresh"), self.all_or_nothing() if moves else nullcontext():
+        turns = self.preconditioning.mode.changes_coordinates
+        moves = turns or self.curvature.gradient_moments_in_operators
+        guard = self.all_or_nothing(own_only=not turns) if moves else nullcontext()
+        with self.times("refresh"), guard:
             policy = self.ranks.policy(self.schedule.steps)
             self.preconditioning.refresh(self.curvature, self.schedule, policy)
 
