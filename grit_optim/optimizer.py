@@ -171,7 +171,7 @@ class GritOptimizer(OptimizerWrapper):
         try:
             self.finish_logging()
         finally:
-            self._parts.preconditioning.to_plain_coordinates(self._parts.curvature)
+            self._parts.to_plain_coordinates()
             self._parts.close()
             self._closed = True
 

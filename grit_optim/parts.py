@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grit_optim.capture.capture import Capture
 from grit_optim.capture.losses import Losses
+from grit_optim.checkpoints.checks import KEY, VERSION, check_state, names_of_sites
 from grit_optim.curvature.curvature import Curvature
+from grit_optim.integrity.undo import Undo
 from grit_optim.lora.buckets import Bucket
+from grit_optim.lora.discovery import largest_adapter
 from grit_optim.lora.site import Site
 from grit_optim.lora.site_set import SiteSet
-from grit_optim.messages import listed
 from grit_optim.options import Options
 from grit_optim.preconditioners.preconditioning import Preconditioning
 from grit_optim.profiling import StageTimes
@@ -23,9 +27,7 @@ from grit_optim.rank.budget import Origin
 from grit_optim.rank.plan import Plan
 from grit_optim.schedules import Schedule
 
-VERSION = 1
-KEY = "grit"
-"""The key of a ``state_dict()`` under which the state of the parts lies."""
+__all__ = ["KEY", "Parts", "SiteState"]
 
 SiteState = dict[str, Tensor]
 
@@ -64,6 +66,49 @@ class Parts:
         self.curvature = Curvature(options.curvature, self.times)
         self.ranks = Ranks(base, options.ranks, self.times)
         self.preconditioning = Preconditioning(base, options, self.times)
+        self._tapped = 0  # how often sites were tapped
+
+    # ---------------------------------------------------------------- all or nothing
+
+    def all_or_nothing(self, *flat: Any, own_only: bool = False) -> AbstractContextManager[None]:
+        """Puts back bit by bit what the body has changed, if it raises: the pairs and everything about them.
+
+        That is A and B, their gradients, the base's state of them and its groups, and our own state. Ctrl-C
+        counts as an error too. All of this so stays in one system of coordinates.
+
+        Args:
+            flat: what else the body changes: dicts, lists, modules or other objects, of which the attributes
+                are put back.
+            own_only: the body changes our own state alone.
+        """
+        if own_only:
+            return self._undone_on_failure([], flat, [], apart=[self.base])
+        pairs = [p for c in self.curvature.buckets for group in c.bucket.groups for p in group.parameters]
+        states = [self.base.state[p] for p in pairs if p in self.base.state]
+        held = [*states, self.base.param_groups]
+        return self._undone_on_failure(held, [self.base.state, *flat], pairs, apart=[self.base])
+
+    def loading(self) -> AbstractContextManager[None]:
+        """As :meth:`all_or_nothing`, for the whole state of the base, and without the weights."""
+        return self._undone_on_failure([self.base], [], [], apart=[])
+
+    @contextmanager
+    def _undone_on_failure(
+        self, held: Sequence[Any], flat: Sequence[Any], weights: Sequence[Tensor], apart: Sequence[Any]
+    ) -> Iterator[None]:
+        own = [self.sites, self.schedule, self.curvature, self.ranks, self.preconditioning]
+        parameters = [p for group in self.base.param_groups for p in group["params"]]
+        undo = Undo([*held, *own], [self.capture], flat, weights, [*apart, self.times, *parameters])
+        tapped, capture = self._tapped, self.capture.state_dict()
+        try:
+            yield
+        except BaseException:
+            undo.put_back()
+            if self._tapped != tapped:
+                self.capture.attach(self.sites.all, [c.bucket for c in self.curvature.buckets])
+                self.capture.load_state_dict(capture)
+                self.capture.plan(self.schedule.steps)
+            raise
 
     # ---------------------------------------------------------------- which sites
 
@@ -79,7 +124,7 @@ class Parts:
             ValueError: two sites share a name or a matrix, the base does not hold one, or a budget that
                 cannot be met.
         """
-        self.ranks.remember(sites, origin or {})
+        self.ranks.remember(sites, origin or {}, largest_adapter(self.sites.model))
         self.attach(sites)
         if self.follows_loss:
             self.losses.attach(self.sites.model)
@@ -92,7 +137,7 @@ class Parts:
     def take(self, sites: list[Site] | None) -> None:
         """Work on these sites from now on, with what is known of them so far; None changes nothing."""
         if sites is not None:
-            self.ranks.remember(sites, self.ranks.origin)
+            self.ranks.remember(sites, self.ranks.origin, largest_adapter(self.sites.model))
             self.attach(sites)
 
     def attach(self, sites: list[Site], known: Mapping[str, SiteState] | None = None) -> None:
@@ -102,11 +147,13 @@ class Parts:
             sites: the LoRA pairs.
             known: saved state by site name; by default the present state.
         """
-        known = self.pack_sites(with_operators=True) if known is None else known
-        buckets = self.sites.take(sites)
-        self._start_anew(buckets)
-        self.capture.attach(sites, buckets)
-        self.unpack_sites(known)
+        with self.all_or_nothing(own_only=True):
+            known = self.pack_sites(with_operators=True) if known is None else known
+            buckets = self.sites.take(sites)
+            self._start_anew(buckets)
+            self._tapped += 1
+            self.capture.attach(sites, buckets)
+            self.unpack_sites(known)
 
     def _start_anew(self, buckets: Sequence[Bucket]) -> None:
         """Know nothing of the sites of these buckets."""
@@ -115,7 +162,12 @@ class Parts:
         self.preconditioning.attach(self.curvature)
 
     def follow_model(self) -> None:
-        """Notice weights that were replaced, moved to another device, or loaded since the last step."""
+        """Notice weights that were replaced, moved to another device, or loaded since the last step.
+
+        Raises:
+            ValueError: the budget cannot be met by the pairs.
+        """
+        self.ranks.check_budget()
         remaining = self.sites.remaining()
         if remaining is None:
             self.ranks.follow_loaded_weights(self.curvature.buckets, self.sites.weight_versions)
@@ -124,7 +176,9 @@ class Parts:
 
     def follow_groups(self) -> None:
         """Tap pairs that are trained now and were not: unfrozen, or in the base's groups since."""
-        if self.sites.grown():
+        if not self.sites.grown():
+            return
+        with self.all_or_nothing(own_only=True):
             self.take(self.sites.with_trained())
 
     # ---------------------------------------------------------------- in a step
@@ -141,14 +195,20 @@ class Parts:
 
     def refresh_if_due(self) -> None:
         """Derive from the factors what is applied around the step."""
-        policy = self.ranks.policy(self.schedule.steps)
-        self.preconditioning.refresh_if_due(self.curvature, self.schedule, policy)
+        if not self.preconditioning.refresh_due(self.schedule):
+            return
+        turns = self.preconditioning.mode.changes_coordinates
+        moves = turns or self.curvature.gradient_moments_in_operators
+        guard = self.all_or_nothing(own_only=not turns) if moves else nullcontext()
+        with self.times("refresh"), guard:
+            policy = self.ranks.policy(self.schedule.steps)
+            self.preconditioning.refresh(self.curvature, self.schedule, policy)
 
     def reproject_if_due(self) -> None:
         """Reproject the pairs and adapt their ranks, with everything that is in their coordinates."""
         if self.options.ranks.reprojection == "none" or not self.schedule.reprojection_due():
             return
-        with self.times("reproject"):
+        with self.times("reproject"), self.all_or_nothing():
             self.preconditioning.to_plain_coordinates(self.curvature)
             self.ranks.reproject(self.curvature.buckets, self.schedule.steps)
             if self.ranks.gives_up:
@@ -156,11 +216,17 @@ class Parts:
 
     def reduce(self, plan: Plan) -> None:
         """Give up ranks now, for good."""
-        self.preconditioning.to_plain_coordinates(self.curvature)
-        self.ranks.truncate(
-            self.curvature.buckets, plan.found, plan.wanted, self.schedule.steps, for_good=True
-        )
-        self._refresh_moved()
+        with self.all_or_nothing():
+            self.preconditioning.to_plain_coordinates(self.curvature)
+            self.ranks.truncate(
+                self.curvature.buckets, plan.found, plan.wanted, self.schedule.steps, for_good=True
+            )
+            self._refresh_moved()
+
+    def to_plain_coordinates(self) -> None:
+        """Bring the base's state to the coordinates of A and B themselves, so that it can go on alone."""
+        with self.all_or_nothing():
+            self.preconditioning.to_plain_coordinates(self.curvature)
 
     def _refresh_moved(self) -> None:
         policy = self.ranks.policy(self.schedule.steps)
@@ -220,28 +286,17 @@ class Parts:
             "sites": {n: state for n, state in self.pack_sites(with_operators).items() if n in held},
         }
 
-    def check_state_dict(self, own: Mapping[str, Any]) -> None:
+    def check_state_dict(self, own: Any) -> None:
         """Refuse a state that does not belong to these sites, before anything is loaded.
 
         Raises:
-            ValueError: the version is newer, site names differ, or a site's rank does.
+            ValueError: the version is newer, site names differ, or a site's rank does; or an entry is
+                missing, of the wrong type or shape, out of range, or not finite.
         """
-        if own.get("version", 0) > VERSION:
-            raise ValueError(
-                f"the checkpoint's GRIT state has version {own['version']}, this grit_optim reads up to "
-                f"{VERSION}; upgrade grit_optim"
-            )
-        sites = self.sites.with_named(own["sites"].keys()) or self.sites.all
+        names = names_of_sites(own)
+        sites = self.sites.with_named(names) or self.sites.all
         left = {site.name for site in self.sites.all} - self.sites.held()
-        ranks = {s.name: s.rank for s in sites if s.name not in left or s.name in own["sites"]}
-        _check_names(ranks.keys(), own["sites"].keys())
-        for name, rank in ranks.items():
-            saved_rank = own["sites"][name]["activation"].shape[-1]
-            if saved_rank != rank:
-                raise ValueError(
-                    f"site {name!r} has rank {rank}, in the checkpoint {saved_rank}; build the adapter with "
-                    "the checkpoint's rank"
-                )
+        check_state(own, [site for site in sites if site.name not in left or site.name in names])
 
     def load_state_dict(self, own: Mapping[str, Any] | None) -> None:
         """Go on from a state; from None start anew."""
@@ -260,23 +315,30 @@ class Parts:
             # Operators of another kind; the next refresh derives our own.
             for curvature in self.curvature.buckets:
                 curvature.drop_operators(same_fisher=fisher == self.curvature.kind)
+        elif not any("a_operator" in state for state in own["sites"].values()):
+            policy = self.ranks.policy(max(0, self.schedule.steps - 1))
+            self.preconditioning.derive_loaded(self.curvature, self.schedule, policy)
+
+    def narrowed(self, known: Mapping[str, SiteState], sizes: Mapping[str, int]) -> dict[str, SiteState]:
+        """The states of some pairs for their leading coordinates alone.
+
+        Args:
+            known: the states by site name.
+            sizes: site name to the number of coordinates that stay.
+        """
+        cut = {}
+        for curvature in self.curvature.buckets:
+            axes = {**curvature.rank_axes(), **self.preconditioning.penalties.rank_axes()}
+            for name in curvature.bucket.names():
+                if name in sizes:
+                    cut[name] = {
+                        key: _leading(value, axes.get(key, ()), sizes[name])
+                        for key, value in known[name].items()
+                    }
+        return cut
 
 
-def narrowed(state: SiteState, rank: int) -> SiteState:
-    """A pair's state for its leading ``rank`` coordinates alone: ``[r, r]`` to ``[rank, rank]``."""
-    return {key: value[:rank, :rank].clone() if value.dim() == 2 else value for key, value in state.items()}
-
-
-def _check_names(here: Set[str], saved: Set[str]) -> None:
-    missing, extra = sorted(here - saved), sorted(saved - here)
-    if missing or extra:
-        raise ValueError(
-            f"the checkpoint's GRIT state is of other LoRA sites: {_some(missing)} of this model not in it, "
-            f"{_some(extra)} of the checkpoint not in this model. Build the model and its adapter as they "
-            f"were when the checkpoint was saved, or drop the state with `state_dict.pop({KEY!r})` to start "
-            "the curvature anew"
-        )
-
-
-def _some(names: list[str]) -> str:
-    return f"{len(names)} ({listed(names, 3)})" if names else "none"
+def _leading(value: Tensor, axes: Sequence[int], size: int) -> Tensor:
+    for axis in axes:
+        value = value.narrow(axis, 0, size)
+    return value.clone(memory_format=torch.contiguous_format)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grit_optim.integrity.fields import Fields, number, optional, record, several, whole
 from grit_optim.messages import warn
 from grit_optim.options import ScheduleOptions
 from grit_optim.profiling import HostCopy
@@ -187,6 +188,23 @@ class Schedule:
             "travelling": travelling,
         }
         return {"steps": self.steps, "pace": pace}
+
+    @staticmethod
+    def saved_fields() -> Fields:
+        """What a checkpoint may hold under the names of :meth:`state_dict`."""
+        loss, step = number(finite=False), optional(whole())
+        scale = number(low=1 / DAMPING_BOUND, high=DAMPING_BOUND)
+        pace = {
+            "period_scale": scale,
+            "damping_scale": scale,
+            "last_refresh": step,
+            "last_reprojection": step,
+            "previous_mean": optional(loss),
+            "first_noise": optional(loss),
+            "losses": several(loss),
+            "travelling": optional(several(loss, 2)),
+        }
+        return {"steps": whole(), "pace": record({}, pace)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, or start anew from an empty one; fixed periods need the steps alone."""

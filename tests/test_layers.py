@@ -13,8 +13,8 @@ import grit_optim
 ROOT = Path(grit_optim.__file__).parent
 # From the ground up; a name is a folder or a file at the top.
 ORDER = (
-    *("linalg", "messages", "options", "presets", "profiling", "schedules"),
-    *("lora", "base", "capture", "curvature", "rank", "preconditioners", "parts"),
+    *("linalg", "messages", "integrity", "options", "presets", "profiling", "schedules"),
+    *("lora", "base", "capture", "curvature", "rank", "preconditioners", "checkpoints", "parts"),
     *("export", "sinks", "telemetry", "optimizer", "integrations", "callback", "cli", "__init__", "__main__"),
 )
 FILES = {

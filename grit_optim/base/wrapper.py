@@ -9,10 +9,13 @@ scaled.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
+
+from grit_optim.base.loaded import check_loaded, settings_of
 
 
 class OwnState(Protocol):
@@ -26,6 +29,9 @@ class OwnState(Protocol):
 
     def check_state_dict(self, own: Mapping[str, Any]) -> None:
         """Raise an error if ``own`` cannot be loaded. Called before anything is changed."""
+
+    def loading(self) -> AbstractContextManager[None]:
+        """Puts everything back, the base's part too, if the body raises."""
 
     def load_state_dict(self, own: Mapping[str, Any] | None) -> None:
         """Go on from a saved state; from None, start anew."""
@@ -109,8 +115,11 @@ class OptimizerWrapper(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of the plain base; the wrapper's own state then starts anew.
 
+        Whatever is raised, by the base too, nothing has been changed then.
+
         Raises:
-            ValueError: the wrapper's part does not belong to these parameters. Nothing has been changed then.
+            ValueError: the wrapper's part does not belong to these parameters, or an entry of either part is
+                missing, of the wrong type or shape, out of range, or not finite.
         """
         state = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -119,8 +128,11 @@ class OptimizerWrapper(Optimizer):
         own = state.pop(self.state_key, None)
         if own is not None:
             self._own.check_state_dict(own)
-        self.base.load_state_dict(state)
-        self._own.load_state_dict(own)
+        settings = settings_of(self.base)
+        with self._own.loading():
+            self.base.load_state_dict(state)
+            check_loaded(self.base, settings)
+            self._own.load_state_dict(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

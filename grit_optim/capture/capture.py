@@ -10,6 +10,7 @@ from grit_optim.capture import processes
 from grit_optim.capture.diagnosis import SiteReport, TapWatch, inspect
 from grit_optim.capture.sums import Sums
 from grit_optim.capture.taps import Taps
+from grit_optim.integrity.fields import Fields
 from grit_optim.lora.buckets import Bucket
 from grit_optim.lora.site import Site
 from grit_optim.options import CaptureOptions
@@ -103,6 +104,11 @@ class Capture:
     def state_dict(self) -> dict[str, Any]:
         """What decides which tokens of the next step are taken."""
         return self._taps.state_dict()
+
+    @staticmethod
+    def saved_fields() -> Fields:
+        """What a checkpoint may hold under the names of :meth:`state_dict`."""
+        return Taps.saved_fields()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, or start anew from an empty one."""

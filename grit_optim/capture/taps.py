@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from grit_optim.capture.bypass import BypassWatch
 from grit_optim.capture.sums import Sums
+from grit_optim.integrity.fields import Fields, whole
 from grit_optim.lora.buckets import Bucket
 from grit_optim.lora.site import Site
 from grit_optim.profiling import StageTimes
@@ -259,6 +260,11 @@ class Taps:
     def state_dict(self) -> dict[str, int]:
         """What decides which tokens are taken next."""
         return {"calls_per_step": self.calls_per_step, "offset": self.offset}
+
+    @staticmethod
+    def saved_fields() -> Fields:
+        """What a checkpoint may hold under the names of :meth:`state_dict`."""
+        return {"calls_per_step": whole(1), "offset": whole()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, or start anew from an empty one."""

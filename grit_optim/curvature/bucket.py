@@ -10,10 +10,12 @@ from torch import Tensor
 from grit_optim import linalg
 from grit_optim.base.transport import Move
 from grit_optim.capture.sums import Sums
-from grit_optim.curvature.factors import Factors
+from grit_optim.curvature.factors import RANK_AXES, Factors
 from grit_optim.curvature.moments import GradientMoments
+from grit_optim.integrity.fields import Fields, flag, tensor
 from grit_optim.lora.buckets import Bucket, Group
 from grit_optim.lora.kept_ranks import KeptRanks
+from grit_optim.lora.site import Site
 from grit_optim.options import CurvatureOptions
 
 _OPERATORS = ("a_operator", "b_operator", "a_ready", "b_ready")
@@ -253,6 +255,19 @@ class BucketCurvature:
         """Let the factors of the chosen sites, boolean ``[S]``, be as if nothing had been seen."""
         self.factors.forget(sites)
 
+    def rank_axes(self) -> dict[str, tuple[int, ...]]:
+        """Names of a site's saved tensors to the axes that run over its rank; the others have none."""
+        operators = dict.fromkeys(_OPERATORS[:2], (0, 1))
+        return {**RANK_AXES, **operators, **({} if self.moments is None else self.moments.rank_axes())}
+
+    @staticmethod
+    def saved_fields(fisher: str, site: Site) -> Fields:
+        """What a checkpoint of this ``fisher`` may hold of ``site``, under the names of :meth:`pack`."""
+        matrix = tensor(site.rank, site.rank)
+        operators = dict.fromkeys(_OPERATORS[:2], matrix) | dict.fromkeys(_OPERATORS[2:], flag)
+        moments = {} if fisher == "kfac" else GradientMoments.saved_fields(fisher, site)
+        return {**Factors.saved_fields(site.rank), **operators, **moments}
+
     def pack(self, with_operators: bool) -> dict[str, dict[str, Tensor]]:
         """The state of each site for a checkpoint: site name to tensors by name.
 
@@ -280,4 +295,9 @@ class BucketCurvature:
 
 
 def _where_ready(ready: Tensor, operators: Tensor) -> Tensor:
-    return torch.where(ready[:, None, None], operators, linalg.eye_like(operators))
+    """The operators of ready sites, the identity elsewhere, row by row in memory.
+
+    Cholesky inverses come column by column. A product of theirs is rounded otherwise than one of their copies
+    from a checkpoint.
+    """
+    return torch.where(ready[:, None, None], operators, linalg.eye_like(operators)).contiguous()

@@ -49,7 +49,7 @@ class Curvature:
     @property
     def gradient_moments_in_operators(self) -> bool:
         """Whether moments of gradients are expressed in the operators, so that a checkpoint needs those."""
-        return self.kind == "ekfac"
+        return in_operators(self.kind)
 
     def scale_damping(self, scale: float) -> None:
         """Set the factor of the adaptive schedule on ``kfac_damping``."""
@@ -93,3 +93,8 @@ class Curvature:
             if (part := group.with_gradient())
         ]
         return mean_square(groups, device, relative)
+
+
+def in_operators(fisher: str) -> bool:
+    """Whether this approximation keeps moments of gradients in the coordinates of the operators."""
+    return fisher == "ekfac"

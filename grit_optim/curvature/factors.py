@@ -14,6 +14,10 @@ from torch import Tensor
 
 from grit_optim import linalg
 from grit_optim.capture.sums import Sums
+from grit_optim.integrity.fields import Fields, factor, tensor
+
+RANK_AXES = {"activation": (0, 1), "gradient": (0, 1)}
+"""Names of a site's saved tensors to the axes that run over its rank; the others have none."""
 
 
 @dataclass(eq=False)
@@ -117,6 +121,12 @@ class Factors:
             linalg.symmetric(activation).float(),
             linalg.symmetric(gradient).float(),
         )
+
+    @staticmethod
+    def saved_fields(rank: int) -> Fields:
+        """What a checkpoint may hold of a site of this rank, under the names of :meth:`pack`."""
+        amounts = [known.name for known in fields(Factors) if known.name not in RANK_AXES]
+        return {name: factor(rank) for name in RANK_AXES} | {name: tensor(low=0) for name in amounts}
 
     def pack(self, position: int) -> dict[str, Tensor]:
         """One site's state for a checkpoint."""

@@ -17,7 +17,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from grit_optim.integrity.fields import Fields, factor, tensor
 from grit_optim.lora.buckets import SIDES, Bucket, Group, Side
+from grit_optim.lora.site import Site
 
 
 def covariance(gradients: Tensor, side: Side) -> Tensor:
@@ -61,16 +63,9 @@ class GradientMoments:
     def __init__(self, kind: str, bucket: Bucket) -> None:
         self.kind = kind
         self.bucket = bucket
-        size, rank, device = len(bucket.sites), bucket.rank, bucket.device
+        size, device = len(bucket.sites), bucket.device
         self.weight = {side: torch.zeros(size, device=device) for side in SIDES}
-        shapes = {
-            "A": [
-                (rank, rank) if kind == "block_diagonal" else site.a.flatten(1).shape for site in bucket.sites
-            ],
-            "B": [
-                (rank, rank) if kind == "block_diagonal" else site.b.flatten(1).shape for site in bucket.sites
-            ],
-        }
+        shapes = {side: [_shape(kind, site, side) for site in bucket.sites] for side in SIDES}
         self.means = {side: [torch.zeros(s, device=device) for s in shapes[side]] for side in SIDES}
         self.scales = {side: [torch.ones(s, device=device) for s in shapes[side]] for side in SIDES}
 
@@ -85,8 +80,8 @@ class GradientMoments:
 
     def set(self, of: dict[Side, list[Tensor]], group: Group, stacked: Tensor) -> None:
         """Put the stacked tensors of ``group``, ``[m, …]``, back into ``means`` or ``scales``."""
-        for position, tensor in zip(group.positions, stacked, strict=True):
-            of[group.side][position] = tensor
+        for position, matrix in zip(group.positions, stacked, strict=True):
+            of[group.side][position] = matrix
 
     def fold(self, group: Group, gradients: Tensor, seen: Tensor, decay: float | None) -> None:
         """Fold one step's gradients into the means.
@@ -108,6 +103,25 @@ class GradientMoments:
     def matrices(self, side: Side) -> Tensor:
         """The covariances of block_diagonal for one side, ``[S, r, r]``."""
         return torch.stack(self.means[side])
+
+    def rank_axes(self) -> dict[str, tuple[int, ...]]:
+        """Names of a site's saved tensors to the axes that run over its rank; the others have none."""
+        axes: dict[str, tuple[int, ...]] = {"A": (0,), "B": (1,)}
+        if not self.elementwise:
+            axes = dict.fromkeys(SIDES, (0, 1))
+        return {f"{self.kind}_{name}_{side}": axes[side] for side in SIDES for name in ("mean", "scale")}
+
+    @staticmethod
+    def saved_fields(kind: str, site: Site) -> Fields:
+        """What a checkpoint may hold of ``site``, under the names of :meth:`pack`."""
+        found = {}
+        for side in SIDES:
+            shape = _shape(kind, site, side)
+            mean = factor(site.rank) if kind == "block_diagonal" else tensor(*shape, low=0)
+            found[f"{kind}_weight_{side}"] = tensor(low=0)
+            found[f"{kind}_mean_{side}"] = mean
+            found[f"{kind}_scale_{side}"] = tensor(*shape, low=0)
+        return found
 
     def pack(self, position: int, with_scales: bool) -> dict[str, Tensor]:
         """One site's state for a checkpoint, under keys that name the kind.
@@ -132,3 +146,9 @@ class GradientMoments:
             for name, tensors in (("mean", self.means), ("scale", self.scales)):
                 if (saved := state.get(f"{self.kind}_{name}_{side}")) is not None:
                     tensors[side][position] = saved.to(self.bucket.device, copy=True)
+
+
+def _shape(kind: str, site: Site, side: Side) -> tuple[int, ...]:
+    """The shape of one matrix's moments."""
+    matrix = (site.a if side == "A" else site.b).flatten(1)
+    return (site.rank, site.rank) if kind == "block_diagonal" else tuple(matrix.shape)

@@ -11,10 +11,15 @@ from torch.optim import Optimizer
 from grit_optim.base.transport import narrow_state
 from grit_optim.export import peft_config
 from grit_optim.export.peft_models import Home, homes
-from grit_optim.lora.discovery import adapter_layers, layers_of_pairs, resize_layer
+from grit_optim.lora.discovery import (
+    adapter_layers,
+    layers_of_pairs,
+    modules_of_pairs,
+    resize_layer,
+)
 from grit_optim.lora.site import Site
 from grit_optim.messages import warn
-from grit_optim.parts import Parts, narrowed
+from grit_optim.parts import Parts
 
 
 def shrink(parts: Parts, model: nn.Module | None) -> None:
@@ -35,6 +40,16 @@ def shrink(parts: Parts, model: nn.Module | None) -> None:
         )
     sites = parts.sites.all
     found = check(parts.known_model(model), sites)
+    layers = {key: pair for home in found for key, pair in layers_of_pairs(home.peft_model).items()}
+    configs = [config for home in found for config in home.peft_model.peft_config.values()]
+    with parts.all_or_nothing(*modules_of_pairs(sites, layers), *configs):
+        _shrink(parts, sites, layers, found)
+
+
+def _shrink(
+    parts: Parts, sites: list[Site], layers: Mapping[int, tuple[str, Any]], found: Sequence[Home]
+) -> None:
+    parts.preconditioning.to_plain_coordinates(parts.curvature)
     kept, dropped = parts.ranks.by_name(parts.curvature.buckets), parts.ranks.dropped()
     if not any(kept.values()):
         raise ValueError(
@@ -44,15 +59,13 @@ def shrink(parts: Parts, model: nn.Module | None) -> None:
     sizes = {site.name: max(kept[site.name], int(site.trains_bias)) for site in sites}
     gone = [site for site in sites if sizes[site.name] == 0]
     check_starts(found, sizes)
-    # Nothing is refused from here on.
-    parts.preconditioning.to_plain_coordinates(parts.curvature)
     known = parts.pack_sites(with_operators=True)
-    narrow(parts.base, sites, sizes, found)
+    narrow(parts.base, sites, sizes, layers)
     for home in found:
         update_configs(home, gone)
     parts.ranks.remove({site.name: dropped[site.name] for site in gone})
     left = [site for site in sites if sizes[site.name] > 0]
-    parts.attach(left, {site.name: narrowed(known[site.name], sizes[site.name]) for site in left})
+    parts.attach(left, parts.narrowed(known, {site.name: sizes[site.name] for site in left}))
 
 
 def check(model: nn.Module | None, sites: Sequence[Site]) -> list[Home]:
@@ -83,16 +96,20 @@ def check_starts(found: Iterable[Home], sizes: Mapping[str, int]) -> None:
             peft_config.check_start(home.peft_model.peft_config[adapter], adapter)
 
 
-def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], found: Iterable[Home]) -> None:
+def narrow(
+    base: Optimizer,
+    sites: Iterable[Site],
+    sizes: Mapping[str, int],
+    layers: Mapping[int, tuple[str, Any]],
+) -> None:
     """Cut each site, and what the base keeps of it, to its leading directions.
 
     Args:
         base: the optimizer that holds the parameters. A site of rank 0 leaves its groups.
         sites: those to cut.
         sizes: name to the directions that are left.
-        found: the PEFT models that hold the layers.
+        layers: PEFT's layers, from ``layers_of_pairs``; none for hand-written LoRA.
     """
-    layers = {key: layer for home in found for key, (_, layer) in layers_of_pairs(home.peft_model).items()}
     strange: set[str] = set()
     removed: set[int] = set()
     for site in sites:
@@ -108,7 +125,7 @@ def narrow(base: Optimizer, sites: Iterable[Site], sizes: Mapping[str, int], fou
         if rank > 0 or not site.in_peft:
             site.narrow_(rank)
         if site.in_peft:
-            resize_layer(layers[id(site.a_modules)], site.adapter, rank)
+            resize_layer(layers[id(site.a_modules)][1], site.adapter, rank)
     remove_parameters(base, removed)
     if strange:
         warn(

@@ -214,6 +214,38 @@ def resize_layer(layer: Any, adapter: str, rank: int) -> None:
     layer.lora_alpha[adapter] = alpha_for(layer.scaling[adapter], rank, layer.use_rslora.get(adapter, False))
 
 
+def largest_adapter(model: nn.Module | None) -> int:
+    """Parameters of pairs of full rank on all frozen linear layers and convolutions; 0 without a model."""
+    total = 0
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, nn.Linear):
+            rows, columns = module.out_features, module.in_features
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            rows, columns = module.out_channels, module.weight[0].numel()
+        else:
+            continue
+        total += 0 if module.weight.requires_grad else min(rows, columns) * (rows + columns)
+    return total
+
+
+def modules_of_pairs(sites: Iterable[Site], layers: Mapping[int, tuple[str, Any]]) -> list[nn.Module]:
+    """Every module that knows the ranks of ``sites`` or holds their weights.
+
+    Args:
+        sites: the pairs.
+        layers: PEFT's layers, from :func:`layers_of_pairs`.
+    """
+    found: dict[int, nn.Module] = {}
+    for site in sites:
+        holders = [site.a_modules[site.adapter], site.b_modules[site.adapter]]
+        if site.in_peft:
+            layer = layers[id(site.a_modules)][1]
+            names = (*layer.adapter_layer_names, *layer.other_param_names)
+            holders += [layer, *(getattr(layer, name) for name in names)]
+        found.update({id(one): one for one in holders if isinstance(one, nn.Module)})
+    return list(found.values())
+
+
 @dataclass(frozen=True)
 class AdapterLayers:
     """The layers of one adapter of a PEFT model, by their names in the base model.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grit_optim import linalg
+from grit_optim.integrity.fields import Fields, counted, tensor
 from grit_optim.lora.buckets import Bucket
 
 
@@ -88,6 +89,11 @@ class KeptRanks:
     def dropped_by_name(self) -> dict[str, float]:
         """Predicted rise of the loss by what was given up, by site name. Waits for the device."""
         return dict(zip(self.bucket.names(), self.dropped.tolist(), strict=True))
+
+    @staticmethod
+    def saved_fields(rank: int) -> Fields:
+        """What a checkpoint may hold of a site of this rank, under the names of :meth:`pack`."""
+        return {"rank": counted(0, rank), "dropped": tensor(low=0)}
 
     def pack(self, position: int) -> dict[str, Tensor]:
         """One site's state for a checkpoint."""

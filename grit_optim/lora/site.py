@@ -10,8 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
+
+from grit_optim.integrity.undo import set_data
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -146,10 +147,7 @@ def _narrow(parameter: Tensor, dim: int, size: int) -> None:
     """Cut ``parameter`` and its gradient to the first ``size`` entries of ``dim``, keeping the object."""
     gradient, kept = parameter.grad, parameter.detach().narrow(dim, 0, size).clone()
     parameter.grad = None
-    # While an old graph is alive, autograd keeps the parameter's old shape. A change of dtype renews it.
-    other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
-    parameter.data = parameter.data.to(other)
-    parameter.data = kept
+    set_data(parameter, kept)
     if gradient is not None:
         parameter.grad = gradient.narrow(dim, 0, size).clone()
 

@@ -70,8 +70,3 @@ class Eigenbasis(Mode):
         group = held.group
         step = held.curvature.from_eigenbasis(group, group.stack(group.parameters) - held.rotated)
         group.write(held.weights + step)
-
-    def abandon(self, held: Held) -> None:
-        """Put the weights back as they were."""
-        if held.weights is not None:
-            held.group.write(held.weights)

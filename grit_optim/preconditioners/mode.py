@@ -91,7 +91,12 @@ class Mode:
         """Change what the base made of it."""
 
     def abandon(self, held: Held) -> None:
-        """Put back what :meth:`before` changed of the weights, after it or the base failed."""
+        """Put the weights back as they were before the step, as far as :meth:`before` has taken note of them.
+
+        For after it, the base or :meth:`after` failed: no pair is left half-way, or in other coordinates.
+        """
+        if held.weights is not None:
+            held.group.write(held.weights)
 
     def to_plain_coordinates(self, curvature: BucketCurvature) -> None:
         """Bring the base's state back to the coordinates of A and B themselves."""

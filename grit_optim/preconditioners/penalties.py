@@ -19,6 +19,7 @@ from torch import Tensor
 
 from grit_optim import linalg
 from grit_optim.curvature.bucket import BucketCurvature
+from grit_optim.integrity.fields import Fields, tensor
 from grit_optim.lora.buckets import Bucket, Group
 from grit_optim.options import PenaltyOptions
 from grit_optim.rank.selection import RankPolicy
@@ -129,6 +130,16 @@ class Penalties:
         of_a, of_b = self._operators[bucket]
         return share * group.apply(of_a if group.side == "A" else of_b, group.stack(group.parameters))
 
+    @staticmethod
+    def rank_axes() -> dict[str, tuple[int, ...]]:
+        """Names of a pair's saved tensors to the axes that run over its rank."""
+        return dict.fromkeys(_KEYS, (0, 1))
+
+    @staticmethod
+    def saved_fields(rank: int) -> Fields:
+        """What a checkpoint may hold of a pair of this rank, under the names of :meth:`pack`."""
+        return dict.fromkeys(_KEYS, tensor(rank, rank))
+
     def pack(self, bucket: Bucket, position: int) -> dict[str, Tensor]:
         """One pair's state for a checkpoint; empty without a penalty."""
         found = self._operators.get(bucket)
@@ -138,9 +149,9 @@ class Penalties:
 
     def unpack(self, bucket: Bucket, position: int, state: Mapping[str, Tensor]) -> None:
         """Put one pair's state back."""
-        for key, tensor in zip(_KEYS, self._operators.get(bucket, ()), strict=False):
+        for key, operator in zip(_KEYS, self._operators.get(bucket, ()), strict=False):
             if key in state:
-                tensor[position].copy_(state[key])
+                operator[position].copy_(state[key])
 
 
 _KEYS = ("a_penalty", "b_penalty")

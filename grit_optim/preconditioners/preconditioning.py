@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from grit_optim.base.settings import group_by_parameter
 from grit_optim.curvature.curvature import Curvature
+from grit_optim.integrity.fields import Fields, text, whole
 from grit_optim.options import Options
 from grit_optim.preconditioners.held_gradients import (
     Held,
@@ -54,20 +55,29 @@ class Preconditioning:
         self.outcomes = []  # they name places in the buckets of before
         self.penalties.attach([c.bucket for c in curvature.buckets])
 
-    def refresh_if_due(self, curvature: Curvature, schedule: Schedule, policy: RankPolicy) -> None:
+    def refresh_due(self, schedule: Schedule) -> bool:
+        """Whether operators are to be derived anew in this step; to be asked once a step."""
+        return schedule.refresh_due() and (self._turns(schedule) or self.penalties.active)
+
+    def _turns(self, schedule: Schedule) -> bool:
+        """Whether the mode derives operators: in the warm-up only where the coordinates stay."""
+        return not (schedule.warming_up and self.mode.changes_coordinates)
+
+    def refresh(self, curvature: Curvature, schedule: Schedule, policy: RankPolicy) -> None:
         """Derive from the factors what the mode applies, and what the penalties do."""
-        if not schedule.refresh_due():
-            return
-        turning = not (schedule.warming_up and self.mode.changes_coordinates)
-        if not (turning or self.penalties.active):
-            return
-        with self._times("refresh"):
-            curvature.scale_damping(schedule.damping_scale)
-            for one in curvature.buckets:
-                if turning:
-                    self.mode.refresh(one)
-                self.penalties.refresh(one, policy)
+        curvature.scale_damping(schedule.damping_scale)
+        for one in curvature.buckets:
+            if self._turns(schedule):
+                self.mode.refresh(one)
+            self.penalties.refresh(one, policy)
         self.refreshes += 1
+
+    def derive_loaded(self, curvature: Curvature, schedule: Schedule, policy: RankPolicy) -> None:
+        """Derive what a checkpoint leaves out, since it follows from the factors of the same step."""
+        if schedule.steps > 0 and not self.mode.changes_coordinates:
+            done = self.refreshes
+            self.refresh(curvature, schedule, policy)
+            self.refreshes = done
 
     def refresh_moved(self, curvature: Curvature, schedule: Schedule, policy: RankPolicy) -> None:
         """Refresh operators and penalties after the pairs have changed coordinates."""
@@ -137,6 +147,11 @@ class Preconditioning:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the operators of each pair."""
         return {"precondition": self.mode.name, "refreshes": self.refreshes}
+
+    @staticmethod
+    def saved_fields() -> Fields:
+        """What a checkpoint may hold under the names of :meth:`state_dict`."""
+        return {"precondition": text(MODES), "refreshes": whole()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, or start anew from an empty one."""

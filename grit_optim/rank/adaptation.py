@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from grit_optim.curvature.bucket import BucketCurvature
+from grit_optim.integrity.fields import Fields, by_name, number, record, several, text, whole
 from grit_optim.lora.buckets import Bucket
 from grit_optim.lora.kept_ranks import KeptRanks
 from grit_optim.lora.site import Site
 from grit_optim.options import RankOptions
-from grit_optim.options.declared import PAPER_PROJECTIONS
+from grit_optim.options.declared import PAPER_PROJECTIONS, REPROJECTIONS
 from grit_optim.profiling import StageTimes
 from grit_optim.rank import moves
-from grit_optim.rank.budget import BudgetSchedule, Origin, make_schedule
+from grit_optim.rank.budget import BudgetSchedule, Origin, make_schedule, unmet
 from grit_optim.rank.coordinates import BALANCING_DAMPING, Coordinates
 from grit_optim.rank.report import RankReport, SiteRank, effective_ranks
 from grit_optim.rank.selection import Bids, RankPolicy, ranks_within
@@ -40,6 +41,7 @@ class Ranks:
         self.removed: dict[str, float] = {}
         self.budget: BudgetSchedule | None = None
         self.reprojections = 0
+        self._unmet: str | None = None  # why the budget cannot be met, unless a checkpoint is loaded first
         self._base = base
         self._options = options
         self._times = times
@@ -49,18 +51,20 @@ class Ranks:
 
     # ---------------------------------------------------------------- which sites
 
-    def remember(self, sites: Sequence[Site], origin: Mapping[str, Origin]) -> None:
+    def remember(self, sites: Sequence[Site], origin: Mapping[str, Origin], largest: int = 0) -> None:
         """Note what the sites were at first, and set the budget by it.
 
         Args:
             sites: the sites as they are now.
             origin: what sites were at first, where that is known already; it overrides ``sites``.
+            largest: the most parameters that they can have had at first, where that is not known.
 
         Raises:
-            ValueError: the budget cannot be met.
+            ValueError: the budget cannot be met, or could not by so many parameters.
         """
         self.origin = {**{site.name: Origin(site.rank, site.parameters) for site in sites}, **origin}
         before = self.budget.state() if self.budget is not None else {}
+        self._unmet = unmet(self._options, self.origin.values(), largest)
         self.budget = make_schedule(self._options, self.origin.values())
         if self.budget is not None:
             self.budget.load(before)
@@ -78,6 +82,18 @@ class Ranks:
     def follows_loss(self) -> bool:
         """Whether the budget depends on the loss."""
         return self._options.rank_budget_schedule == "adaptive"
+
+    def check_budget(self) -> None:
+        """Refuse to train with a budget that only a larger adapter could meet.
+
+        Raises:
+            ValueError: the budget cannot be met, and no checkpoint has told that the adapter was larger.
+        """
+        if self._unmet is not None:
+            raise ValueError(
+                f"{self._unmet}. An adapter that shrink_() has cut is known by its checkpoint: load that "
+                "before the first step"
+            )
 
     def observe(self, loss: Tensor | float | None) -> None:
         """Take note of a step's loss, if the budget depends on it."""
@@ -263,6 +279,18 @@ class Ranks:
             "origin": {name: list(origin) for name, origin in self.origin.items()},
             "removed": dict(self.removed),
             "budget": {} if self.budget is None else self.budget.state(),
+        }
+
+    @staticmethod
+    def saved_fields(sites: Collection[str]) -> Fields:
+        """What a checkpoint of ``sites`` may hold under the names of :meth:`state_dict`."""
+        budget = record(BudgetSchedule.saved_fields())
+        return {
+            "reprojection": text(REPROJECTIONS),
+            "reprojections": whole(),
+            "origin": by_name(several(whole(1), 2), sites),
+            "removed": by_name(number(low=0)),
+            "budget": lambda path, value: budget(path, value) if value != {} else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], sites: Sequence[Site]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grit_optim.integrity.fields import Fields, tensor, whole
 from grit_optim.messages import warn
 from grit_optim.options import RankOptions
 
@@ -41,33 +42,40 @@ def check(name: str, budget: float, origins: Collection[Origin], floor: int) -> 
 
     Raises:
         ValueError: the budget is less than ``floor`` keeps, less than one direction, or more than all
-            parameters.
+            parameters; or no pair is trained yet.
     """
     if not origins:
         raise ValueError(
             f"{name}={budget!r} shares out the parameters of the pairs in training, and none is trained yet. "
             "Unfreeze the adapter and train first"
         )
+    if (problem := _problem(name, budget, origins, floor, full_parameters(origins))) is not None:
+        raise ValueError(problem)
+
+
+def _problem(name: str, budget: float, origins: Collection[Origin], floor: int, at_first: int) -> str | None:
+    """Why a budget cannot be met if the adapter had ``at_first`` parameters at first; None if it can."""
     directions = [(min(floor, origin.rank), origin.parameters // origin.rank) for origin in origins]
     least = sum(count * size for count, size in directions) or min(size for _, size in directions)
     total = full_parameters(origins)
-    wanted = parameters(budget, total)
-    if wanted > total:
-        raise ValueError(
+    if parameters(budget, at_first) > at_first:
+        return (
             f"{name}={budget!r} is more than the {total:,} parameters that the adapter has, so it would "
             "change nothing. Pass a smaller number, or a float in (0, 1] for a share of them"
         )
-    if wanted < least:
+    wanted = parameters(budget, total)
+    if parameters(budget, at_first) < least:
         what = (
             f"min_lora_rank={floor} keeps {least:,}"
             if floor
             else f"the smallest direction of any site has {least:,}"
         )
-        raise ValueError(
+        return (
             f"{name}={budget!r} is {math.floor(wanted):,} of the adapter's {total:,} parameters, but "
             f"{what}; raise the budget{', or lower min_lora_rank' if floor else ''} (a float is a share of "
             "the parameters, a whole number a number of them)"
         )
+    return None
 
 
 TOLERANCE = 0.01
@@ -160,6 +168,17 @@ class BudgetSchedule:
             "last": self._last,
         }
 
+    @staticmethod
+    def saved_fields() -> Fields:
+        """What a checkpoint may hold under the names of :meth:`state`."""
+        return {
+            "progress": tensor(low=0, high=1),
+            "loss_sum": tensor(),
+            "loss_count": tensor(low=0),
+            "lowest": tensor(finite=False),
+            "last": whole(),
+        }
+
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a saved state. An empty one changes nothing."""
         if state:
@@ -172,22 +191,42 @@ class BudgetSchedule:
             self._observed = True
 
 
+def unmet(options: RankOptions, origins: Collection[Origin], largest: int) -> str | None:
+    """Why the rank budget cannot be met by the adapter as it is; None if it can, or without a budget.
+
+    An adapter that was cut by ``shrink_()`` had more parameters at first. How many, only its checkpoint says.
+
+    Args:
+        options: the rank options.
+        origins: all sites as they were at first, as far as that is known.
+        largest: the most parameters that the adapter can have had.
+
+    Raises:
+        ValueError: the start or the end of the budget could not be met by that many parameters either.
+    """
+    problem = None
+    total = full_parameters(origins)
+    if not origins:  # no pair is trained yet
+        return None
+    for name, budget in zip(("the start of rank_budget", "rank_budget"), options.budget or (), strict=False):
+        found = _problem(name, budget, origins, options.min_lora_rank, total)
+        if found and _problem(name, budget, origins, options.min_lora_rank, max(largest, total)):
+            raise ValueError(found)
+        problem = found or problem
+    return problem
+
+
 def make_schedule(options: RankOptions, origins: Collection[Origin]) -> BudgetSchedule | None:
     """The course of the rank budget; None without a budget, and while no pair is trained.
 
     Args:
         options: the rank options.
         origins: all sites as they were at first.
-
-    Raises:
-        ValueError: the start or the end of the budget cannot be met.
     """
     if options.budget is None or not origins:
         return None
     start, end = options.budget
     total = full_parameters(origins)
-    check("rank_budget", end, origins, options.min_lora_rank)
-    check("the start of rank_budget", start, origins, options.min_lora_rank)
     return BudgetSchedule(
         parameters(start, total),
         parameters(end, total),

@@ -1,0 +1,1 @@
+"""What a checkpoint holds of the parts of an optimizer."""

@@ -1,0 +1,194 @@
+"""A step, a reduction or a cut that fails at any operation leaves the adapter before it or after it."""
+
+import copy
+import warnings
+
+import layered
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class OutOfMemory(BaseException):
+    """Not an Exception, as Ctrl-C is not."""
+
+
+class FailAt(TorchDispatchMode):
+    """Lets the k-th operation fail, counted from 0; counts them all."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.k, self.seen = k, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += 1
+        if self.seen == self.k + 1:
+            raise OutOfMemory(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+MOVING = {"reprojection": "balanced", "reprojection_freq": 4, "rank_budget": 0.6, "min_lora_rank": 0}
+STEPS = {
+    "balanced": {"precondition": "balanced", "kfac_update_freq": 1},
+    "eigenbasis": {"precondition": "eigenbasis", "kfac_update_freq": 1},
+    "ekfac": {"precondition": "steer", "fisher": "ekfac"},
+    "spectral": {"precondition": "spectral", **MOVING},
+    "eigenbasis, reprojecting": {"precondition": "eigenbasis", **MOVING},
+    "regrowing": {"precondition": "steer", **MOVING, "rank_budget": (0.3, 0.9), "rank_budget_steps": 8},
+    "paper": {
+        "precondition": "inverse",
+        "reprojection": "two_sided",
+        "reprojection_k": 2,
+        "reprojection_freq": 4,
+    },
+}
+POINTS = 10
+
+
+def ready(options):
+    """A model whose next step is the fifth, which reprojects."""
+    model = layered.model(d_in=7)
+    optimizer = layered.grit(model, **options)
+    layered.train(model, optimizer, 4)
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def fork(model, optimizer):
+    """A copy with the gradients of the fifth step."""
+    model, optimizer = copy.deepcopy([model, optimizer])
+    layered.loss_of(model, 4).backward()
+    return model, optimizer
+
+
+def operations(run):
+    with FailAt(-1) as counter:
+        run()
+    return counter.seen
+
+
+def spread(count):
+    """Some of the places where it can fail, the first and the last among them."""
+    return sorted({round(i * (count - 1) / (POINTS - 1)) for i in range(POINTS)})
+
+
+def gap(model, others):
+    return min(float((layered.answer(model) - other).abs().max()) for other in others)
+
+
+@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS.keys())
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_that_fails_anywhere_leaves_one_system_of_coordinates(options):
+    """Between before and after lies only what the base itself had written, if it was the one to fail."""
+    model, optimizer = ready(options)
+    before = layered.answer(model)
+    after_model, after = fork(model, optimizer)
+    count = operations(after.step)
+    after_answer = layered.answer(after_model)
+    whole_step = float((after_answer - before).abs().max())
+    layered.train(after_model, after, 1, first=5)
+    for k in spread(count):
+        twin, other = fork(model, optimizer)
+        with pytest.raises(OutOfMemory), FailAt(k):
+            other.step()
+        assert gap(twin, (before, after_answer)) <= 1.01 * whole_step + 1e-6, k
+        layered.train(twin, other, 2, first=5)
+        left, right = layered.answer(twin), layered.answer(after_model)
+        assert left.isfinite().all()
+        assert (left - right).abs().max() < 5 * whole_step + 1e-3, f"operation {k} of {count}"
+
+
+def sizes(model):
+    return [(m.out_features, m.in_features) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+
+
+@pytest.mark.parametrize("mode", ["balanced", "eigenbasis", "spectral"])
+@pytest.mark.parametrize("what", ["reduce_ranks_", "shrink_", "close"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_move_that_fails_anywhere_has_changed_nothing(mode, what):
+    options = {"precondition": mode, "min_lora_rank": 0, "kfac_update_freq": 1}
+    model, optimizer = ready(options)
+    if what == "shrink_":
+        optimizer.reduce_ranks_(0.5)
+
+    def run(m, o):
+        if what == "reduce_ranks_":
+            o.reduce_ranks_(0.5)
+        elif what == "shrink_":
+            o.shrink_(model=m)
+        else:
+            o.close()
+
+    counted = fork(model, optimizer)
+    count = operations(lambda: run(*counted))
+    for k in spread(count):
+        twin, other = fork(model, optimizer)
+        state, weights = copy.deepcopy(other.state_dict()), layered.weights(twin)
+        gradients = [p.grad.clone() for p in layered.trained(twin)]
+        shapes = sizes(twin)
+        config = copy.deepcopy(twin.peft_config["default"].to_dict())
+        with pytest.raises(OutOfMemory), FailAt(k):
+            run(twin, other)
+        assert layered.same(layered.weights(twin), weights), k
+        assert layered.same(other.state_dict(), state), k
+        assert layered.same([p.grad for p in layered.trained(twin)], gradients), k
+        assert twin.peft_config["default"].to_dict() == config, k
+        assert sizes(twin) == shapes, k
+        run(twin, other)  # nothing stands in the way of another try
+        if what != "close":
+            layered.train(twin, other, 2, first=5)
+            assert layered.answer(twin).isfinite().all()
+
+
+class FailingStep(torch.optim.AdamW):
+    """Fails once all parameters but the last have been stepped."""
+
+    fails = False
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if self.fails:
+            for p in self.param_groups[0]["params"][:-1]:
+                p.sub_(0.01 * p.grad.sign())
+            raise KeyboardInterrupt
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("mode", ["spectral", "steer", "eigenbasis"])
+def test_a_base_that_is_interrupted_leaves_the_pairs_as_they_were(mode):
+    model, optimizer = layered.model(), None
+    optimizer = layered.grit(model, base=FailingStep, precondition=mode)
+    layered.train(model, optimizer, 3)
+    layered.loss_of(model, 3).backward()
+    before = layered.weights(model)
+    optimizer.base.fails = True
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert layered.same(layered.weights(model), before)
+
+
+def test_taps_and_sites_stay_when_a_change_of_the_model_fails():
+    """A pair that was frozen is taken in. Wherever that fails, the others are known as before."""
+    model = layered.model()
+    late = list(model.base_model.model.third.lora_A.parameters()) + list(
+        model.base_model.model.third.lora_B.parameters()
+    )
+    everything = layered.trained(model)
+    for p in late:
+        p.requires_grad_(False)
+    optimizer = layered.GritOptimizer(torch.optim.AdamW(everything, lr=1e-2), model, kfac_min_samples=4)
+    layered.train(model, optimizer, 3)
+    for p in late:
+        p.requires_grad_(True)
+    state = copy.deepcopy(optimizer.state_dict())
+    for k in range(0, 12, 3):
+        optimizer.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(OutOfMemory), FailAt(k):
+                optimizer.step()  # no backward pass: all that it does is to take the pair in
+        assert layered.same(optimizer.state_dict()["grit"], state["grit"]), k
+    layered.train(model, optimizer, 3, first=3)
+    told = optimizer.telemetry()["samples"]
+    assert len(told) == 3
+    assert sorted(told.values())[-1] == 72
