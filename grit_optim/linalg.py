@@ -18,6 +18,8 @@ ESCALATIONS = 5
 SMALLEST_NEWTON_DAMPING = 1e-3
 """Relative damping below which :func:`damped_root` decomposes: fp32 does not carry the Newton iteration."""
 
+_ROUNDING = torch.finfo(torch.float32).eps
+"""Of the factors, which are kept in fp32, relative to their largest eigenvalue."""
 _NEWTON_TOLERANCE = 1e-7  # the iteration ends when the smallest eigenvalue is this close to 1
 
 
@@ -247,8 +249,8 @@ def balance(activation: Tensor, gradient: Tensor, mask: Tensor) -> tuple[Tensor,
     neither A nor B grows as a whole; after that the two factors are proportional to Λ.
 
     Args:
-        activation: Σ_a, positive definite on the mask ``[S, r, r]``.
-        gradient: Σ_g, positive definite on the mask ``[S, r, r]``.
+        activation: Σ_a, positive semi-definite on the mask up to rounding ``[S, r, r]``.
+        gradient: Σ_g, positive semi-definite on the mask up to rounding ``[S, r, r]``.
         mask: the coordinates in use, a leading block ``[S, r]``; T is the identity on the others.
 
     Returns:
@@ -257,18 +259,34 @@ def balance(activation: Tensor, gradient: Tensor, mask: Tensor) -> tuple[Tensor,
     """
     activation = block(activation.double(), mask)
     gradient = torch.where(mask[:, :, None] & mask[:, None, :], gradient.double(), 0.0)
-    lower, info = torch.linalg.cholesky_ex(activation)
-    lower = torch.where((info == 0)[:, None, None], lower, eye_like(lower))
+    lower = _cholesky(activation)
     # Given-up coordinates have eigenvalue 0 and so come last.
     squared, rotation = descending_eigh(lower.mT @ gradient @ lower)
     rotation = block(rotation, mask)
-    spectrum = torch.where(mask, squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt(), 1.0)
+    # What lies below rounding, negative eigenvalues too, is zero. It counts as the rounding, to bound T.
+    floor = squared[:, :1].clamp_min(torch.finfo(squared.dtype).tiny / _ROUNDING**2) * _ROUNDING**2
+    spectrum = torch.where(mask, torch.maximum(squared, floor).sqrt(), 1.0)
     log_det = (0.5 * spectrum.log() - lower.diagonal(dim1=-2, dim2=-1).log()).sum(-1)
     unit = torch.where(mask, (-log_det / mask.sum(-1).clamp_min(1))[:, None].exp(), 1.0)  # makes |det T| = 1
     scale = unit * spectrum.sqrt()
     transform = scale[:, :, None] * torch.linalg.solve_triangular(lower.mT, rotation, upper=True).mT
     inverse = (lower @ rotation) / scale[:, None, :]
     return block(transform, mask), block(inverse, mask), spectrum * mask
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """L of ``M = L Lᵀ`` ``[S, r, r]``. Where M is not positive definite, small eigenvalues count as rounding.
+
+    The identity where M has no positive eigenvalue, or is not finite.
+    """
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    if matrix.device.type == "cpu" and not info.any():  # the usual case; on the CPU looking costs nothing
+        return lower
+    values, vectors = descending_eigh(matrix)
+    raised = torch.maximum(values, values[:, :1] * _ROUNDING)
+    repaired, failed = torch.linalg.cholesky_ex(symmetric((vectors * raised[:, None, :]) @ vectors.mT))
+    lower = torch.where((info == 0)[:, None, None], lower, repaired)
+    return torch.where(((info == 0) | (failed == 0))[:, None, None], lower, eye_like(lower))
 
 
 def effective_rank(spectrum: Tensor) -> Tensor:

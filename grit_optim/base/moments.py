@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from grit_optim.base import layout
 from grit_optim.base.bitsandbytes import SQUARES_FIRST, dequantized, kernel, quantize
 
 SQUARE_LIKE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 """Names of state tensors that average squared gradients."""
+_STATE1 = "state1"
+"""The name of the first moment in bitsandbytes."""
 
 
 def first_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
-    """The base's average (or decayed sum) of the gradient of ``parameter``, in its shape; None if absent."""
+    """The base's average (or decayed sum) of the gradient of ``parameter``, in its shape; None if absent.
+
+    Warns, once for each base and name, of one that is there but cannot be read.
+    """
     state = base.state.get(parameter, {})
+    name = _first_name(base, state)
+    if name is None:
+        return None
+    found = dequantized(state, "1") if name == _STATE1 else state[name]
+    moment = layout.decoded(found, parameter)
+    if moment is None:
+        layout.warn_once(
+            base,
+            f"first moment {name}",
+            f"{type(base).__name__} keeps {name!r} as {layout.described(state[name])}, which cannot be read "
+            f"as the average of the gradient of a parameter {list(parameter.shape)}. Where GRIT turns a "
+            "step, it takes the newest gradient in its place. Use a base that keeps the average as a tensor "
+            "in the parameter's shape, such as torch.optim.AdamW",
+        )
+    return moment
+
+
+def _first_name(base: Optimizer, state: Mapping[str, Any]) -> str | None:
+    """Under which name the average of the gradient should lie; None if the base keeps none."""
     for name in ("exp_avg", "grad_avg", "momentum_buffer"):
         # RMSprop's momentum_buffer averages scaled gradients.
         averages_gradients = name != "momentum_buffer" or "square_avg" not in state
-        if isinstance(state.get(name), Tensor) and averages_gradients:
-            return state[name]
-    return None if kernel(base) in SQUARES_FIRST else dequantized(state, "1")
+        if state.get(name) is not None and averages_gradients:
+            return name
+    return _STATE1 if kernel(base) not in SQUARES_FIRST and state.get(_STATE1) is not None else None
 
 
 def moment_weight(
@@ -96,15 +121,18 @@ def _by_steps(base: Optimizer, parameters: Sequence[Tensor], formula: Callable[[
 
 
 def set_first_moment(base: Optimizer, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Write ``values`` into what :func:`first_moment` reads; bitsandbytes' 8-bit state is quantized anew."""
+    """Write ``values`` into what :func:`first_moment` reads; what is stored in 8 bits is quantized anew."""
     plain: list[tuple[Tensor, Tensor]] = []
     for parameter, value in zip(parameters, values, strict=True):
         state = base.state[parameter]
-        codes = state.get("state1")
-        if codes is not None and codes.dtype == torch.uint8:
+        name = _first_name(base, state)
+        target = None if name is None else state[name]
+        if name == _STATE1 and isinstance(target, Tensor) and target.dtype == torch.uint8:
             quantize(state, value)
-        elif (target := first_moment(base, parameter)) is not None:
-            plain.append((target, value.view_as(target)))
+        elif layout.is_entrywise(target, parameter):
+            plain.append((target, value.view_as(parameter)))
+        elif layout.decoded(target, parameter) is not None:
+            target.copy_(value.view_as(parameter))
     if plain:
         torch._foreach_copy_([target for target, _ in plain], [value for _, value in plain])
 
@@ -113,7 +141,6 @@ def second_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:
     """The base's average of the squared gradient of ``parameter``, entry by entry; None if it has none."""
     state = base.state.get(parameter, {})
     for name in SQUARE_LIKE:
-        value = state.get(name)
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
+        if (value := layout.decoded(state.get(name), parameter)) is not None:
             return value
-    return dequantized(state, "1" if kernel(base) in SQUARES_FIRST else "2")
+    return layout.decoded(dequantized(state, "1" if kernel(base) in SQUARES_FIRST else "2"), parameter)

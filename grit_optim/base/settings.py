@@ -6,6 +6,7 @@ to be imported.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,15 @@ from grit_optim.base.bitsandbytes import kernel
 # class names, kernels of bitsandbytes, and settings that say it.
 _DECOUPLED_NAMES = ("AdamW", "Lion", "Muon", "Adafactor")
 _DECOUPLED_KERNELS = ("adam", "ademamix", "lamb", "lion")
+# Classes whose update is Adam's, of torch, torchao, apex, DeepSpeed, timm, schedulefree and pytorch_optimizer.
+_ADAMS = {
+    "Adam", "AdamW", "Adamax", "AdaMax", "NAdam", "NAdamW", "RAdam", "SparseAdam",
+    "_AdamBase", "FusedAdam", "AdamC", "AdamMini", "AdamP", "AdamS", "AdamWSN", "FAdam", "FlashAdamW",
+    "GrokFastAdamW", "QHAdam", "StableAdamW", "DAdaptAdam",
+    "AdamWScheduleFree", "AdamWScheduleFreePaper", "AdamWScheduleFreeReference", "RAdamScheduleFree",
+    "ScheduleFreeAdamW", "ScheduleFreeRAdam",
+}  # fmt: skip
+_ADAM_KERNELS = ("adam",)
 _DECOUPLED_FLAGS = ("decoupled_weight_decay", "weight_decouple", "decouple_weight_decay")
 
 
@@ -79,8 +89,21 @@ def _decouples(base: Optimizer, settings: dict[str, Any]) -> bool:
 
 
 def is_adam(base: Optimizer) -> bool:
-    """Whether the base is a kind of Adam, by the names of its class and of the classes it inherits from."""
-    return any("Adam" in kind.__name__ for kind in type(base).__mro__)
+    """Whether the base makes Adam's update, whose entries are of the size of the learning rate.
+
+    The class that wrote ``step()`` decides, by its exact name. Of others that are called after Adam some step
+    by another measure: PAdam (Chen et al. 2018) divides by a smaller power, so its learning rate means a
+    hundred times as much. A ``step()`` that calls the parent's is taken for the parent's.
+    """
+    if (update := kernel(base)) is not None:
+        return update in _ADAM_KERNELS
+    for kind in type(base).__mro__:
+        if "step" in vars(kind):
+            step = inspect.unwrap(vars(kind)["step"])
+            if "__class__" not in step.__code__.co_freevars:  # there where super() is called
+                # torch wraps the step of the first class that is used, which may have inherited it.
+                return step.__qualname__.split(".")[-2] in _ADAMS
+    return False
 
 
 def finds_its_rate(base: Optimizer) -> bool:

@@ -1,15 +1,16 @@
 """Moving the base optimizer's state to other coordinates of A and B, and cutting it to fewer coordinates.
 
-State tensors are recognised by name. Averages of gradients are multiplied as gradients are, copies of the
-weights as the weights are. Averages of squared gradients are multiplied by the squared entries of the
-operator, which is exact for permutations and changes of sign. Where the K-FAC factors tell how a gradient's
-entries are correlated over the rank, the correlations enter too. Any other tensor of state cannot be moved:
-the parameter's state is dropped with a warning, and the base starts it anew.
+State tensors are recognised by name, if type and shape are what the name stands for. Averages of gradients
+are multiplied as gradients are, copies of the weights as the weights are. Averages of squared gradients are
+multiplied by the squared entries of the operator, which is exact for permutations and changes of sign. Where
+the K-FAC factors tell how a gradient's entries are correlated over the rank, the correlations enter too. Any
+other state that could depend on coordinates cannot be moved: the parameter's state is dropped with a warning,
+and the base starts it anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +18,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from grit_optim.base import layout
 from grit_optim.base.moments import SQUARE_LIKE
 from grit_optim.lora.buckets import Group
-from grit_optim.messages import warn
 
 GRADIENT_LIKE = ("exp_avg", "momentum_buffer", "grad_avg")
 """Names of state tensors that average gradients."""
 WEIGHT_LIKE = ("z",)
 """Names of state tensors that are a second copy of the weights, as schedule-free optimizers keep it."""
+CENTRES = {"square_avg": "grad_avg"}
+"""An average of squares, to the average of the gradient that a base may subtract the square of."""
+_ROUNDING = 8
+"""Least variance about such a centre, in units of the rounding of the centre's square."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,30 @@ def move_weights(groups: Iterable[Group], move: Move) -> None:
         group.write(group.apply(operator, group.stack(group.parameters).to(operator.dtype)))
 
 
+def weight_copies(base: Optimizer, group: Group) -> tuple[list[int], list[Tensor]]:
+    """The copies of the weights that a schedule-free base keeps as state, with their positions in ``group``.
+
+    A parameter that has not been stepped yet has none. Other optimizers use the name for something else.
+    """
+    if not any("weight_sum" in settings for settings in base.param_groups):
+        return [], []
+    for name in WEIGHT_LIKE:
+        copies = {
+            i: base.state[p][name]
+            for i, p in enumerate(group.parameters)
+            if layout.is_entrywise(base.state.get(p, {}).get(name), p)
+        }
+        if copies:
+            return list(copies), list(copies.values())
+    return [], []
+
+
+def write_copies(copies: Sequence[Tensor], stacked: Tensor) -> None:
+    """Set the tensors to the matrices ``[m, rows, columns]``, in place."""
+    for copy, value in zip(copies, stacked, strict=True):
+        copy.copy_(value.view_as(copy))
+
+
 def set_weights(base: Optimizer, group: Group, stacked: Tensor, changed: Tensor) -> None:
     """Set the matrices of ``group``, and the copies of them that the base's state may hold.
 
@@ -62,25 +91,31 @@ def set_weights(base: Optimizer, group: Group, stacked: Tensor, changed: Tensor)
             weight, and stays.
     """
     group.write(stacked)
-    for name in WEIGHT_LIKE:
-        found = [base.state.get(p, {}).get(name) for p in group.parameters]
-        # A parameter that has not been stepped yet has no copy.
-        present = [i for i, copy in enumerate(found) if isinstance(copy, Tensor)]
-        if present:
-            part, copies = group.subset(present), [found[i] for i in present]
-            values = stacked if part is group else stacked[present]
-            mixed = part.masked(values, changed) + part.masked(part.stack(copies), ~changed)
-            for copy, value in zip(copies, mixed, strict=True):
-                copy.copy_(value.view_as(copy))
+    present, copies = weight_copies(base, group)
+    if copies:
+        part = group.subset(present)
+        values = stacked if part is group else stacked[present]
+        mixed = part.masked(values, changed) + part.masked(part.stack(copies), ~changed)
+        write_copies(copies, mixed)
+
+
+def move_copies(base: Optimizer, groups: Iterable[Group], move: Move) -> None:
+    """Multiply the copies of the weights that the base keeps, as :func:`move_weights` does the weights."""
+    for group in groups:
+        present, copies = weight_copies(base, group)
+        if copies:
+            part = group.subset(present)
+            operator = move.a_weight if group.side == "A" else move.b_weight
+            write_copies(copies, part.apply(operator, part.stack(copies).to(operator.dtype)))
 
 
 def move_state(
     base: Optimizer, groups: Iterable[Group], move: Move, covariances: tuple[Tensor, Tensor] | None = None
 ) -> None:
-    """Move the base's state of the parameters of ``groups`` to other coordinates.
+    """Move the base's averages of gradients of the parameters of ``groups`` to other coordinates.
 
-    Where a state tensor is not recognised, those parameters' state is dropped with a warning, and the base
-    starts it anew.
+    Copies of the weights stay: see :func:`move_copies`. Where state is not recognised, it is dropped with a
+    warning, and the base starts it anew.
 
     Args:
         base: the base optimizer.
@@ -93,25 +128,41 @@ def move_state(
     if covariances is not None:
         a_square = _square_operator(move.a_gradient, covariances[0])
         b_square = _square_operator(move.b_gradient.mT, covariances[1]).mT
-    unknown: set[str] = set()
+    unknown: dict[str, object] = {}
     for group in groups:
-        gradient, square, weight = (
-            (move.a_gradient, a_square, move.a_weight)
-            if group.side == "A"
-            else (move.b_gradient, b_square, move.b_weight)
-        )
-        states = [base.state.get(p, {}) for p in group.parameters]
-        strange = _unknown_names(group.parameters, states)
+        strange = _strange_state(base, group)
         if strange:
-            unknown |= strange
-            for parameter in group.parameters:
-                base.state.pop(parameter, None)
+            unknown.update(strange)
+            layout.start_anew(base, group.parameters)
             continue
-        for names, operator in ((GRADIENT_LIKE, gradient), (SQUARE_LIKE, square), (WEIGHT_LIKE, weight)):
-            for name in names:
-                _move_named(group, states, name, operator)
+        of_a = group.side == "A"
+        gradient, square = (move.a_gradient, a_square) if of_a else (move.b_gradient, b_square)
+        _move_averages(group, [base.state.get(p, {}) for p in group.parameters], gradient, square)
     if unknown:
-        _warn_dropped_state(base, unknown)
+        layout.warn_once(
+            base,
+            "moved",
+            f"GritOptimizer changed the coordinates of A and B. {type(base).__name__} keeps state that it "
+            f"does not know how to move ({layout.listed_state(unknown)}), so the state of these LoRA "
+            "parameters was reset, now and at each further change. Use a base whose state is among "
+            f"{', '.join(GRADIENT_LIKE + SQUARE_LIKE)}, or options that leave the coordinates alone "
+            "(precondition='spectral', 'steer' or 'inverse', reprojection='none')",
+        )
+
+
+def _strange_state(base: Optimizer, group: Group) -> dict[str, object]:
+    """State of the group's parameters that a change of coordinates would make wrong, by name."""
+    moved = {*GRADIENT_LIKE, *SQUARE_LIKE}
+    copies = {id(c) for c in weight_copies(base, group)}
+    strange: dict[str, object] = {}
+    for parameter in group.parameters:
+        for place, state in enumerate(layout.states_of(base, parameter)):
+            for name, value in state.items():
+                known = id(value) in copies or (name in moved and layout.is_entrywise(value, parameter))
+                counts = name not in moved and layout.is_count(value)
+                if not (counts or (known and place == 0)):
+                    strange[str(name)] = value
+    return strange
 
 
 def _square_operator(operator: Tensor, covariance: Tensor) -> Tensor:
@@ -131,63 +182,90 @@ def _square_operator(operator: Tensor, covariance: Tensor) -> Tensor:
     return squared * torch.where(uncorrelated > 0, exact / uncorrelated, 1.0)[..., None]
 
 
-def _unknown_names(parameters: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> set[str]:
-    """Names of state tensors that a change of coordinates would make wrong, step counters left out."""
-    known = {*GRADIENT_LIKE, *SQUARE_LIKE, *WEIGHT_LIKE, "step"}
-    return {
-        name
-        for parameter, state in zip(parameters, states, strict=True)
-        for name, value in state.items()
-        if isinstance(value, Tensor)
-        and value.numel() > 1
-        and (name not in known or value.shape != parameter.shape)
-    }
+def _move_averages(
+    group: Group, states: Sequence[Mapping[str, Any]], gradient: Tensor, square: Tensor
+) -> None:
+    """Move the averages of gradients and of squared gradients of one group, by one batched product a name.
+
+    Args:
+        group: the matrices.
+        states: the base's state of each.
+        gradient: the operator on gradients ``[S, r, r]``.
+        square: the operator on second moments ``[S, r, r]``, without negative entries.
+    """
+    for name in (*SQUARE_LIKE, *GRADIENT_LIKE):  # squares first: those that are centred need the old centre
+        present = [i for i, state in enumerate(states) if name in state]
+        if not present:
+            continue
+        part = group if len(present) == len(states) else group.subset(present)
+        tensors = [states[i][name] for i in present]
+        values = _stacked(part, tensors, square)
+        centres = [states[i][CENTRES[name]] for i in present if CENTRES.get(name) in states[i]]
+        if name in GRADIENT_LIKE:
+            moved = part.apply(gradient, values)
+        elif len(centres) < len(present):
+            moved = part.apply(square, values)
+        else:
+            moved = _moved_about(part, values, _stacked(part, centres, square), gradient, square)
+        # Without a bound a moment near the largest number would become infinite, and stay so.
+        largest = torch.finfo(tensors[0].dtype).max
+        moved = moved.clamp(-largest, largest).to(tensors[0].dtype)
+        torch._foreach_copy_(tensors, [m.view_as(t) for t, m in zip(tensors, moved, strict=True)])
 
 
-def _move_named(group: Group, states: Sequence[dict[str, Any]], name: str, operator: Tensor) -> None:
-    """Move the state tensors of one name for a whole group, by one batched product."""
-    present = [i for i, state in enumerate(states) if isinstance(state.get(name), Tensor)]
-    if not present:
-        return
-    part = group if len(present) == len(states) else group.subset(present)
-    tensors: list[Tensor] = [states[i][name] for i in present]
-    moved = part.apply(operator, part.stack(tensors).to(operator.dtype)).to(tensors[0].dtype)
-    torch._foreach_copy_(
-        tensors, [value.view_as(tensor) for tensor, value in zip(tensors, moved, strict=True)]
-    )
+def _stacked(group: Group, tensors: Sequence[Tensor], operator: Tensor) -> Tensor:
+    """The tensors as matrices ``[m, rows, columns]``, in the higher of their precision and the operator's."""
+    stacked = group.stack(tensors)
+    return stacked.to(torch.promote_types(stacked.dtype, operator.dtype))
 
 
-def _warn_dropped_state(base: Optimizer, names: set[str]) -> None:
-    """Warn of state that could not follow a change of coordinates."""
-    warn(
-        f"GritOptimizer changed the coordinates of A and B. {type(base).__name__} keeps state that it does "
-        f"not know how to move ({', '.join(sorted(names))}), so the state of these LoRA parameters was "
-        f"reset. Use a base whose state is among {', '.join(GRADIENT_LIKE + SQUARE_LIKE)}, or options that "
-        "leave the coordinates alone (precondition='steer' or 'inverse', reprojection='none')",
-    )
+def _moved_about(group: Group, squares: Tensor, means: Tensor, gradient: Tensor, square: Tensor) -> Tensor:
+    """Averages of squares that a base subtracts ``means²`` from, moved so that the difference stays positive.
+
+    What is moved as a second moment is the variance. The averages themselves, moved by another rule than the
+    means, could become smaller than the means' squares.
+    """
+    variance = group.apply(square, (squares - means.square()).clamp_min(0))
+    moved = group.apply(gradient, means).square()
+    # A variance below the rounding of the sum would be lost in it.
+    floor = _ROUNDING * torch.finfo(group.parameters[0].dtype).eps * moved
+    return moved + torch.maximum(variance, floor)
 
 
 def narrow_state(base: Optimizer, parameter: Tensor, dim: int, rank: int) -> set[str]:
     """Cut the base's state of ``parameter`` to the first ``rank`` entries of ``dim``.
 
-    Where a state tensor does not have the parameter's shape, or is quantized, the parameter's state is
-    dropped.
+    Tensors with an entry for each of the parameter's are cut, and numbers stay. Where there is anything else,
+    such as a tensor of another shape, a quantized one, a list or an object, the state is dropped.
 
     Returns:
-        The names of the tensors for which it was dropped; none if all were cut.
+        What it was dropped for, by name, with a word on what it is; none if all was cut.
     """
-    state: dict[str, Any] = base.state.get(parameter, {})
-    tensors = {
-        name: value for name, value in state.items() if isinstance(value, Tensor) and value.numel() > 1
-    }
+    # In a square matrix a statistic of the other side has the parameter's shape too.
+    ambiguous = _not_entrywise(base) if len(set(parameter.shape)) == 1 else set()
     strange = {
-        n
-        for n, value in tensors.items()
-        if value.shape != parameter.shape or not value.dtype.is_floating_point
+        str(name): value
+        for place, state in enumerate(layout.states_of(base, parameter))
+        for name, value in state.items()
+        if place > 0
+        or name in ambiguous
+        or not (layout.is_count(value) or layout.is_entrywise(value, parameter))
     }
     if strange:
-        base.state.pop(parameter, None)
-        return strange
-    for name, value in tensors.items():
-        state[name] = value.narrow(dim, 0, rank).clone()
+        layout.start_anew(base, [parameter])
+        return {f"{name} ({layout.described(value)})" for name, value in strange.items()}
+    state: dict[str, Any] = base.state.get(parameter, {})
+    for name, value in state.items():
+        if layout.is_entrywise(value, parameter):
+            state[name] = value.narrow(dim, 0, rank).clone()
     return set()
+
+
+def _not_entrywise(base: Optimizer) -> set[str]:
+    """Names of state tensors that have another shape than their parameter, for some parameter."""
+    return {
+        name
+        for parameter, state in base.state.items()
+        for name, value in state.items()
+        if isinstance(parameter, Tensor) and not (layout.is_count(value) or value.shape == parameter.shape)
+    }

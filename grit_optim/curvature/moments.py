@@ -54,7 +54,7 @@ class GradientMoments:
         kind: ``"block_diagonal"``, ``"diagonal"`` or ``"ekfac"``.
         bucket: the sites, in the order of every ``[S, …]`` tensor.
         weight: per side, the total weight in the means ``[S]``.
-        means: per side, one tensor per site: ``[r, r]`` for block_diagonal, else the matrix's own shape,
+        means: per side, one fp32 tensor per site: ``[r, r]`` for block_diagonal, else the matrix's own shape,
             ``[r, d_in]`` or ``[d_out, r]``.
         scales: per side, what each entry of a matrix is multiplied by, tensors like ``means``. block_diagonal
             does not use them.
@@ -96,7 +96,7 @@ class GradientMoments:
         update = gradients.square() if self.elementwise else covariance(gradients, group.side)
         counts, old = seen[index], weight[index] * (1.0 if decay is None else decay)
         mean = self.stacked(self.means, group)
-        mixed = (old[:, None, None] * mean + update) / (old + 1)[:, None, None]
+        mixed = ((old[:, None, None] * mean + update) / (old + 1)[:, None, None]).to(mean.dtype)
         self.set(self.means, group, torch.where(counts[:, None, None], mixed, mean))
         self.weight[group.side] = weight.index_copy(0, index, torch.where(counts, old + 1, weight[index]))
 
@@ -145,7 +145,7 @@ class GradientMoments:
                 self.weight[side][position].copy_(weight)
             for name, tensors in (("mean", self.means), ("scale", self.scales)):
                 if (saved := state.get(f"{self.kind}_{name}_{side}")) is not None:
-                    tensors[side][position] = saved.to(self.bucket.device, copy=True)
+                    tensors[side][position] = saved.to(tensors[side][position], copy=True)
 
 
 def _shape(kind: str, site: Site, side: Side) -> tuple[int, ...]:

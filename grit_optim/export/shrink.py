@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import compress
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer

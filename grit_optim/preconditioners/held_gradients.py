@@ -50,7 +50,9 @@ class Held:
         gradient: what the base will see, ``[m, rows, columns]``; the same tensor while nothing has changed
             it.
         weights: the matrices before the step ``[m, rows, columns]``, for the modes that need them.
-        rotated: the matrices as the base saw them, for the mode that turns them.
+        rotated: the matrices as the base saw them, for the modes that turn them.
+        copies: the copies of the matrices in the base's state before the step, for the modes that turn them.
+        rotated_copies: these as the base saw them.
         gradient_norm: Frobenius norm of each gradient of the loss, ``[m, 1, 1]``.
         without: norm of each update without curvature, ``[m, 1, 1]``: of the gradient in "inverse", of the
             base's step in "spectral" and "steer"; None in the modes that only know the one with.
@@ -67,6 +69,8 @@ class Held:
     gradient: Tensor
     weights: Tensor | None = None
     rotated: Tensor | None = None
+    copies: Tensor | None = None
+    rotated_copies: Tensor | None = None
     gradient_norm: Tensor | None = None
     without: Tensor | None = None
     turned: Tensor | None = None

@@ -185,10 +185,11 @@ class Ranks:
         step: int,
         for_good: bool = False,
     ) -> None:
-        """Bring the sites to the coordinates ``found``, with the given ranks.
+        """Drop directions: bring the sites to the coordinates ``found``, with the given ranks.
 
-        Where the budget rises, sites that are given a higher rank than theirs take further directions into
-        use.
+        Where no site drops any, all keep their coordinates, and with them whatever has been averaged over
+        steps. Where the budget rises, sites that are given a higher rank than theirs take further directions
+        into use. Reads from the device whether a site drops any.
 
         Args:
             curvatures: of the buckets.
@@ -197,8 +198,10 @@ class Ranks:
             step: number of the step.
             for_good: whether the user asked for it, apart from any policy or budget.
         """
+        cut = any(bool((rank < c.ranks.rank).any()) for c, rank in zip(curvatures, ranks, strict=True))
         for i, (curvature, coordinates, rank) in enumerate(zip(curvatures, found, ranks, strict=True)):
-            moves.truncate(self._base, curvature, coordinates, rank)
+            if cut:
+                moves.truncate(self._base, curvature, coordinates, rank)
             if self.budget is not None and self.budget.rises:
                 moves.regrow(self._base, curvature, rank, seed=step * len(curvatures) + i)
         self._reduced = self._reduced or for_good or self.budget is not None or self.policy(step).reduces

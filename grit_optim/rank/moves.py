@@ -24,11 +24,6 @@ def coordinates(curvature: BucketCurvature, damping: float) -> Coordinates:
     return balanced_coordinates(curvature.factors, curvature.ranks.in_use, curvature.factors_ready(), damping)
 
 
-def balance(base: Optimizer, curvature: BucketCurvature, damping: float) -> None:
-    """Bring the bucket's sites to balanced coordinates, and keep all of these."""
-    truncate(base, curvature, coordinates(curvature, damping), curvature.ranks.rank)
-
-
 def predicted_loss(curvature: BucketCurvature, found: Coordinates, rank: Tensor) -> Tensor:
     """Predicted rise of the loss, in its unit, where sites keep ``rank`` balanced coordinates: ``[S]``.
 
@@ -151,3 +146,4 @@ def _apply(base: Optimizer, curvature: BucketCurvature, move: transport.Move) ->
     # Σ_g describes ∇A over the rank and Σ_a describes ∇B, whatever the option `pairing` says.
     covariances = curvature.factors.gradient, curvature.factors.activation
     transport.move_state(base, curvature.bucket.groups, move, covariances)
+    transport.move_copies(base, curvature.bucket.groups, move)
