@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 
 from grit_optim.capture.capture import Capture
 from grit_optim.capture.losses import Losses
+from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.curvature.curvature import Curvature
+from grit_optim.linalg import full_precision
 from grit_optim.lora.buckets import Bucket
 from grit_optim.lora.site import Site
 from grit_optim.lora.site_set import SiteSet
@@ -149,8 +151,14 @@ class Parts:
             if self.ranks.gives_up:
                 self._refresh_moved()
 
+    def as_settled(self) -> tuple[Ranks, list[BucketCurvature]]:
+        """Ranks and curvatures to ask questions of: see :meth:`Ranks.as_settled`."""
+        return self.ranks.as_settled(self.curvature.buckets)
+
+    @full_precision()
     def reduce(self, plan: Plan) -> None:
         """Give up ranks now, for good."""
+        self.ranks.settle(self.curvature.buckets)
         self.preconditioning.to_plain_coordinates(self.curvature)
         self.ranks.truncate(
             self.curvature.buckets, plan.found, plan.wanted, self.schedule.steps, for_good=True
@@ -236,6 +244,7 @@ class Parts:
                     "the checkpoint's rank"
                 )
 
+    @full_precision()
     def load_state_dict(self, own: Mapping[str, Any] | None) -> None:
         """Go on from a state; from None start anew."""
         own = own or {"sites": {}}

@@ -48,10 +48,9 @@ def decoupled_decay(
         return 0.0
     if settings.get("scale_parameter") or settings.get("relative_step"):
         rates = [base._get_lr(settings, base.state[p]) for p in parameters]  # type: ignore[attr-defined]
-        return (
-            decay
-            * torch.stack([torch.as_tensor(r, device=parameters[0].device) for r in rates])[:, None, None]
-        )
+        device = parameters[0].device
+        stacked = torch.stack([torch.as_tensor(r, dtype=torch.float32, device=device) for r in rates])
+        return decay * stacked[:, None, None]
     return rate(settings) * decay
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -43,10 +44,18 @@ class BucketCurvature:
         self.ranks = ranks
         self.factors = Factors.zeros(len(bucket.sites), bucket.rank, bucket.device)
         self.moments = None if options.fisher == "kfac" else GradientMoments(options.fisher, bucket)
-        self.damping_used = torch.full((2, len(bucket.sites)), torch.nan, device=bucket.device)
+        self.damping_used = torch.full(
+            (2, len(bucket.sites)), torch.nan, dtype=torch.float32, device=bucket.device
+        )
         self.damping_scale = 1.0
         self._options = options
         self.reset_operators()
+
+    def view(self) -> BucketCurvature:
+        """A copy whose ranks and factors can be set without setting ours. The tensors are shared."""
+        seen = copy(self)
+        seen.ranks, seen.factors = copy(self.ranks), copy(self.factors)
+        return seen
 
     def apply(self, group: Group, stacked: Tensor) -> Tensor:
         """Multiply matrices of ``group`` ``[m, rows, columns]`` by the operators of the latest refresh.

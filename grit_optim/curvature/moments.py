@@ -40,7 +40,7 @@ def mean_square(groups: Sequence[Group], device: torch.device, relative: bool) -
     stacks = [group.stack(group.gradients()) for group in groups]
     entries = max(1, sum(g.numel() for g in stacks))
     sums = [g.square().sum().to(device) for g in stacks]
-    mean = torch.stack(sums).sum() / entries if sums else torch.zeros((), device=device)
+    mean = torch.stack(sums).sum() / entries if sums else torch.zeros((), dtype=torch.float32, device=device)
     plain = (mean == 0) if relative else mean.isfinite()
     return torch.where(plain, 1.0, mean)
 
@@ -62,7 +62,8 @@ class GradientMoments:
         self.kind = kind
         self.bucket = bucket
         size, rank, device = len(bucket.sites), bucket.rank, bucket.device
-        self.weight = {side: torch.zeros(size, device=device) for side in SIDES}
+        one = torch.ones((), dtype=torch.float32, device=device)
+        self.weight = {side: one.new_zeros(size) for side in SIDES}
         shapes = {
             "A": [
                 (rank, rank) if kind == "block_diagonal" else site.a.flatten(1).shape for site in bucket.sites
@@ -71,8 +72,8 @@ class GradientMoments:
                 (rank, rank) if kind == "block_diagonal" else site.b.flatten(1).shape for site in bucket.sites
             ],
         }
-        self.means = {side: [torch.zeros(s, device=device) for s in shapes[side]] for side in SIDES}
-        self.scales = {side: [torch.ones(s, device=device) for s in shapes[side]] for side in SIDES}
+        self.means = {side: [one.new_zeros(s) for s in shapes[side]] for side in SIDES}
+        self.scales = {side: [one.new_ones(s) for s in shapes[side]] for side in SIDES}
 
     @property
     def elementwise(self) -> bool:

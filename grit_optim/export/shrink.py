@@ -10,12 +10,14 @@ from torch.optim import Optimizer
 
 from grit_optim.base.transport import narrow_state
 from grit_optim.export import peft_config
+from grit_optim.linalg import full_precision
 from grit_optim.lora.discovery import adapter_layers, layers_of_pairs, peft_model_in, resize_layer
 from grit_optim.lora.site import Site
 from grit_optim.messages import warn
 from grit_optim.parts import Parts, narrowed
 
 
+@full_precision()
 def shrink(parts: Parts, model: nn.Module | None) -> None:
     """Cut A, B, their gradients, the base's state and the factors to the ranks that are kept.
 
@@ -35,7 +37,8 @@ def shrink(parts: Parts, model: nn.Module | None) -> None:
     sites = parts.sites.all
     peft_model = check(parts.known_model(model), sites)
     parts.preconditioning.to_plain_coordinates(parts.curvature)
-    kept, dropped = parts.ranks.by_name(parts.curvature.buckets), parts.ranks.dropped()
+    parts.ranks.settle(parts.curvature.buckets)
+    kept, dropped = parts.ranks.by_name(), parts.ranks.dropped()
     if not any(kept.values()):
         raise ValueError(
             "no site keeps a direction, so nothing would be left to train; reduce the ranks less"

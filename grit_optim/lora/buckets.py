@@ -63,7 +63,7 @@ class Group:
 
     def subset(self, positions: Sequence[int]) -> Group:
         """The group of some of its members, given by their positions in ``parameters``."""
-        chosen = torch.tensor(positions, device=self.index.device)
+        chosen = torch.tensor(positions, dtype=torch.int64, device=self.index.device)
         members, places = [self.parameters[i] for i in positions], tuple(self.positions[i] for i in positions)
         return Group(self.side, members, self.index[chosen], self.param_group, places)
 
@@ -113,7 +113,7 @@ class Bucket:
     def direction_size(self) -> Tensor:
         """Parameters of one direction of each site, a row of A and a column of B: ``[S]``, int64."""
         sizes = [(site.a.numel() + site.b.numel()) // site.rank for site in self.sites]
-        return torch.tensor(sizes, device=self.device)
+        return torch.tensor(sizes, dtype=torch.int64, device=self.device)
 
     def names(self) -> list[str]:
         """The sites' names, in the order of every ``[S, …]`` tensor."""
@@ -146,7 +146,7 @@ def _groups(bucket: Bucket, side: Side, param_group_of: Mapping[int, int]) -> li
     groups = []
     for found in members.values():
         positions = tuple(position for position, _ in found)
-        index = torch.tensor(positions, device=bucket.device)
+        index = torch.tensor(positions, dtype=torch.int64, device=bucket.device)
         parameters = [parameter for _, parameter in found]
         groups.append(Group(side, parameters, index, param_group_of[id(parameters[0])], positions))
     return groups

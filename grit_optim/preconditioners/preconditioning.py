@@ -9,6 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from grit_optim.curvature.curvature import Curvature
+from grit_optim.linalg import full_precision
 from grit_optim.options import Options
 from grit_optim.preconditioners.held_gradients import (
     Held,
@@ -75,6 +76,7 @@ class Preconditioning:
                 self.mode.refresh(one)
             self.penalties.refresh(one, policy)
 
+    @full_precision()
     def to_plain_coordinates(self, curvature: Curvature) -> None:
         """Bring the base's state back to the coordinates of A and B themselves."""
         for one in curvature.buckets:
