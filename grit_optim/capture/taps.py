@@ -249,10 +249,8 @@ class Taps:
         """Forget a site whose gradients were cleared; then all such, since they usually are together."""
         if not any(self._gradients.look([position], stepping=False)):
             return
-        # The gradients that a pass under way has looked at, it may have changed since.
-        busy = {i for under_way in self._passes.values() for i in under_way.looked}
-        others = [i for i, fired in enumerate(self.gathered.fired) if fired and i not in busy]
-        cleared, doubtful = self._gradients.look(others, stepping=False)
+        fired = [i for i, count in enumerate(self.gathered.fired) if count]
+        cleared, doubtful = self._gradients.look(fired, stepping=False)
         lives = nonzero(doubtful)
         cleared += [i for i in doubtful if not lives[i]]
         self._gradients.accept(doubtful)

@@ -1,4 +1,4 @@
-"""Only what reaches the gradients of a step reaches the factors, whatever backward passes there are beside."""
+"""Only what reaches the gradients of a step reaches the factors, whatever other backward passes there are."""
 
 import copy
 import gc
