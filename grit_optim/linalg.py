@@ -8,6 +8,9 @@ have to wait; on the CPU values are looked at where that saves work.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
 import torch
 from torch import Tensor
 
@@ -21,6 +24,34 @@ SMALLEST_NEWTON_DAMPING = 1e-3
 _ROUNDING = torch.finfo(torch.float32).eps
 """Of the factors, which are kept in fp32, relative to their largest eigenvalue."""
 _NEWTON_TOLERANCE = 1e-7  # the iteration ends when the smallest eigenvalue is this close to 1
+
+
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu")
+
+
+@contextmanager
+def full_precision() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Switch the caller's autocast off, which would compute our products in bf16 or fp16.
+
+    Gives a function whose context is the caller's again, for what is not ours to compute.
+    """
+    with ExitStack() as stack:
+        found = [
+            (device, torch.get_autocast_dtype(device))
+            for device in _AUTOCAST_DEVICES
+            if torch.is_autocast_enabled(device)
+        ]
+        for device, _ in found:
+            stack.enter_context(torch.autocast(device, enabled=False))
+
+        @contextmanager
+        def as_before() -> Iterator[None]:
+            with ExitStack() as inner:
+                for device, dtype in found:
+                    inner.enter_context(torch.autocast(device, dtype=dtype))
+                yield
+
+        yield as_before
 
 
 def eye_like(factor: Tensor) -> Tensor:
@@ -41,7 +72,7 @@ def mean_eigenvalue(factor: Tensor, rank: Tensor | None = None) -> Tensor:
         rank: number of coordinates in use ``[S]``, in the place of r; M is zero on the others. None: all.
     """
     mean = factor.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return mean if rank is None else mean * (factor.shape[-1] / rank.clamp_min(1))
+    return mean if rank is None else mean * (factor.shape[-1] / rank.clamp_min(1).float())
 
 
 def damping_strength(factor: Tensor, damping: float, relative: bool, rank: Tensor | None = None) -> Tensor:
@@ -83,7 +114,7 @@ def damped_inverse(factor: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
     cholesky, info = torch.linalg.cholesky_ex(damped(factor.expand(len(rungs), *factor.shape), rungs))
     succeeded = info == 0
     first = succeeded.int().argmax(0)
-    sites = torch.arange(factor.shape[0], device=factor.device)
+    sites = torch.arange(factor.shape[0], dtype=torch.int64, device=factor.device)
     usable = succeeded.any(0)
     chosen = torch.where(usable[:, None, None], cholesky[first, sites], eye_like(factor))
     # On a GPU cholesky_inverse reads its error code back and so waits; a triangular solve has none.
@@ -238,7 +269,7 @@ def projector(vectors: Tensor, keep: Tensor) -> Tensor:
 
 def leading_mask(rank: Tensor, size: int) -> Tensor:
     """True on the first ``rank[s]`` of ``size`` coordinates: ``[S] -> [S, size]``."""
-    return torch.arange(size, device=rank.device) < rank[:, None]
+    return torch.arange(size, dtype=torch.int64, device=rank.device) < rank[:, None]
 
 
 def balance(activation: Tensor, gradient: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grit_optim.base.checks import check_base
-from grit_optim.base.wrapper import OptimizerWrapper, evaluate
+from grit_optim.base.wrapper import OptimizerWrapper, evaluate, step_within
 from grit_optim.capture.diagnosis import SiteReport
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.export.shrink import shrink
 from grit_optim.export.trained import save_trained, warn_of_ranks_that_stay
+from grit_optim.linalg import full_precision
 from grit_optim.lora.site import Site
 from grit_optim.lora.site_set import SiteSet, given_sites
 from grit_optim.options import DECLARED, Options
@@ -142,21 +143,23 @@ class GritOptimizer(OptimizerWrapper):
             raise RuntimeError("this GritOptimizer was closed; go on with its base, or build a new one")
         parts = self._parts
         returned = evaluate(closure)
-        loss = parts.take_loss(returned)
-        parts.follow_model()
-        statistics = parts.capture.collect()  # None: no tap has fired, and nothing of GRIT's advances
-        if statistics is not None:
-            parts.curvature.fold(statistics)
-        parts.follow_groups()  # not before: new taps forget what the old ones gathered
-        if statistics is not None:
-            parts.refresh_if_due()
-        with parts.preconditioning.around_step(parts.curvature, parts.schedule), parts.times("base"):
-            parts.base.step()
-        parts.ranks.clear_given_up(parts.curvature.buckets)
-        if statistics is not None:
-            parts.reproject_if_due()
-            parts.end_step(loss)
-            self._telemetry.record(loss)
+        with full_precision() as as_called:  # the caller's autocast is for the base alone
+            loss = parts.take_loss(returned)
+            parts.follow_model()
+            statistics = parts.capture.collect()  # None: no tap has fired, and nothing of GRIT's advances
+            if statistics is not None:
+                parts.curvature.fold(statistics)
+            parts.follow_groups()  # not before: new taps forget what the old ones gathered
+            if statistics is not None:
+                parts.refresh_if_due()
+            around = parts.preconditioning.around_step(parts.curvature, parts.schedule)
+            with around, parts.times("base"), as_called():
+                step_within(parts.base)
+            parts.ranks.clear_given_up(parts.curvature.buckets)
+            if statistics is not None:
+                parts.reproject_if_due()
+                parts.end_step(loss)
+                self._telemetry.record(loss)
         return returned
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -210,8 +213,8 @@ class GritOptimizer(OptimizerWrapper):
         ``.table()`` is for printing, ``.as_dict()`` for JSON. Reads values from the device. With the paper's
         projections, which let a rank grow back, ranks are what the latest projection left.
         """
-        ranks, buckets = self._parts.ranks, self._parts.curvature.buckets
-        return ranks.report(buckets, ranks.by_name(buckets), ranks.coordinates(buckets), {})
+        ranks, buckets = self._parts.as_settled()
+        return ranks.report(buckets, ranks.by_name(), ranks.coordinates(buckets), {})
 
     def plan_ranks(self, ranks: float | Mapping[str, int]) -> RankReport:
         """What :meth:`reduce_ranks_` would do, and what that is predicted to cost; changes nothing.
@@ -219,10 +222,10 @@ class GritOptimizer(OptimizerWrapper):
         Args:
             ranks: a budget as ``rank_budget`` takes it, or site name to rank; other sites keep theirs.
         """
-        parts, buckets = self._parts, self._parts.curvature.buckets
-        plan = make_plan(parts.ranks, buckets, self.options, ranks)
-        kept = {**parts.ranks.by_name(buckets), **plan.ranks(buckets)}
-        return parts.ranks.report(buckets, kept, plan.found, plan.costs(buckets))
+        known, buckets = self._parts.as_settled()
+        plan = make_plan(known, buckets, self.options, ranks)
+        kept = {**known.by_name(), **plan.ranks(buckets)}
+        return known.report(buckets, kept, plan.found, plan.costs(buckets))
 
     @torch.no_grad()
     def reduce_ranks_(self, ranks: float | Mapping[str, int]) -> RankReport:
@@ -236,8 +239,7 @@ class GritOptimizer(OptimizerWrapper):
             ValueError: an unknown site, a rank above the site's, a budget that cannot be met, or factors that
                 have not seen ``kfac_min_samples`` tokens yet.
         """
-        parts = self._parts
-        parts.reduce(make_plan(parts.ranks, parts.curvature.buckets, self.options, ranks))
+        self._parts.reduce(make_plan(*self._parts.as_settled(), self.options, ranks))
         return self.ranks()
 
     @torch.no_grad()

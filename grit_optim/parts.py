@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 from grit_optim.capture.capture import Capture
 from grit_optim.capture.losses import Losses
 from grit_optim.checkpoints.checks import KEY, VERSION, check_state, names_of_sites
+from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.curvature.curvature import Curvature
 from grit_optim.integrity.undo import Undo
+from grit_optim.linalg import full_precision
 from grit_optim.lora.buckets import Bucket
 from grit_optim.lora.discovery import largest_adapter
 from grit_optim.lora.site import Site
@@ -214,9 +216,15 @@ class Parts:
             if self.ranks.gives_up:
                 self._refresh_moved()
 
+    def as_settled(self) -> tuple[Ranks, list[BucketCurvature]]:
+        """Ranks and curvatures to ask questions of: see :meth:`Ranks.as_settled`."""
+        return self.ranks.as_settled(self.curvature.buckets)
+
+    @full_precision()
     def reduce(self, plan: Plan) -> None:
         """Give up ranks now, for good."""
         with self.all_or_nothing():
+            self.ranks.settle(self.curvature.buckets)
             self.preconditioning.to_plain_coordinates(self.curvature)
             self.ranks.truncate(
                 self.curvature.buckets, plan.found, plan.wanted, self.schedule.steps, for_good=True
@@ -298,6 +306,7 @@ class Parts:
         left = {site.name for site in self.sites.all} - self.sites.held()
         check_state(own, [site for site in sites if site.name not in left or site.name in names])
 
+    @full_precision()
     def load_state_dict(self, own: Mapping[str, Any] | None) -> None:
         """Go on from a state; from None start anew."""
         own = own or {"sites": {}}

@@ -73,5 +73,5 @@ def _started(tensor: Tensor) -> Tensor:
     if tensor.device.type == "cpu":
         return tensor.clone()
     pinned = tensor.device.type == "cuda"  # only a copy into pinned memory does not make the host wait
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
     return host.copy_(tensor, non_blocking=pinned)

@@ -217,12 +217,20 @@ class Schedule:
             setattr(self, name, pace.get(name, getattr(self, name)))
         self._losses = list(pace.get("losses", []))
         if (travelling := pace.get("travelling")) is not None:
-            self._travelling = HostCopy({"moments": torch.tensor(travelling, dtype=torch.float64)})
+            self._travelling = HostCopy(
+                {"moments": torch.tensor(travelling, dtype=torch.float64, device="cpu")}
+            )
 
 
 def _moments(losses: list[Tensor | float]) -> Tensor:
     """Mean and noise of half a window's losses, ``[2]`` on their device: see the module."""
     device = next((loss.device for loss in losses if isinstance(loss, Tensor)), torch.device("cpu"))
     dtype = torch.float64 if device.type == "cpu" else torch.float32
-    stacked = torch.stack([torch.as_tensor(loss, dtype=dtype).to(device) for loss in losses])
+    numbers = [
+        loss.to(device, dtype)
+        if isinstance(loss, Tensor)
+        else torch.full((), loss, dtype=dtype, device=device)
+        for loss in losses
+    ]
+    stacked = torch.stack(numbers)
     return torch.stack((stacked.mean(), stacked.diff().std() / math.sqrt(2)))

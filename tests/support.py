@@ -18,4 +18,4 @@ def mode(optimizer):
 
 def waiting(optimizer):
     """How many backward passes of a pair each bucket has yet to add up."""
-    return [len(stash) for stash in parts(optimizer).capture._taps._stash]
+    return parts(optimizer).capture.waiting

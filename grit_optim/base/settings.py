@@ -20,7 +20,7 @@ from grit_optim.base.bitsandbytes import kernel
 # class names, kernels of bitsandbytes, and settings that say it.
 _DECOUPLED_NAMES = ("AdamW", "Lion", "Muon", "Adafactor")
 _DECOUPLED_KERNELS = ("adam", "ademamix", "lamb", "lion")
-# Classes whose update is Adam's, of torch, torchao, apex, DeepSpeed, timm, schedulefree and pytorch_optimizer.
+# Classes whose update is Adam's: of torch, torchao, apex, DeepSpeed, timm, schedulefree, pytorch_optimizer.
 _ADAMS = {
     "Adam", "AdamW", "Adamax", "AdaMax", "NAdam", "NAdamW", "RAdam", "SparseAdam",
     "_AdamBase", "FusedAdam", "AdamC", "AdamMini", "AdamP", "AdamS", "AdamWSN", "FAdam", "FlashAdamW",
@@ -66,10 +66,9 @@ def decoupled_decay(
         return 0.0
     if settings.get("scale_parameter") or settings.get("relative_step"):
         rates = [base._get_lr(settings, base.state[p]) for p in parameters]  # type: ignore[attr-defined]
-        return (
-            decay
-            * torch.stack([torch.as_tensor(r, device=parameters[0].device) for r in rates])[:, None, None]
-        )
+        device = parameters[0].device
+        stacked = torch.stack([torch.as_tensor(r, dtype=torch.float32, device=device) for r in rates])
+        return decay * stacked[:, None, None]
     return rate(settings) * decay
 
 

@@ -153,7 +153,7 @@ def move_state(
 def _strange_state(base: Optimizer, group: Group) -> dict[str, object]:
     """State of the group's parameters that a change of coordinates would make wrong, by name."""
     moved = {*GRADIENT_LIKE, *SQUARE_LIKE}
-    copies = {id(c) for c in weight_copies(base, group)}
+    copies = {id(c) for c in weight_copies(base, group)[1]}
     strange: dict[str, object] = {}
     for parameter in group.parameters:
         for place, state in enumerate(layout.states_of(base, parameter)):

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from grit_optim.base.loaded import check_loaded, settings_of
 
@@ -93,7 +94,8 @@ class OptimizerWrapper(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
-        self.base.zero_grad(set_to_none)
+        with torch.autograd.profiler.record_function(f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"):
+            self.base.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Give the base another parameter group."""
@@ -135,6 +137,23 @@ class OptimizerWrapper(Optimizer):
             self._own.load_state_dict(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+def step_within(base: Optimizer) -> None:
+    """Step the base as a part of the wrapper's own step.
+
+    Hooks on the steps of all optimizers (``torch.optim.optimizer.register_optimizer_step_pre_hook``) have
+    run for the wrapper, or will. Here they are left out, so that they run once a step.
+    """
+    hooks = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+    kept = [dict(those) for those in hooks]
+    try:
+        for those in hooks:
+            those.clear()
+        base.step()
+    finally:
+        for those, before in zip(hooks, kept, strict=True):
+            those.update({**before, **those})
 
 
 def evaluate(closure: Callable[[], Any] | None) -> Any:

@@ -43,14 +43,13 @@ class Capture:
         self.watch = TapWatch()
         self._options = options
         self._times = times
-        self._taps = Taps([], [], None, times)
+        self._taps = Taps(options.max_tokens, times)
 
     def attach(self, sites: Sequence[Site], buckets: Sequence[Bucket]) -> None:
-        """Tap these sites, and no others, from now on."""
-        self._taps.close()
+        """Tap these sites, and no others, from now on. What was gathered of them is kept."""
         if any(bucket.device.type == "meta" for bucket in buckets):
             self.watch.stop()  # there are no values to compare
-        self._taps = Taps(sites, buckets, self._options.max_tokens, self._times)
+        self._taps.attach(sites, buckets)
 
     def collect(self) -> Statistics | None:
         """The statistics gathered since the last step; None if no tap has fired in any process."""
@@ -59,20 +58,22 @@ class Capture:
         return None if sums is None else Statistics(sums, self._taps.active)
 
     def _own(self) -> list[Sums] | None:
+        alive = self._taps.settle()
         self.watch.look(self.check)
-        if not any(self._taps.fired):
+        if not any(self._taps.gathered.fired):
             self.discard()
             return None
-        return self._taps.collect()
+        return self._taps.collect(alive)
 
     def _of_all(self) -> list[Sums] | None:
         """As :meth:`_own`, summed over all processes; every process has to call it."""
         taps = self._taps
         if not taps.sites:
             return None
-        fired, rounding = list(taps.fired), taps.rounding
-        inner = [taps.inner(i) if self.watch.steps_left else None for i in range(len(fired))]
-        together = processes.add_up(taps.collect(), fired, inner)
+        alive, gathered = taps.settle(), taps.gathered
+        fired, rounding = list(gathered.fired), gathered.rounding
+        inner = [gathered.inner(i) if self.watch.steps_left else None for i in range(len(fired))]
+        together = processes.add_up(taps.collect(alive), fired, inner)
 
         def reports() -> list[SiteReport]:
             """What the check of the taps finds over the tokens of all processes."""
@@ -87,11 +88,16 @@ class Capture:
     def check(self) -> list[SiteReport]:
         """Compare taps and gradients now: one report per site."""
         taps = self._taps
-        return inspect(taps.sites, taps.seen(), taps.rounding, compare=processes.size() == 1)
+        return inspect(taps.sites, taps.seen(), taps.gathered.rounding, compare=processes.size() == 1)
 
     def discard(self) -> None:
         """Forget what was gathered since the last step."""
         self._taps.discard()
+
+    @property
+    def waiting(self) -> list[int]:
+        """How many backward passes of a pair each bucket has yet to add up."""
+        return self._taps.gathered.waiting
 
     def plan(self, step: int) -> None:
         """Decide whether the tokens of step number ``step`` are recorded."""

@@ -153,8 +153,8 @@ class TapWatch:
         self.steps_left -= 1
         if all(r.status == "ok" for r in reports):
             self.steps_left = 0
-        # One mismatch alone does not count. A GradScaler may have skipped a step and the trainer cleared the
-        # gradients by model.zero_grad(); the taps then still hold the skipped batch.
+        # One mismatch alone does not count. Somebody may have set other gradients than were accumulated, as
+        # gradient surgery does.
         suspects, self._suspects = self._suspects, {r.name for r in reports if r.status == "mismatch"}
         if any(r.status == "silent" for r in reports) or suspects & self._suspects:
             self.steps_left = 0
@@ -170,7 +170,8 @@ def _warn_of(reports: Iterable[SiteReport]) -> None:
         warn(
             f"GRIT does nothing for {_sites(by_status['silent'])}: their weights receive gradients, but the "
             "forward pass of `lora_A` is never called. A fused kernel (Unsloth, Axolotl), a merged adapter "
-            "or a model compiled before the optimizer was built goes around it. Turn the fused LoRA kernels "
+            "or a model compiled before the optimizer was built goes around it, or the gradients were set by "
+            "hand (from torch.autograd.grad) and not accumulated by backward(). Turn the fused LoRA kernels "
             "off, unmerge the adapter, or build the optimizer before the first compiled call",
         )
     if "mismatch" in by_status:

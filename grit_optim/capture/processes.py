@@ -52,9 +52,12 @@ def add_up(sums: Sequence[Sums], fired: Sequence[int], inner: Sequence[Tensor | 
     """
     device = sums[0].rows.device
     values = [
-        torch.zeros((), device=device) if value is None else value.to(device).float() for value in inner
+        torch.zeros((), dtype=torch.float32, device=device) if value is None else value.to(device).float()
+        for value in inner
     ]
-    numbers = torch.tensor([*fired, *(value is not None for value in inner)], dtype=torch.float32)
+    numbers = torch.tensor(
+        [*fired, *(value is not None for value in inner)], dtype=torch.float32, device="cpu"
+    )
     numbers = numbers.to(device, non_blocking=True)
     tensors = [t for s in sums for t in (s.activation, s.gradient, s.rows, s.tokens)]
     parts = [*tensors, torch.stack(values), *numbers.split(len(fired))]
@@ -88,9 +91,9 @@ def mean_loss(loss: Tensor | float | None, device: torch.device) -> Tensor | Non
     own = (
         loss.to(device, torch.float32)
         if isinstance(loss, Tensor)
-        else torch.full((), loss or 0.0, device=device)
+        else torch.full((), loss or 0.0, dtype=torch.float32, device=device)
     )
-    total = torch.stack((own, torch.full((), float(loss is not None), device=device)))
+    total = torch.stack((own, torch.full_like(own, float(loss is not None))))
     torch.distributed.all_reduce(total)
     if loss is None and not total[1]:  # only a process without a loss has to wait for the device
         return None

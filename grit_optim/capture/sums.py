@@ -33,8 +33,13 @@ class Sums:
     def zeros(cls, sites: int, rank: int, device: torch.device) -> Sums:
         """Sums over no tokens."""
         shape = (sites, rank, rank)
-        matrix, count = torch.zeros(shape, device=device), torch.zeros(sites, device=device)
+        matrix = torch.zeros(shape, dtype=torch.float32, device=device)
+        count = torch.zeros(sites, dtype=torch.float32, device=device)
         return cls(matrix, matrix.clone(), count, count.clone())
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All four, in the order of the attributes."""
+        return self.activation, self.gradient, self.rows, self.tokens
 
     def is_finite(self) -> Tensor:
         """A boolean scalar on the bucket's device: no entry is infinite or NaN."""

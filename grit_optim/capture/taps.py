@@ -3,46 +3,36 @@
 The output of ``lora_A`` is h = A x, and the gradient that arrives there is δ = ∂L/∂h. One tap gives both
 K-FAC factors, without any product of width d_in or d_out. A tensor hook fires exactly once for each backward
 pass through a forward pass, whatever activation checkpointing recomputes.
+
+That a hook fires does not make a training step. ``torch.autograd.grad`` fires it too, and leaves ``.grad``
+alone. So h and δ count once the same backward pass has accumulated into the gradient of A or B, and for as
+long as that gradient is there.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from grit_optim.capture.bypass import BypassWatch
+from grit_optim.capture.gathered import Gathered, Share
+from grit_optim.capture.kept_gradients import KeptGradients, nonzero
 from grit_optim.capture.sums import Sums
 from grit_optim.integrity.fields import Fields, whole
 from grit_optim.lora.buckets import Bucket
 from grit_optim.lora.site import Site
 from grit_optim.profiling import StageTimes
 
-PENDING_LIMIT = 2**22
-"""Numbers in h and δ of one bucket that may wait to be added up.
-
-The limit bounds memory under long accumulation, and still lets many sites share one batched product.
-"""
-
-
-class _Seen(NamedTuple):
-    """One backward pass through one call of a site's ``lora_A``.
-
-    Attributes:
-        slot: the site's place in its bucket.
-        h: the output of ``lora_A``, in its own shape and dtype.
-        delta: the gradient of ``h``.
-        stride: of so many tokens one is taken.
-    """
-
-    slot: int
-    h: Tensor
-    delta: Tensor
-    stride: int
+MOST_PASSES = 16
+"""Backward passes under way at once, one in another (reentrant checkpointing). Older ones have failed."""
 
 
 class Tap:
@@ -70,114 +60,186 @@ class Tap:
         return Tap, (None, self.position)
 
 
+class GradientTap:
+    """Hook on A (side 0) or B (side 1), before or after a backward pass accumulates into its gradient."""
+
+    def __init__(self, taps: Taps, position: int, side: int, before: bool) -> None:
+        self._taps = weakref.ref(taps)
+        self._place = position, side
+        self._before = before
+
+    def __call__(self, tensor: Tensor) -> None:
+        """Tell the owner, if it is still there."""
+        taps = self._taps()
+        if taps is not None:
+            (taps.before_gradient if self._before else taps.after_gradient)(*self._place)
+
+
+@dataclass
+class _Pass:
+    """One backward pass that is under way.
+
+    Attributes:
+        looked: positions of sites whose gradients have been looked at, before the pass changes them.
+        reached: positions and sides whose gradients it has accumulated into.
+        waiting: by position, the h and δ of sites whose gradients it has not reached yet. h is None while
+            tokens are not recorded.
+    """
+
+    looked: set[int] = field(default_factory=set)
+    reached: set[tuple[int, int]] = field(default_factory=set)
+    waiting: dict[int, list[tuple[Tensor | None, Tensor]]] = field(default_factory=dict)
+
+
 class Taps:
-    """Gathers h and δ of the tokens that the taps see, and adds them up per bucket.
+    """Gathers h and δ of the tokens that the taps see, as far as they reach gradients.
 
     Args:
-        sites: the sites, in the model's order.
-        buckets: the same sites, stacked.
         max_tokens: tokens per site and step that enter the sums, evenly spaced; None: all.
         times: where the seconds spent in hooks are counted.
 
     Attributes:
+        sites: the sites that are tapped, in the model's order.
+        gathered: what counts since the last :meth:`collect`.
         active: whether tokens are recorded. Taps that fire are counted in any case.
-        fired: how often each site's tap has seen a gradient since the last :meth:`collect`, in the order of
-            ``sites``.
         calls_per_step: how often the busiest tap fired in the last step, among which ``max_tokens`` are
             shared out.
         offset: steps collected so far, which shifts the first token that is taken.
         bypass: notices steps around the optimizer.
     """
 
-    def __init__(
-        self, sites: Sequence[Site], buckets: Sequence[Bucket], max_tokens: int | None, times: StageTimes
-    ) -> None:
-        self.sites = list(sites)
-        self.buckets = list(buckets)
+    def __init__(self, max_tokens: int | None, times: StageTimes) -> None:
+        self.sites: list[Site] = []
+        self.gathered = Gathered([], [])
         self.max_tokens = max_tokens
-        self._times = times
         self.active = True
         self.calls_per_step = 1
         self.offset = 0
-        where = {id(site): (b, s) for b, bucket in enumerate(buckets) for s, site in enumerate(bucket.sites)}
-        self._slots = [where[id(site)] for site in self.sites]
-        self._index_cache: dict[tuple[int, tuple[int, ...]], Tensor] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.bypass = BypassWatch()
-        self.discard()
+        self._times = times
+        self._lock = threading.RLock()  # sites on several devices have a backward thread each
+        self._weights: list[tuple[Tensor, Tensor]] = []
+        self._positions: dict[int, int] = {}
+        self._hooked: set[tuple[int, int]] = set()
+        self._hooks: list[RemovableHandle] = []
+        self._gradients = KeptGradients([])
+        self._passes: dict[int, _Pass] = {}
+        weakref.finalize(self, _remove, self._hooks).atexit = False
+
+    def attach(self, sites: Sequence[Site], buckets: Sequence[Bucket]) -> None:
+        """Tap these sites, and no others, from now on.
+
+        What was gathered of those that are tapped already is kept, and so is what is recorded when.
+
+        Args:
+            sites: the sites, in the model's order.
+            buckets: the same sites, stacked.
+        """
+        _remove(self._hooks)
+        accounts = self.gathered.by_site()
+        left = {id(site): known for site, known in zip(self.sites, self._gradients.left, strict=True)}
+        self.sites = list(sites)
+        self.gathered = Gathered(sites, buckets)
+        self._weights = [(site.a, site.b) for site in self.sites]
+        self._gradients = KeptGradients(self._weights)
+        self._positions = {id(site): position for position, site in enumerate(self.sites)}
+        self._hooked.clear()
+        self._passes = {}
+        self.bypass.stepped()
         try:
             for position, site in enumerate(self.sites):
                 _remove_inert_taps(site.tap)
                 self._hooks.append(site.tap.register_forward_hook(Tap(self, position)))
-        except BaseException:  # nobody will hold these taps to close them
-            self.close()
+                self._hook_trained(position)
+        except BaseException:
+            _remove(self._hooks)
             raise
+        self.gathered.adopt(accounts)
+        self._gradients.left = [left.get(id(site), {}) for site in self.sites]
+
+    def _hook_trained(self, position: int) -> None:
+        """Watch the gradients of A and B, as far as they are trained."""
+        for side, weight in enumerate(self._weights[position]):
+            if weight.requires_grad and (position, side) not in self._hooked:
+                self._hooked.add((position, side))
+                before, after = (GradientTap(self, position, side, before) for before in (True, False))
+                self._hooks.append(weight.register_hook(before))
+                self._hooks.append(weight.register_post_accumulate_grad_hook(after))
 
     def discard(self) -> None:
         """Forget what was gathered since the last :meth:`collect`."""
         self.bypass.stepped()
-        self.fired = [0] * len(self.sites)
-        self._dtypes = {torch.float32}
-        self._stash: list[list[_Seen]] = [[] for _ in self.buckets]
-        self._pending = [0] * len(self.buckets)
-        # Σ h·δ of what is no longer in the stash, [S], and the sites for which there is any.
-        self._inner = [torch.zeros(len(b.sites), device=b.device) for b in self.buckets]
-        self._added: list[set[int]] = [set() for _ in self.buckets]
-        self._sums = [Sums.zeros(len(b.sites), b.rank, b.device) for b in self.buckets]
+        self.gathered.clear()
+        self._gradients.forget_all()
+        self._passes = {}
+
+    # ---------------------------------------------------------------- in a forward and backward pass
 
     def watch(self, position: int, output: Tensor) -> None:
-        """Take note of h, and ask for its gradient."""
-        if self.bypass.watches(position):
-            self.bypass.forward(
-                position, self.sites[position], self.fired[position], partial(self.inner, position)
-            )
-        if not self.active:
-            output.register_hook(partial(self._count, position))
+        """Take note of h, and ask for its gradient. A functional transform's gradients reach no ``.grad``."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(output):
             return
-        output.register_hook(partial(self._receive, position, output.detach()))
+        self._hook_trained(position)
+        site = self.sites[position]
+        if self.bypass.watches(position):
+            fired = self.gathered.fired[position]
+            self.bypass.forward(position, site.name, self._weights[position], fired)
+        output.register_hook(partial(self._receive, site, output.detach() if self.active else None))
 
-    def _receive(self, position: int, h: Tensor, delta: Tensor) -> None:
+    def _receive(self, site: Site, h: Tensor | None, delta: Tensor) -> None:
+        """Take note of one backward pass through one call of a site's ``lora_A``."""
+        position = self._positions.get(id(site))
+        if position is None:
+            return
+        with self._lock:
+            under_way = self._pass()
+            if (position, 0) in under_way.reached or (position, 1) in under_way.reached:
+                self._record(position, h, delta)
+            else:
+                under_way.waiting.setdefault(position, []).append((h, delta))
+
+    def before_gradient(self, position: int, side: int) -> None:
+        """A backward pass is about to give A or B its gradient."""
+        with self._lock:
+            looked = self._pass().looked
+            if position not in looked:
+                if self.gathered.fired[position]:
+                    self._drop_cleared(position)
+                looked.add(position)
+
+    def after_gradient(self, position: int, side: int) -> None:
+        """A backward pass has accumulated into the gradient of A or B."""
+        with self._lock:
+            under_way = self._pass()
+            under_way.reached.add((position, side))
+            self._gradients.note(position, side)
+            for h, delta in under_way.waiting.pop(position, ()):
+                self._record(position, h, delta)
+
+    def _pass(self) -> _Pass:
+        """The backward pass under way in this thread."""
+        task = torch._C._current_graph_task_id()
+        if task not in self._passes:
+            while len(self._passes) >= MOST_PASSES:
+                del self._passes[next(iter(self._passes))]
+            self._passes[task] = _Pass()
+            _at_the_end(partial(_at_the_end, partial(self._end, task)))  # after what others do there
+        return self._passes[task]
+
+    def _end(self, task: int) -> None:
+        """A backward pass is over. What has not reached a gradient is forgotten."""
+        with self._lock:
+            done = self._passes.pop(task, None)
+            for position, side in done.reached if done is not None else ():
+                self._gradients.note(position, side)
+
+    def _record(self, position: int, h: Tensor | None, delta: Tensor) -> None:
+        """Let one backward pass through a site count."""
         with self._times("capture"):
-            self._record(position, h, delta.detach())
-
-    def _count(self, position: int, delta: Tensor) -> None:
-        self.fired[position] += 1
-
-    def _record(self, position: int, h: Tensor, delta: Tensor) -> None:
-        """Take note of one backward pass. :meth:`_reduce` does the work later, for many sites at once."""
-        self.fired[position] += 1
-        self._dtypes.update((h.dtype, delta.dtype))
-        bucket, slot = self._slots[position]
-        stride = self._stride(delta.numel() // self.buckets[bucket].rank)
-        self._stash[bucket].append(_Seen(slot, h, delta, stride))
-        self._pending[bucket] += h.numel() + delta.numel()
-        if self._pending[bucket] > PENDING_LIMIT:
-            self._reduce(bucket, keep_inner=True)
-
-    def inner(self, position: int) -> Tensor | None:
-        """Σ over tokens of h·δ of a site since the last :meth:`collect`; None where nothing was recorded.
-
-        It is computed only when asked for, from h and δ as far as they are still there.
-        """
-        bucket, slot = self._slots[position]
-        waiting = [seen for seen in self._stash[bucket] if seen.slot == slot]
-        if not waiting and slot not in self._added[bucket]:
-            return None
-        total = self._inner[bucket][slot]
-        for seen in waiting:
-            total = total + torch.dot(seen.h.reshape(-1).float(), seen.delta.reshape(-1).float()).to(
-                total.device
-            )
-        return total
-
-    def seen(self) -> list[tuple[int, Tensor | None]]:
-        """For each site, how often its tap fired since the last :meth:`collect`, and its :meth:`inner`."""
-        return [(fired, self.inner(position)) for position, fired in enumerate(self.fired)]
-
-    @property
-    def rounding(self) -> float:
-        """Machine epsilon of the coarsest dtype of h and δ since the last :meth:`collect` (autocast)."""
-        return max(torch.finfo(dtype).eps for dtype in self._dtypes)
+            self.gathered.fired[position] += 1
+            if h is not None:
+                stride = self._stride(delta.numel() // self.gathered.rank(position))
+                self.gathered.add(position, h, delta.detach(), Share(stride, self.offset % stride))
 
     def _stride(self, rows: int) -> int:
         """The stride with which a call of ``rows`` tokens keeps its share of ``max_tokens``."""
@@ -186,72 +248,55 @@ class Taps:
         per_call = max(1, self.max_tokens // self.calls_per_step)
         return max(1, -(-rows // per_call))
 
-    def _reduce(self, bucket: int, keep_inner: bool) -> None:
-        """Add what waits in a bucket to its sums: one batched product per shape of h and δ."""
-        entries, self._stash[bucket], self._pending[bucket] = self._stash[bucket], [], 0
-        by_shape: dict[tuple[Any, ...], list[_Seen]] = {}
-        for seen in entries:
-            by_shape.setdefault((seen.h.shape, seen.h.dtype, seen.delta.dtype, seen.stride), []).append(seen)
-        sums = self._sums[bucket]
-        for (*_, stride), members in by_shape.items():
-            index = self._index(bucket, tuple(seen.slot for seen in members))
-            h, delta = self._stacked(bucket, index, members, keep_inner)
-            # Padding, and tokens after which nothing is predicted, have δ = 0 but h ≠ 0. They do not affect
-            # the loss, so h is left out too.
-            matters = torch.linalg.vecdot(delta, delta)[..., None] != 0
-            h = torch.where(matters, h, 0.0)
-            sums.activation.index_add_(0, index, h.mT @ h)
-            sums.gradient.index_add_(0, index, delta.mT @ delta)
-            rows = matters.sum((1, 2), dtype=torch.float32)
-            sums.rows.index_add_(0, index, rows)
-            sums.tokens.index_add_(0, index, rows, alpha=stride)
+    # ---------------------------------------------------------------- gradients that were cleared
 
-    def _stacked(
-        self, bucket: int, index: Tensor, members: list[_Seen], keep_inner: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The tokens of h and of δ that are taken, each ``[len(members), tokens, r]`` in fp32."""
-        taken = slice(self.offset % members[0].stride, None, members[0].stride)
-        h = [self._by_token(bucket, seen.slot, seen.h) for seen in members]
-        delta = [self._by_token(bucket, seen.slot, seen.delta) for seen in members]
-        # On the CPU only the tokens that are taken are copied. On a GPU one large copy costs less than many.
-        if not keep_inner and self.buckets[bucket].device.type == "cpu":
-            return torch.stack([t[taken] for t in h]).float(), torch.stack([t[taken] for t in delta]).float()
-        all_h, all_delta = torch.stack(h), torch.stack(delta)
-        if keep_inner:
-            self._inner[bucket].index_add_(0, index, (all_h.float() * all_delta.float()).sum((1, 2)))
-            self._added[bucket].update(seen.slot for seen in members)
-        return all_h[:, taken].float(), all_delta[:, taken].float()
+    def _drop_cleared(self, position: int) -> None:
+        """Forget a site whose gradients were cleared; then all such, since they usually are together."""
+        if not any(self._gradients.look([position], stepping=False)):
+            return
+        fired = [i for i, count in enumerate(self.gathered.fired) if count]
+        cleared, doubtful = self._gradients.look(fired, stepping=False)
+        lives = nonzero(doubtful)
+        cleared += [i for i in doubtful if not lives[i]]
+        self._gradients.accept(doubtful)
+        self._drop(cleared)
 
-    def _by_token(self, bucket: int, slot: int, tensor: Tensor) -> Tensor:
-        """One call's h or δ as ``[tokens, r]`` on the bucket's device."""
-        site = self.buckets[bucket].sites[slot]
-        if site.channel_dim != -1:
-            tensor = tensor.movedim(site.channel_dim, -1)
-        return tensor.reshape(-1, site.rank).to(self.buckets[bucket].device)
+    def _drop(self, positions: Sequence[int]) -> None:
+        self.gathered.drop(positions)
+        self._gradients.forget(positions)
 
-    def _index(self, bucket: int, slots: tuple[int, ...]) -> Tensor:
-        """``slots`` as a tensor on the bucket's device, cached.
+    def settle(self) -> dict[int, Tensor]:
+        """Forget the sites whose gradients were cleared, before the base steps.
 
-        The same few patterns recur in every step, and copying one to a GPU would wait for it.
+        Returns:
+            By position, whether the site counts: of those for which only the device knows.
         """
-        key = (bucket, slots)
-        if key not in self._index_cache:
-            if len(self._index_cache) > 256:
-                self._index_cache.clear()
-            self._index_cache[key] = torch.tensor(slots, device=self.buckets[bucket].device)
-        return self._index_cache[key]
+        fired = [position for position, count in enumerate(self.gathered.fired) if count]
+        cleared, doubtful = self._gradients.look(fired, stepping=True)
+        lives = nonzero(doubtful)
+        seen = {i: flag for i, flag in lives.items() if flag.device.type in ("cpu", "meta")}
+        cleared += [i for i, flag in seen.items() if flag.device.type == "cpu" and not flag]
+        self._drop(cleared)
+        return {i: flag for i, flag in lives.items() if i not in seen}
 
-    def collect(self) -> list[Sums]:
-        """The sums since the last call, one entry per bucket. Gathering starts anew."""
-        for bucket in range(len(self.buckets)):
-            if self._stash[bucket]:
-                self._reduce(bucket, keep_inner=False)
-        sums = self._sums
-        if any(self.fired):
-            self.calls_per_step = max(self.fired)
+    # ---------------------------------------------------------------- in a step
+
+    def collect(self, alive: Mapping[int, Tensor]) -> list[Sums]:
+        """The sums since the last call, one entry per bucket. Gathering starts anew.
+
+        Args:
+            alive: what :meth:`settle` returned.
+        """
+        sums, fired = self.gathered.take(alive), self.gathered.fired
+        if any(fired):
+            self.calls_per_step = max(fired)
             self.offset += 1
         self.discard()
         return sums
+
+    def seen(self) -> list[tuple[int, Tensor | None]]:
+        """For each site, how often its tap fired since the last :meth:`collect`, and Σ h·δ."""
+        return [(fired, self.gathered.inner(position)) for position, fired in enumerate(self.gathered.fired)]
 
     def record_next(self, active: bool) -> None:
         """Say whether tokens are recorded from now on."""
@@ -272,10 +317,21 @@ class Taps:
 
     def close(self) -> None:
         """Remove the taps."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        _remove(self._hooks)
+        self._positions.clear()
         self.discard()
+
+
+def _at_the_end(callback: Any) -> None:
+    """Have ``callback`` called when the backward pass under way is over."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    """Remove hooks, and forget them."""
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()
 
 
 def _remove_inert_taps(module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -45,10 +46,18 @@ class BucketCurvature:
         self.ranks = ranks
         self.factors = Factors.zeros(len(bucket.sites), bucket.rank, bucket.device)
         self.moments = None if options.fisher == "kfac" else GradientMoments(options.fisher, bucket)
-        self.damping_used = torch.full((2, len(bucket.sites)), torch.nan, device=bucket.device)
+        self.damping_used = torch.full(
+            (2, len(bucket.sites)), torch.nan, dtype=torch.float32, device=bucket.device
+        )
         self.damping_scale = 1.0
         self._options = options
         self.reset_operators()
+
+    def view(self) -> BucketCurvature:
+        """A copy whose ranks and factors can be set without setting ours. The tensors are shared."""
+        seen = copy(self)
+        seen.ranks, seen.factors = copy(self.ranks), copy(self.factors)
+        return seen
 
     def apply(self, group: Group, stacked: Tensor) -> Tensor:
         """Multiply matrices of ``group`` ``[m, rows, columns]`` by the operators of the latest refresh.
@@ -206,7 +215,7 @@ class BucketCurvature:
         self.b_operator = _where_ready(self.b_ready, operators[size:])
 
     def put_operators(self, of_a: Tensor, of_b: Tensor, ready: Tensor) -> None:
-        """Set the operators ``[S, r, r]`` of the sites that are ``ready`` ``[S]``; elsewhere, the identity."""
+        """Set the operators ``[S, r, r]`` of the sites that are ``ready`` ``[S]``; elsewhere the identity."""
         self.a_ready, self.b_ready = ready.clone(), ready.clone()
         self.a_operator, self.b_operator = (
             _where_ready(ready, operator.to(self.a_operator.dtype)) for operator in (of_a, of_b)

@@ -68,7 +68,11 @@ class Curvature:
             accept = torch.stack([s.is_finite().to(device) for s in sums]).all()
             relative = self._options.damping == "relative"
             in_use = [curvature.ranks.in_use for curvature in self.buckets]
-            unit = gradient_unit(sums, in_use) if relative else torch.ones((), device=device)
+            unit = (
+                gradient_unit(sums, in_use)
+                if relative
+                else torch.ones((), dtype=torch.float32, device=device)
+            )
             moment_unit, scored = self._moment_unit(device, relative), loss_tokens(sums)
             if moment_unit is not None:
                 accept = accept & moment_unit.isfinite()

@@ -48,7 +48,8 @@ class Factors:
     @classmethod
     def zeros(cls, sites: int, rank: int, device: torch.device) -> Factors:
         """Factors into which nothing has gone."""
-        matrix, scalar = torch.zeros(sites, rank, rank, device=device), torch.zeros(sites, device=device)
+        matrix = torch.zeros(sites, rank, rank, dtype=torch.float32, device=device)
+        scalar = torch.zeros(sites, dtype=torch.float32, device=device)
         return cls(matrix, matrix.clone(), scalar, *(scalar.clone() for _ in range(4)))
 
     def forget(self, sites: Tensor) -> None:

@@ -42,7 +42,7 @@ def mean_square(groups: Sequence[Group], device: torch.device, relative: bool) -
     stacks = [group.stack(group.gradients()) for group in groups]
     entries = max(1, sum(g.numel() for g in stacks))
     sums = [g.square().sum().to(device) for g in stacks]
-    mean = torch.stack(sums).sum() / entries if sums else torch.zeros((), device=device)
+    mean = torch.stack(sums).sum() / entries if sums else torch.zeros((), dtype=torch.float32, device=device)
     plain = (mean == 0) if relative else mean.isfinite()
     return torch.where(plain, 1.0, mean)
 
@@ -63,11 +63,12 @@ class GradientMoments:
     def __init__(self, kind: str, bucket: Bucket) -> None:
         self.kind = kind
         self.bucket = bucket
-        size, device = len(bucket.sites), bucket.device
-        self.weight = {side: torch.zeros(size, device=device) for side in SIDES}
+        size = len(bucket.sites)
+        one = torch.ones((), dtype=torch.float32, device=bucket.device)
+        self.weight = {side: one.new_zeros(size) for side in SIDES}
         shapes = {side: [_shape(kind, site, side) for site in bucket.sites] for side in SIDES}
-        self.means = {side: [torch.zeros(s, device=device) for s in shapes[side]] for side in SIDES}
-        self.scales = {side: [torch.ones(s, device=device) for s in shapes[side]] for side in SIDES}
+        self.means = {side: [one.new_zeros(s) for s in shapes[side]] for side in SIDES}
+        self.scales = {side: [one.new_ones(s) for s in shapes[side]] for side in SIDES}
 
     @property
     def elementwise(self) -> bool:

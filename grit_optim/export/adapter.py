@@ -22,6 +22,7 @@ from grit_optim.export.files import (
     STALE_WEIGHTS,
     WEIGHTS,
 )
+from grit_optim.linalg import full_precision
 from grit_optim.lora.discovery import AdapterLayers, adapter_layers, peft_model_in
 from grit_optim.lora.site import Site
 from grit_optim.messages import listed
@@ -61,6 +62,7 @@ class Pair(NamedTuple):
 
 
 @torch.no_grad()
+@full_precision()
 def export_adapter(
     model: nn.Module,
     path: str | PathLike[str],
@@ -304,7 +306,7 @@ def _report(
     for name, site in layers.pairs.items():
         a, b = smaller[name]
         past = history.get(name, History(site.rank, site.parameters, None))
-        spectrum = product_singular_values(a, b)[None] if a.shape[0] else torch.zeros(1, 1)
+        spectrum = product_singular_values(a, b)[None] if a.shape[0] else a.new_zeros(1, 1)
         entropy, count = effective_ranks(spectrum, threshold)[0]
         sites.append(
             SiteRank(

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from grit_optim.base.transport import narrow_state
 from grit_optim.export import peft_config
 from grit_optim.export.peft_models import Home, homes
+from grit_optim.linalg import full_precision
 from grit_optim.lora.discovery import (
     adapter_layers,
     layers_of_pairs,
@@ -23,6 +24,7 @@ from grit_optim.messages import warn
 from grit_optim.parts import Parts
 
 
+@full_precision()
 def shrink(parts: Parts, model: nn.Module | None) -> None:
     """Cut A, B, their gradients, the base's state and the factors to the ranks that are kept.
 
@@ -51,7 +53,8 @@ def _shrink(
     parts: Parts, sites: list[Site], layers: Mapping[int, tuple[str, Any]], found: Sequence[Home]
 ) -> None:
     parts.preconditioning.to_plain_coordinates(parts.curvature)
-    kept, dropped = parts.ranks.by_name(parts.curvature.buckets), parts.ranks.dropped()
+    parts.ranks.settle(parts.curvature.buckets)
+    kept, dropped = parts.ranks.by_name(), parts.ranks.dropped()
     if not any(kept.values()):
         raise ValueError(
             "no site keeps a direction, so nothing would be left to train; reduce the ranks less"

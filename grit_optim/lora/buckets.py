@@ -74,7 +74,7 @@ class Group:
             if len(self._subsets) >= _SUBSETS_KEPT:
                 self._subsets.clear()
             places = tuple(self.positions[i] for i in key)
-            index = torch.tensor(places, device=self.index.device)
+            index = torch.tensor(places, dtype=torch.int64, device=self.index.device)
             self._subsets[key] = Group(self.side, [self.parameters[i] for i in key], index, places)
         return self._subsets[key]
 
@@ -135,7 +135,7 @@ class Bucket:
     def direction_size(self) -> Tensor:
         """Parameters of one direction of each site, a row of A and a column of B: ``[S]``, int64."""
         sizes = [(site.a.numel() + site.b.numel()) // site.rank for site in self.sites]
-        return torch.tensor(sizes, device=self.device)
+        return torch.tensor(sizes, dtype=torch.int64, device=self.device)
 
     def names(self) -> list[str]:
         """The sites' names, in the order of every ``[S, …]`` tensor."""
@@ -165,7 +165,7 @@ def _groups(bucket: Bucket, side: Side) -> list[Group]:
     groups = []
     for found in members.values():
         positions = tuple(position for position, _ in found)
-        index = torch.tensor(positions, device=bucket.device)
+        index = torch.tensor(positions, dtype=torch.int64, device=bucket.device)
         groups.append(Group(side, [parameter for _, parameter in found], index, positions))
     return groups
 

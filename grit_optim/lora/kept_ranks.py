@@ -27,8 +27,8 @@ class KeptRanks:
 
     def __init__(self, bucket: Bucket, first: Mapping[str, int], given_up: bool, compensates: bool) -> None:
         self.bucket = bucket
-        self.rank = torch.full((len(bucket.sites),), bucket.rank, device=bucket.device)
-        self.dropped = torch.zeros(len(bucket.sites), device=bucket.device)
+        self.rank = torch.full((len(bucket.sites),), bucket.rank, dtype=torch.int64, device=bucket.device)
+        self.dropped = torch.zeros(len(bucket.sites), dtype=torch.float32, device=bucket.device)
         self.given_up = given_up
         self.compensates = compensates
         self.started_from(first)
@@ -53,12 +53,14 @@ class KeptRanks:
         times as far. The step's singular values, which are all alike in "spectral", then add up to what they
         did at first.
         """
-        return self.first.square() / self.rank.clamp_min(1) if self.compensates else self.rank
+        if not self.compensates:
+            return self.rank
+        return self.first.square().float() / self.rank.clamp_min(1).float()
 
     def started_from(self, first: Mapping[str, int]) -> None:
         """Note the directions that each site had when the optimizer was first built, by site name."""
         ranks = [first[name] for name in self.bucket.names()]
-        self.first = torch.tensor(ranks, device=self.bucket.device)
+        self.first = torch.tensor(ranks, dtype=torch.int64, device=self.bucket.device)
 
     def keep(self, rank: Tensor, cost: Tensor | None = None) -> None:
         """Keep ``rank`` directions ``[S]``; ``cost`` ``[S]`` is the rise of the loss that was predicted."""

@@ -129,7 +129,7 @@ def hold_gradients(
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Whether no entry of any tensor is infinite or NaN: a boolean scalar on the first tensor's device."""
     if not tensors:
-        return torch.tensor(True)
+        return torch.ones((), dtype=torch.bool, device="cpu")
     # The largest entry shows it in one pass: it is NaN if any entry is.
     largest = [torch.linalg.vector_norm(t, torch.inf).to(tensors[0].device) for t in tensors]
     return torch.stack(largest).isfinite().all()

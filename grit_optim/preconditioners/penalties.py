@@ -68,7 +68,8 @@ class Penalties:
         """Penalise nothing, of the pairs of these buckets, until the next refresh."""
         self._operators = {}
         for bucket in buckets if self._options.any else ():
-            zeros = torch.zeros(len(bucket.sites), bucket.rank, bucket.rank, device=bucket.device)
+            shape = len(bucket.sites), bucket.rank, bucket.rank
+            zeros = torch.zeros(shape, dtype=torch.float32, device=bucket.device)
             self._operators[bucket] = zeros, zeros.clone()
 
     @property

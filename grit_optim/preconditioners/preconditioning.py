@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from grit_optim.base.settings import group_by_parameter
 from grit_optim.curvature.curvature import Curvature
 from grit_optim.integrity.fields import Fields, text, whole
+from grit_optim.linalg import full_precision
 from grit_optim.options import Options
 from grit_optim.preconditioners.held_gradients import (
     Held,
@@ -86,6 +87,7 @@ class Preconditioning:
                 self.mode.refresh(one)
             self.penalties.refresh(one, policy)
 
+    @full_precision()
     def to_plain_coordinates(self, curvature: Curvature) -> None:
         """Bring the base's state back to the coordinates of A and B themselves."""
         for one in curvature.buckets:

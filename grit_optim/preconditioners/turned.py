@@ -69,10 +69,13 @@ class Turned(Mode):
         held.gradient = self.as_the_base_sees(held, held.gradient)
         group.write(self.turn(held, held.weights))
         held.rotated = group.stack(group.parameters)
-        if copies := transport.weight_copies(self.base, group):
-            held.copies = group.stack(copies)
-            transport.write_copies(copies, self.turn(held, held.copies))
-            held.rotated_copies = group.stack(copies)
+        present, copies = transport.weight_copies(self.base, group)
+        if copies:
+            # A base that makes its copies in this step makes them of the weights.
+            held.copies, held.rotated_copies = held.weights.clone(), held.rotated.clone()
+            held.copies[present] = group.subset(present).stack(copies)
+            transport.write_copies(copies, self.turn(held, held.copies)[present])
+            held.rotated_copies[present] = group.subset(present).stack(copies)
 
     def after(self, held: Held) -> None:
         """Turn the base's step back and add it to the weights as they were; likewise for the copies."""
@@ -81,15 +84,19 @@ class Turned(Mode):
         group = held.group
         step = self.turn_back(held, group.stack(group.parameters) - held.rotated)
         group.write(held.weights + step)
-        if copies := transport.weight_copies(self.base, group):
+        present, copies = transport.weight_copies(self.base, group)
+        if copies:
             # A base that makes its copies in this step makes them of the weights.
             were = held.weights if held.copies is None else held.copies
             turned = held.rotated if held.rotated_copies is None else held.rotated_copies
-            transport.write_copies(copies, were + self.turn_back(held, group.stack(copies) - turned))
+            now = turned.clone()
+            now[present] = group.subset(present).stack(copies)
+            transport.write_copies(copies, (were + self.turn_back(held, now - turned))[present])
 
     def abandon(self, held: Held) -> None:
         """Put weights and copies back as they were."""
         if held.weights is not None:
             held.group.write(held.weights)
         if held.copies is not None:
-            transport.write_copies(transport.weight_copies(self.base, held.group), held.copies)
+            present, copies = transport.weight_copies(self.base, held.group)
+            transport.write_copies(copies, held.copies[present])

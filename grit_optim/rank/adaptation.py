@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.integrity.fields import Fields, by_name, number, record, several, text, whole
+from grit_optim.linalg import full_precision
 from grit_optim.lora.buckets import Bucket
 from grit_optim.lora.kept_ranks import KeptRanks
 from grit_optim.lora.site import Site
@@ -138,6 +140,7 @@ class Ranks:
                     self._base, curvature, self.policy(step), self._options.reprojection == "two_sided"
                 )
             return
+        self.settle(curvatures)
         found = self.coordinates(curvatures)
         if self.budget is not None and step >= self.budget.first:
             ranks = self.within(curvatures, found, self.budget.advance(step), self.budget.rises)
@@ -212,9 +215,23 @@ class Ranks:
 
     # ---------------------------------------------------------------- what is known
 
-    def by_name(self, curvatures: Sequence[BucketCurvature]) -> dict[str, int]:
-        """Directions kept, by site name. Sites that were taken out come last, with 0."""
+    def settle(self, curvatures: Sequence[BucketCurvature]) -> None:
+        """Take the ranks from the weights, before something is done by them."""
         moves.ranks_from_weights(curvatures)
+
+    def as_settled(self, curvatures: Sequence[BucketCurvature]) -> tuple[Ranks, list[BucketCurvature]]:
+        """Copies of these ranks and of the curvatures, as :meth:`settle` would leave them.
+
+        Questions are asked of the copies, so that no question changes training.
+        """
+        copies = [curvature.view() for curvature in curvatures]
+        moves.ranks_from_weights(copies)
+        seen = copy(self)
+        seen.kept = [curvature.ranks for curvature in copies]
+        return seen, copies
+
+    def by_name(self) -> dict[str, int]:
+        """Directions kept, by site name. Sites that were taken out come last, with 0."""
         kept = {name: rank for ranks in self.kept for name, rank in ranks.by_name().items()}
         return {**kept, **dict.fromkeys(self.removed, 0)}
 
@@ -235,9 +252,9 @@ class Ranks:
         """
         self.removed.update(dropped)
 
+    @full_precision()
     def coordinates(self, curvatures: Sequence[BucketCurvature]) -> list[Coordinates]:
         """The sites' balanced coordinates now, one entry per bucket."""
-        moves.ranks_from_weights(curvatures)
         return [moves.coordinates(curvature, BALANCING_DAMPING) for curvature in curvatures]
 
     def report(

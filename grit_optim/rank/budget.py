@@ -100,7 +100,7 @@ class BudgetSchedule:
         self.start, self.end, self.kind = start, end, kind
         self.first, self.steps = first, steps
         self._warned = self._observed = False
-        zero = torch.zeros((), dtype=torch.float64)
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
         self.progress, self._sum, self._count, self._lowest, self._last = (
             zero,
             zero,
@@ -116,7 +116,8 @@ class BudgetSchedule:
 
     def observe(self, loss: Tensor | float) -> None:
         """Take note of a loss, of training or of held-out data. A loss that is not finite is left out."""
-        value = torch.as_tensor(loss).detach().double()
+        device = loss.device if isinstance(loss, Tensor) else torch.device("cpu")
+        value = torch.as_tensor(loss, dtype=torch.float64, device=device).detach()
         self._observed = True
         finite = value.isfinite()
         self._sum = self._sum.to(value.device) + torch.where(finite, value, 0.0)
@@ -128,7 +129,7 @@ class BudgetSchedule:
             self._advance_unless_loss_suffers(step)
         else:
             done = 1.0 if self.steps == 0 else min(1.0, (step - self.first) / self.steps)
-            self.progress = torch.tensor(done, dtype=torch.float64)
+            self.progress = torch.tensor(done, dtype=torch.float64, device="cpu")
         way = (1 - torch.cos(math.pi * self.progress)) / 2 if self.kind == "cosine" else self.progress
         return self.start + (self.end - self.start) * way
 

@@ -75,7 +75,7 @@ def regrow(base: Optimizer, curvature: BucketCurvature, rank: Tensor, seed: int)
     for group in curvature.bucket.groups:
         if group.side == "A":
             old = group.stack(group.parameters)
-            rows = torch.randn(old.shape, generator=generator, device=old.device)
+            rows = torch.randn(old.shape, dtype=torch.float32, device=old.device, generator=generator)
             norm = _typical_row_norm(old, curvature.ranks.rank[group.index])
             rows = rows * (norm / torch.linalg.vector_norm(rows, dim=-1, keepdim=True))
             transport.set_weights(base, group, torch.where(fresh[group.index][..., None], rows, old), fresh)
@@ -111,7 +111,7 @@ def _used(curvature: BucketCurvature) -> Tensor:
     for group in curvature.bucket.groups:
         there = (group.stack(group.parameters) != 0).any(3 - group.rank_dim)
         used[group.index] = used[group.index] | there
-    position = torch.arange(1, curvature.bucket.rank + 1, device=used.device)
+    position = torch.arange(1, curvature.bucket.rank + 1, dtype=torch.int64, device=used.device)
     return (used * position).amax(-1)
 
 

@@ -75,7 +75,7 @@ def make_plan(
     found = ranks.coordinates(curvatures)
     _check_ready(curvatures, found, options.curvature.kfac_min_samples)
     if isinstance(wanted, Mapping):
-        return Plan(found, _named(ranks.by_name(curvatures), curvatures, wanted))
+        return Plan(found, _named(ranks.by_name(), curvatures, wanted))
     budget_value("the rank budget", wanted)
     origins = ranks.origin.values()
     budget.check("the rank budget", wanted, origins, options.ranks.min_lora_rank)
@@ -129,7 +129,8 @@ def _named(
                 f"site {name!r} has rank {known[name]}; it can keep a whole number from 0 to that, not "
                 f"{rank!r}"
             )
+    ranks = [[wanted.get(name, known[name]) for name in c.bucket.names()] for c in curvatures]
     return [
-        torch.tensor([wanted.get(name, known[name]) for name in c.bucket.names()], device=c.bucket.device)
-        for c in curvatures
+        torch.tensor(values, dtype=torch.int64, device=c.bucket.device)
+        for values, c in zip(ranks, curvatures, strict=True)
     ]

@@ -45,7 +45,7 @@ def continued(spectrum: Tensor, rank: Tensor) -> Tensor:
     size = spectrum.shape[-1]
     last, before = (spectrum.gather(1, (rank - i).clamp(0, size - 1)[:, None]) for i in (1, 2))
     ratio = torch.where(rank[:, None] >= 2, last / before.clamp_min(torch.finfo(spectrum.dtype).tiny), 0.5)
-    beyond = torch.arange(size, device=rank.device) - rank[:, None] + 1
+    beyond = torch.arange(size, dtype=torch.int64, device=rank.device) - rank[:, None] + 1
     guess = torch.where(rank[:, None] > 0, last * ratio.clamp_max(1.0) ** beyond.clamp_min(0), 0.0)
     return torch.where(beyond > 0, guess, spectrum)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grit_optim.base.settings import group_by_parameter
 from grit_optim.curvature.bucket import BucketCurvature
+from grit_optim.linalg import full_precision
 from grit_optim.options.checks import whole
 from grit_optim.parts import Parts
 from grit_optim.preconditioners.held_gradients import Outcome
@@ -35,9 +36,11 @@ class Telemetry:
 
     # ---------------------------------------------------------------- on request
 
+    @full_precision()
     def report(self, per_site: bool) -> dict[str, Any]:
         """Totals so far as plain values; see :meth:`GritOptimizer.telemetry`."""
-        parts, buckets = self._parts, self._parts.curvature.buckets
+        parts = self._parts
+        ranks, buckets = parts.as_settled()
         told = {
             "options": parts.options.as_dict(),
             "steps": parts.schedule.steps,
@@ -53,13 +56,13 @@ class Telemetry:
                 for name, n in zip(c.bucket.names(), c.factors.activation_samples.tolist(), strict=True)
             },
             "mean_cosine": _mean_cosine(parts.preconditioning.outcomes),
-            "predicted_cost": sum(parts.ranks.dropped().values()),
-            "ranks": parts.ranks.by_name(buckets),
+            "predicted_cost": sum(ranks.dropped().values()),
+            "ranks": ranks.by_name(),
             "stage_seconds": dict(parts.times.seconds),
             **self._in_force(),
         }
         if per_site:
-            told["per_site"] = self._per_site()
+            told["per_site"] = self._per_site(buckets)
         return told
 
     def _in_force(self) -> dict[str, Any]:
@@ -68,24 +71,24 @@ class Telemetry:
         assert damping is not None  # the mode has said
         return {**schedule.in_force(), "kfac_damping": damping * schedule.damping_scale}
 
-    def _per_site(self) -> dict[str, dict[str, Any]]:
+    def _per_site(self, buckets: Sequence[BucketCurvature]) -> dict[str, dict[str, Any]]:
         """Each site's numbers now, with the whole spectrum of both factors."""
-        buckets = self._parts.curvature.buckets
         snapshot = Snapshot(buckets, self._parts.preconditioning.outcomes, {})
         columns = snapshot.columns(top_eigenvalues=max((c.bucket.rank for c in buckets), default=0))
         return {
             name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(snapshot.names)
         }
 
+    @full_precision()
     def final_ranks(self, path: str | Path | None = None) -> dict[str, dict[str, Any]]:
         """Ranks and parameter counts per site, by name; see :meth:`GritOptimizer.final_ranks`."""
-        ranks, buckets = self._parts.ranks, self._parts.curvature.buckets
+        ranks, buckets = self._parts.as_settled()
         snapshot = Snapshot(buckets, [], {})
         columns = snapshot.columns()
         both = zip(columns["effective_rank_a"], columns["effective_rank_g"], strict=True)
         effective = dict(zip(snapshot.names, both, strict=True))
         final = {}
-        for name, kept in ranks.by_name(buckets).items():
+        for name, kept in ranks.by_name().items():
             origin, (rank_a, rank_g) = ranks.origin[name], effective.get(name, (None, None))
             final[name] = {
                 "base_r": origin.rank,
@@ -130,6 +133,7 @@ class Telemetry:
                 else:
                     recorder.drain(wait=False)
 
+    @full_precision()
     def finish(self) -> None:
         """Write what is pending, the latest step and the final ranks, and close the sinks."""
         recorders, self._recorders = self._recorders, []

@@ -7,6 +7,7 @@ import torch
 from tiny import adamw, grit, llama, loss_of, train, trained, weights
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import LinearLR, OneCycleLR
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from twin import assert_equal, differing, warm
 
 from grit_optim import GritOptimizer
@@ -34,6 +35,33 @@ def test_groups_state_and_defaults_are_the_bases_own(prepare):
     assert isinstance(optimizer, Optimizer)
     for name in ("param_groups", "state", "defaults"):
         assert getattr(optimizer, name) is getattr(optimizer.base, name)
+
+
+def test_hooks_on_all_optimizers_run_once_a_step_for_the_optimizer_that_is_stepped():
+    model = llama(layers=1)
+    optimizer, seen = grit(model), []
+    before = register_optimizer_step_pre_hook(lambda o, *_: seen.append(("before", o)))
+    after = register_optimizer_step_post_hook(lambda o, *_: seen.append(("after", o)))
+    optimizer.base.register_step_post_hook(lambda o, *_: seen.append(("of the base", o)))
+    try:
+        train(model, optimizer, 1)
+        expected = [("before", optimizer), ("of the base", optimizer.base), ("after", optimizer)]
+        assert seen == expected
+        optimizer.base.step()  # by itself it is an optimizer like any other
+        assert [o for _, o in seen[3:]] == [optimizer.base] * 3
+    finally:
+        before.remove()
+        after.remove()
+
+
+def test_a_profiler_finds_our_name_once_a_call():
+    model = llama(layers=1)
+    optimizer = grit(model)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        train(model, optimizer, 2)
+    names = [event.name for event in profiler.events() if event.name.startswith("Optimizer.")]
+    assert names.count("Optimizer.step#GritOptimizer.step") == 2
+    assert names.count("Optimizer.zero_grad#GritOptimizer.zero_grad") == 2
 
 
 @pytest.mark.parametrize("name", ["param_groups", "state", "defaults"])

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from twin import assert_near, assert_sums_agree, folded_sums, pairs_of, still, twin_sums, warm
 
 from grit_optim import Site
-from grit_optim.capture import taps as capture
+from grit_optim.capture import gathered as capture
 
 FP32_IDENTITY = 1e-5
 BF16_IDENTITY = 0.02
