@@ -105,7 +105,7 @@ class GritOptimizer(OptimizerWrapper):
                 f"the second argument must be the model (an nn.Module), got {type(model).__name__}"
             )
         found = SiteSet(base, model, sites)
-        self._assemble(base, options, found, given_sites(sites) if sites is not None else found.first(model))
+        self._assemble(base, options, found, found.first(model) if sites is None else given_sites(sites))
 
     def _assemble(
         self,
@@ -183,8 +183,7 @@ class GritOptimizer(OptimizerWrapper):
         return f"GritOptimizer(precondition={mode!r}, sites={sites}, base={self.base!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        sites = self._parts.sites
-        own = {"options": self.options, KEY: self._parts.state_dict()}
+        own, sites = {"options": self.options, KEY: self._parts.state_dict()}, self._parts.sites
         return {**own, "base": self.base, "sites": sites.all, "given_sites": sites.given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -197,8 +196,8 @@ class GritOptimizer(OptimizerWrapper):
     def check_capture(self) -> list[SiteReport]:
         """Whether the taps see what the gradients saw, per site; between ``backward()`` and :meth:`step`.
 
-        Compares ⟨A, ∇A⟩, ⟨B, ∇B⟩ and Σ h·δ, which are equal up to the loss scale and clipping; across several
-        processes in the first steps only. Runs by itself in those, and warns. Reads values from the device.
+        Compares ⟨A, ∇A⟩, ⟨B, ∇B⟩ and Σ h·δ, equal up to the loss scale and clipping; across processes in the
+        first steps only. Runs by itself in those, and warns. Reads values from the device.
         """
         return self._parts.capture.check()
 
@@ -270,8 +269,8 @@ class GritOptimizer(OptimizerWrapper):
         """Save the adapter with the ranks that are kept and no others, for ``PeftModel.from_pretrained``.
 
         Args:
-            path: the folder; it holds the old adapter or the new one at every moment (docs/adapters.md). Of
-                several PeftModels each has a folder in it, by its name in the model.
+            path: the folder, with the old adapter or the new one at every moment; of several PeftModels a
+                folder for each is in it, by its name in the model (docs/adapters.md).
             adapter: name of the adapter, where this optimizer trains several.
             fold_scale: all layers at one rank, the scale in B: for llama.cpp, vLLM, … (docs/adapters.md).
             dtype: ``torch.bfloat16`` or ``torch.float16`` for half the bytes of fp32; None: as it is.

@@ -37,9 +37,8 @@ SiteState = dict[str, Tensor]
 class Parts:
     """What an optimizer is made of.
 
-    The state is plain containers and fp32 tensors, keyed by site name. What can be derived from the factors
-    at the next step is left out. Operators are saved only where they come from factors that have moved on
-    since, or where moments are expressed in them.
+    The state is plain containers and tensors, keyed by site name. What the factors give at the next step is
+    left out; operators are saved where the factors have moved on since, or moments are expressed in them.
 
     Args:
         base: the optimizer that holds the parameters.
@@ -226,9 +225,8 @@ class Parts:
         with self.all_or_nothing():
             self.ranks.settle(self.curvature.buckets)
             self.preconditioning.to_plain_coordinates(self.curvature)
-            self.ranks.truncate(
-                self.curvature.buckets, plan.found, plan.wanted, self.schedule.steps, for_good=True
-            )
+            buckets, steps = self.curvature.buckets, self.schedule.steps
+            self.ranks.truncate(buckets, plan.found, plan.wanted, steps, for_good=True)
             self._refresh_moved()
 
     def to_plain_coordinates(self) -> None:
@@ -340,10 +338,8 @@ class Parts:
             axes = {**curvature.rank_axes(), **self.preconditioning.penalties.rank_axes()}
             for name in curvature.bucket.names():
                 if name in sizes:
-                    cut[name] = {
-                        key: _leading(value, axes.get(key, ()), sizes[name])
-                        for key, value in known[name].items()
-                    }
+                    state = known[name].items()
+                    cut[name] = {key: _leading(value, axes.get(key, ()), sizes[name]) for key, value in state}
         return cut
 
 
