@@ -46,7 +46,7 @@ class KeptRanks:
 
     @property
     def step_rank(self) -> Tensor:
-        """What a step's squared length is proportional to ``[S]``: the rank; under a budget ``first²/rank``.
+        """A step's squared length is proportional to it, ``[S]``: the rank; with a budget ``first²/rank``.
 
         In each step a direction moves by an amount that does not depend on the rank, so an adapter that gives
         directions up learns less per step. Under a budget the directions that stay move ``first / rank``
@@ -54,7 +54,7 @@ class KeptRanks:
         did at first.
         """
         if not self.compensates:
-            return self.rank
+            return self.rank.float()
         return self.first.square().float() / self.rank.clamp_min(1).float()
 
     def started_from(self, first: Mapping[str, int]) -> None:

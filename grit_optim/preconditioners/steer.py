@@ -80,7 +80,9 @@ class Steer(Mode):
         """The direction, with entries made smaller that go up the newest gradient (Liang et al. 2024)."""
         if self.caution == 0:
             return direction
-        return torch.where(direction * self._newest(held) < 0, 1 - self.caution, 1.0) * direction
+        against = direction * self._newest(held) < 0
+        share = torch.ones_like(against, dtype=torch.float32)
+        return share.masked_fill(against, 1 - self.caution) * direction
 
     def _length(self, held: Held, base_length: Tensor) -> Tensor:
         """Frobenius norm that each step is to have, ``[m, 1, 1]``; zero where the base did not move."""

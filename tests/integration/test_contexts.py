@@ -14,8 +14,8 @@ from grit_optim.capture import gathered
 
 MODES = {
     "spectral": {},
-    "steer": {"fisher": "ekfac", "rank_budget": None, "reprojection": "none"},
-    "eigenbasis": {"lambda_kfac": 1e-3, "lambda_reproj": 1e-3},
+    "steer": {"fisher": "ekfac", "rank_budget": None, "rank_budget_steps": 0, "reprojection": "none"},
+    "eigenbasis": {"lambda_kfac": 1e-3, "damping": "absolute"},
     "balanced": {"adaptive_schedule": True, "rank_budget": (0.6, 0.9)},
     "inverse": {"rank_budget_schedule": "adaptive"},
     "none": {},
@@ -44,7 +44,7 @@ CONTEXTS = {
 
 
 def run(mode, context, folder):
-    """All that an optimizer does, in a context, but for the model's own passes: autocast is for those."""
+    """All that an optimizer does, in a context. The model's own passes are outside: autocast is for them."""
     usual = {
         "reprojection": "balanced",
         "reprojection_freq": 2,
@@ -111,8 +111,9 @@ def test_sums_that_are_made_in_the_backward_pass_are_in_fp32(context, monkeypatc
         model = network().double()
         optimizer = wrapped(model)
         loss = model(torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+        loss = loss.square().mean()
         with around():
-            loss.square().mean().backward()
+            loss.backward()
         optimizer.step()
         ends.append(everything(model, optimizer))
     assert_same(*ends)
