@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from grit_optim.lora.buckets import Bucket, build_buckets, check_distinct
+from grit_optim.lora.buckets import Bucket, build_buckets, check_distinct, check_real
 from grit_optim.lora.discovery import find_sites, frozen_pairs, no_sites_message
 from grit_optim.lora.site import Site
 from grit_optim.messages import listed, warn
@@ -96,11 +96,13 @@ class SiteSet:
             The sites, stacked by rank and device.
 
         Raises:
+            TypeError: a matrix is complex.
             ValueError: two sites share a name or a matrix, or the base does not hold one of the matrices.
             NotImplementedError: a matrix is partitioned over processes.
         """
         group_of = {id(p): i for i, group in enumerate(self._base.param_groups) for p in group["params"]}
         check_distinct(sites)
+        check_real(sites)
         check_whole({site.name: site.a for site in sites})
         strangers = [site.name for site in sites if id(site.a) not in group_of or id(site.b) not in group_of]
         if strangers:
