@@ -9,6 +9,8 @@ from grit_optim.base.settings import is_adam, moment_decay
 
 _IN_BACKWARD = "updates the weights during the backward pass, before step() can prepare any gradient"
 _ON_COPIES = "works on copies of the weights and gradients on the host, which GRIT's changes never reach"
+_OWN_CLOSURE = "evaluates the loss in its own step(), where GRIT calls the closure once and before it"
+_OWN_PROCESSES = "exchanges its state between processes by itself, in the coordinates that A and B had"
 _REFUSED = {
     "cpuoffload": _ON_COPIES,
     "deepspeedcpu": _ON_COPIES,
@@ -16,6 +18,14 @@ _REFUSED = {
     "lomo": _IN_BACKWARD,
 }
 """Part of a class's name, in lower case, to the reason. By name, so that no package has to be installed."""
+_REFUSED_WHOLE = {
+    "AliG": _OWN_CLOSURE,
+    "BSAM": _OWN_CLOSURE,
+    "SAM": _OWN_CLOSURE,
+    "DeMo": _OWN_PROCESSES,
+    "SaRA": "chooses when it is built which entries of A and B to train, and other coordinates have others",
+}
+"""A class's whole name to the reason."""
 
 
 def check_base(base: object) -> None:
@@ -36,7 +46,8 @@ def check_base(base: object) -> None:
             "them. Use a first-order base such as torch.optim.AdamW"
         )
     for kind in type(base).__mro__:
-        reason = next((why for word, why in _REFUSED.items() if word in kind.__name__.lower()), None)
+        parts = (why for word, why in _REFUSED.items() if word in kind.__name__.lower())
+        reason = _REFUSED_WHOLE.get(kind.__name__) or next(parts, None)
         if reason is not None:
             raise TypeError(
                 f"{type(base).__name__} cannot be a base optimizer: it {reason}. Use torch.optim.AdamW, or "

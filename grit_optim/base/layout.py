@@ -55,17 +55,15 @@ def is_count(value: object) -> bool:
     return isinstance(value, _PLAIN)
 
 
-def depends_on_shape(value: object) -> bool:
-    """Whether ``value`` may hold tensors, shapes, or what was made for one shape: any container or object."""
-    return not is_count(value)
+def states_of(base: Optimizer, parameter: Tensor) -> Iterator[tuple[Optimizer, dict[str, Any]]]:
+    """What ``base`` keeps of ``parameter``, and what optimizers inside it (as Lookahead's) keep of it.
 
-
-def states_of(base: Optimizer, parameter: Tensor) -> Iterator[dict[str, Any]]:
-    """What ``base`` keeps of ``parameter``, and what optimizers inside it (as Lookahead's) keep of it."""
+    Each with the optimizer whose it is.
+    """
     for optimizer in with_inner(base):
         state = optimizer.state.get(parameter)
         if state:
-            yield state
+            yield optimizer, state
 
 
 def with_inner(base: Optimizer) -> list[Optimizer]:

@@ -126,7 +126,7 @@ def set_first_moment(base: Optimizer, parameters: Sequence[Tensor], values: Sequ
     for parameter, value in zip(parameters, values, strict=True):
         state = base.state[parameter]
         name = _first_name(base, state)
-        target = None if name is None else state[name]
+        target: Any = None if name is None else state[name]
         if name == _STATE1 and isinstance(target, Tensor) and target.dtype == torch.uint8:
             quantize(state, value)
         elif layout.is_entrywise(target, parameter):

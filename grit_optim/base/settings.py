@@ -20,7 +20,7 @@ from grit_optim.base.bitsandbytes import kernel
 # class names, kernels of bitsandbytes, and settings that say it.
 _DECOUPLED_NAMES = ("AdamW", "Lion", "Muon", "Adafactor")
 _DECOUPLED_KERNELS = ("adam", "ademamix", "lamb", "lion")
-# Classes whose update is Adam's: of torch, torchao, apex, DeepSpeed, timm, schedulefree, pytorch_optimizer.
+# Classes whose update is Adam's: of torch, torchao, apex, timm, schedulefree and pytorch_optimizer.
 _ADAMS = {
     "Adam", "AdamW", "Adamax", "AdaMax", "NAdam", "NAdamW", "RAdam", "SparseAdam",
     "_AdamBase", "FusedAdam", "AdamC", "AdamMini", "AdamP", "AdamS", "AdamWSN", "FAdam", "FlashAdamW",

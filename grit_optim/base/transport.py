@@ -156,11 +156,11 @@ def _strange_state(base: Optimizer, group: Group) -> dict[str, object]:
     copies = {id(c) for c in weight_copies(base, group)[1]}
     strange: dict[str, object] = {}
     for parameter in group.parameters:
-        for place, state in enumerate(layout.states_of(base, parameter)):
+        for owner, state in layout.states_of(base, parameter):
             for name, value in state.items():
                 known = id(value) in copies or (name in moved and layout.is_entrywise(value, parameter))
                 counts = name not in moved and layout.is_count(value)
-                if not (counts or (known and place == 0)):
+                if not (counts or (known and owner is base)):
                     strange[str(name)] = value
     return strange
 
@@ -245,9 +245,9 @@ def narrow_state(base: Optimizer, parameter: Tensor, dim: int, rank: int) -> set
     ambiguous = _not_entrywise(base) if len(set(parameter.shape)) == 1 else set()
     strange = {
         str(name): value
-        for place, state in enumerate(layout.states_of(base, parameter))
+        for owner, state in layout.states_of(base, parameter)
         for name, value in state.items()
-        if place > 0
+        if owner is not base
         or name in ambiguous
         or not (layout.is_count(value) or layout.is_entrywise(value, parameter))
     }

@@ -215,7 +215,7 @@ class BucketCurvature:
         self.b_operator = _where_ready(self.b_ready, operators[size:])
 
     def put_operators(self, of_a: Tensor, of_b: Tensor, ready: Tensor) -> None:
-        """Set the operators ``[S, r, r]`` of the sites that are ``ready`` ``[S]``; elsewhere the identity."""
+        """Set the operators ``[S, r, r]`` of the sites that are ``ready`` ``[S]``; else the identity."""
         self.a_ready, self.b_ready = ready.clone(), ready.clone()
         self.a_operator, self.b_operator = (
             _where_ready(ready, operator.to(self.a_operator.dtype)) for operator in (of_a, of_b)

@@ -189,3 +189,19 @@ def check_distinct(sites: Sequence[Site]) -> None:
                     "keys a site's state in checkpoints, and a pair is stepped once. Give each pair once, "
                     "under a name of its own"
                 )
+
+
+def check_real(sites: Iterable[Site]) -> None:
+    """Refuse complex matrices: the factors and every change of coordinates are of real numbers.
+
+    Raises:
+        TypeError: a site's A or B is complex.
+    """
+    for site in sites:
+        for name, matrix in (("A", site.a), ("B", site.b)):
+            if matrix.is_complex():
+                raise TypeError(
+                    f"site {site.name!r} has a complex {name} ({matrix.dtype}); GRIT works on real adapters "
+                    "alone. Freeze it, leave it to another optimizer, or train its real and imaginary parts "
+                    "as pairs of their own"
+                )

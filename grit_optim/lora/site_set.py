@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from grit_optim.lora.buckets import Bucket, build_buckets, check_distinct
+from grit_optim.lora.buckets import Bucket, build_buckets, check_distinct, check_real
 from grit_optim.lora.discovery import find_sites, frozen_pairs, no_sites_message, pairs_elsewhere
 from grit_optim.lora.site import Site
 from grit_optim.messages import listed, warn
@@ -130,10 +130,12 @@ class SiteSet:
             The sites, stacked by rank and device.
 
         Raises:
+            TypeError: a matrix is complex.
             ValueError: two sites share a name or a matrix, or the base does not hold a matrix of a new one.
             NotImplementedError: a matrix is partitioned over processes.
         """
         check_distinct(sites)
+        check_real(sites)
         check_whole({site.name: site.a for site in sites})
         ids, known = {id(p) for p in self._parameters()}, {id(site) for site in self.all}
         new = [site for site in sites if id(site) not in known]
