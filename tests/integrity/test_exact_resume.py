@@ -95,11 +95,10 @@ def give_up_trailing(model):
             layer.lora_B["default"].weight[:, rank:] = 0
 
 
-@pytest.mark.parametrize("frequency", [1, 3])
-@pytest.mark.parametrize(("mode", "fisher", "budget"), CUT, ids="-".join)
-def test_after_a_cut(tmp_path, mode, fisher, budget, frequency):
+@pytest.mark.parametrize(("mode", "fisher", "budget"), CUT, ids=["-".join(case) for case in CUT])
+def test_after_a_cut(tmp_path, mode, fisher, budget):
     """Build anew on the smaller adapter, with the options of before, and load."""
-    options = {"precondition": mode, "fisher": fisher, "kfac_update_freq": frequency, **BUDGETS[budget]}
+    options = {"precondition": mode, "fisher": fisher, "kfac_update_freq": 3, **BUDGETS[budget]}
     model = layered.model(rank=4)
     optimizer = layered.grit(model, **options)
     layered.train(model, optimizer, 6)

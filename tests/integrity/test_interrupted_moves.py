@@ -98,8 +98,22 @@ def test_a_step_that_fails_anywhere_leaves_one_system_of_coordinates(options):
         assert (left - right).abs().max() < 5 * whole_step + 1e-3, f"operation {k} of {count}"
 
 
-def sizes(model):
-    return [(m.out_features, m.in_features) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+def everything(model, optimizer):
+    """All that a move may change, as plain values of its own."""
+    return copy.deepcopy(
+        {
+            "weights": layered.weights(model),
+            "gradients": [p.grad for p in layered.trained(model)],
+            "state": optimizer.state_dict(),
+            "sizes": [
+                (m.out_features, m.in_features) for m in model.modules() if isinstance(m, torch.nn.Linear)
+            ],
+            "config": model.peft_config["default"].to_dict(),
+        }
+    )
+
+
+NOTHING_TO_MOVE = {("balanced", "close"), ("spectral", "close")}
 
 
 @pytest.mark.parametrize("mode", ["balanced", "eigenbasis", "spectral"])
@@ -119,25 +133,26 @@ def test_a_move_that_fails_anywhere_has_changed_nothing(mode, what):
         else:
             o.close()
 
-    counted = fork(model, optimizer)
-    count = operations(lambda: run(*counted))
+    after_model, after = fork(model, optimizer)
+    count = operations(lambda: run(after_model, after))
+    whole = everything(after_model, after)
+    undone = 0
     for k in spread(count):
         twin, other = fork(model, optimizer)
-        state, weights = copy.deepcopy(other.state_dict()), layered.weights(twin)
-        gradients = [p.grad.clone() for p in layered.trained(twin)]
-        shapes = sizes(twin)
-        config = copy.deepcopy(twin.peft_config["default"].to_dict())
+        before = everything(twin, other)
         with pytest.raises(OutOfMemory), FailAt(k):
             run(twin, other)
-        assert layered.same(layered.weights(twin), weights), k
-        assert layered.same(other.state_dict(), state), k
-        assert layered.same([p.grad for p in layered.trained(twin)], gradients), k
-        assert twin.peft_config["default"].to_dict() == config, k
-        assert sizes(twin) == shapes, k
-        run(twin, other)  # nothing stands in the way of another try
+        now = everything(twin, other)
+        if layered.same(now, before):
+            undone += 1
+            run(twin, other)  # nothing stands in the way of another try
+            assert layered.same(everything(twin, other), whole), k
+        else:  # the report that follows is what failed
+            assert layered.same(now, whole), k
         if what != "close":
             layered.train(twin, other, 2, first=5)
             assert layered.answer(twin).isfinite().all()
+    assert undone > 1 or (mode, what) in NOTHING_TO_MOVE
 
 
 class FailingStep(torch.optim.AdamW):
