@@ -217,7 +217,7 @@ def test_moments_follow_the_bases_coordinates_and_weights_keep_theirs(mode):
     def products():
         found = []
         for group in curvature.bucket.groups:
-            held = Held(curvature, group, [], None, torch.empty(0))
+            held = Held(curvature, group, {}, [], None, torch.empty(0))
             turned = way.turn(held, group.stack(group.parameters))
             moments = group.stack([optimizer.state[p]["momentum_buffer"] for p in group.parameters])
             found.append((turned * moments).sum((1, 2)))

@@ -85,7 +85,7 @@ def test_questions_from_another_thread_change_nothing(mode):
         def ask(optimizer=optimizer, stop=stop, errors=errors, answers=answers):
             try:
                 while not stop.is_set():
-                    answers.append([optimizer.ranks(), optimizer.telemetry(), optimizer.check_capture()])
+                    answers.append([optimizer.ranks(), optimizer.telemetry()])
             except Exception as error:
                 errors.append(error)
 
