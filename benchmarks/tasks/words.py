@@ -59,6 +59,8 @@ class ModelTokenizer:
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The texts' own ids, nothing before or after them."""
+        if not texts:
+            return []
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
     @property
