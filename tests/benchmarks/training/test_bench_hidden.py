@@ -80,7 +80,7 @@ def test_the_loss_its_gradients_and_the_score_are_those_of_the_whole_model(given
     examples = sorted(task.train, key=len)[1::3]
     assert len({len(example) for example in examples}) > 1  # so that some are padded
     mine, theirs = answer_loss(run.model, run.collate(examples)), answer_loss(other, collate(examples))
-    assert float(mine) == pytest.approx(float(theirs), rel=1e-6)
+    assert mine.item() == pytest.approx(theirs.item(), rel=1e-6)
     mine.backward()
     theirs.backward()
     pairs = [
@@ -175,8 +175,8 @@ def test_the_command_on_a_folder_and_its_report(model, data, tmp_path, monkeypat
     command = [
         "run", "--base", str(model), "--adapted-layers", "2", "--data", f"gsm8k={data}",
         "--max-length", "150", "--train-examples", "6", "--eval-examples", "2", "--optimizers", "adamw,grit",
-        "--lrs", "1e-2", "--steps", "2", "--batch-size", "3", "--eval-every", "2", "--warmup", "1", "--device", "cpu",
-        "--threads", "1", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out"),
+        "--lrs", "1e-2", "--steps", "2", "--batch-size", "3", "--eval-every", "2", "--warmup", "1",
+        "--device", "cpu", "--threads", "1", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out"),
     ]  # fmt: skip
     assert main(command) == 0
     results = read_results(tmp_path / "out")
