@@ -47,30 +47,6 @@ def moment_weight(
     return 1.0 if steps is None or "betas" not in settings else 1 - decay**steps
 
 
-def freshened_correction(
-    base: Optimizer, parameter: Tensor, settings: dict[str, Any], decay: float, wanted: float
-) -> Tensor | float:
-    """The factor that mends the length of Adam's step where its average forgets faster than Adam believes.
-
-    Let the average have kept the share w per step until now, and β₁ in step t. Its weights then sum to β₁ (1
-    − wᵗ⁻¹) + 1 − β₁, but Adam's bias correction divides by 1 − β₁ᵗ. The factor is the latter over the former.
-
-    Args:
-        base: the base optimizer.
-        parameter: one of its parameters, after at least one step.
-        settings: the parameter's group.
-        decay: β₁.
-        wanted: w.
-
-    Returns:
-        The factor; 1 for a base without bias correction.
-    """
-    steps = base.state.get(parameter, {}).get("step")
-    if steps is None or "betas" not in settings:
-        return 1.0
-    return (1 - decay**steps) / (decay * (1 - wanted ** (steps - 1)) + 1 - decay)
-
-
 def set_first_moment(base: Optimizer, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Write ``values`` into what :func:`first_moment` reads; bitsandbytes' 8-bit state is quantized anew."""
     plain: list[tuple[Tensor, Tensor]] = []
