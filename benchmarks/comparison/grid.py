@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..base_model.source import EMBEDDED, Source, check_source
 from ..core import arguments as read
 from ..core.environment import resolve_device
 from ..core.files import BenchmarkError
 from ..core.results import PRECISIONS, RunConfig
 from ..tasks.external import DATA, MAX_LENGTH, DataOptions, check_data
-from ..tasks.registry import TASKS, check_task
+from ..tasks.registry import TASKS, Given, check_task
 from ..training.optimizers import OPTIMIZERS
 from ..training.runner import plan, run_all
 
@@ -24,7 +25,12 @@ _NUMBERS = {
     "warmup": read.whole,
     "eval_every": read.positive_int,
 }
-_SHARED = (*_NUMBERS, "alpha", "precision")  # what the command line may set of a run's configuration
+_SHARED = (
+    *_NUMBERS,
+    "alpha",
+    "precision",
+    "adapted_layers",
+)  # what the command line may set of a run's configuration
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lrs", type=read.several(read.positive))
     parser.add_argument("--seeds", type=read.several(read.whole), help="by default 0")
     parser.add_argument("--out", type=Path, required=True)
+    _add_base(parser)
     _add_settings(parser)
     parser.add_argument("--option", type=read.option, action="append", metavar="KEY=VALUE")
     parser.add_argument(
@@ -72,13 +79,45 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the base model: embedded (the default), smollm2 (out of its wheel), a folder or a hub id",
+    )
+    parser.add_argument(
+        "--adapted-layers",
+        type=read.positive_int,
+        metavar="N",
+        help="adapters on the last N decoder layers alone; what those below give is computed once and kept",
+    )
+    parser.add_argument(
+        "--train-examples", type=read.positive_int, help="so many, drawn at random; by default all"
+    )
+    parser.add_argument(
+        "--eval-examples", type=read.positive_int, help="held-out ones, drawn at random; by default all"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="FOLDER",
+        help="where large things that are computed once are kept; by default grit_optim in "
+        "$XDG_CACHE_HOME or ~/.cache",
+    )
+
+
+def _source(arguments: argparse.Namespace) -> Source:
+    return Source(arguments.base or EMBEDDED, flag="--base", cache=arguments.cache)
+
+
 def _template(arguments: argparse.Namespace) -> RunConfig:
     """The configuration that all runs share; the plan fills in optimizer, rate and seed."""
     values = {name: getattr(arguments, name) for name in _SHARED if getattr(arguments, name) is not None}
     values.setdefault("alpha", values.get("rank", RunConfig.rank))
+    base = _source(arguments).name
     device, options = resolve_device(arguments.device), dict(arguments.option or [])
     task = check_data(arguments.data[0]) if arguments.data else check_task(arguments.task or "naming")
-    return RunConfig(task, "", 0.0, 0, device=device, options=options, **values)
+    return RunConfig(task, "", 0.0, 0, device=device, options=options, base=base, **values)
 
 
 def _data(arguments: argparse.Namespace) -> DataOptions | None:
@@ -92,6 +131,7 @@ def _data(arguments: argparse.Namespace) -> DataOptions | None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Carry out every run of the grid that the folder does not hold yet."""
-    data = _data(arguments)
+    given = Given(_source(arguments), _data(arguments), arguments.train_examples, arguments.eval_examples)
+    check_source(given.source)
     runs = plan(_template(arguments), arguments.optimizers, arguments.lrs, arguments.seeds or [0])
-    run_all(runs, arguments.out, arguments.jobs, arguments.threads, data)
+    run_all(runs, arguments.out, arguments.jobs, arguments.threads, given)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..core.files import write_text
-from ..core.results import read_results
+from ..core.results import RunConfig, read_results
 from .figures import draw
 from .summary import Cell, Method, Result, Row, comparable, methods, reference_cell, rows, sections
 
@@ -93,9 +94,15 @@ def _origin(results: Sequence[Result]) -> str:
     )
     return (
         f"{len(results)} runs of {config['steps']} steps of {config['batch_size']} examples, task "
-        f"{config['task']}, data {first['fingerprint'][:12]}; {device}; commit "
+        f"{config['task']}, {_model(config)}, data {first['fingerprint'][:12]}; {device}; commit "
         f"{', '.join(name[:12] for name in code)}{dirty}."
     )
+
+
+def _model(config: dict[str, Any]) -> str:
+    """The base model and, where not all are, how many of its layers are adapted."""
+    base, layers = config.get("base", RunConfig.base), config.get("adapted_layers")
+    return f"base model {base}" + (f" (its last {layers} layers)" if layers else "")
 
 
 def table(results: Sequence[Result]) -> str:

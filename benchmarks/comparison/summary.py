@@ -9,11 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ..core.results import RunConfig
 from ..core.settings import REFERENCE
 
 Result = dict[str, Any]
 # What all runs of one table must share, apart from data, hardware and versions.
-_SHARED = ("task", "steps", "batch_size", "rank", "alpha", "warmup", "eval_every", "device", "precision")
+_SHARED = (
+    "task", "base", "adapted_layers", "steps", "batch_size", "rank", "alpha", "warmup", "eval_every",
+    "device", "precision",
+)  # fmt: skip
+# What the first results, which do not name them, were made with.
+_BEFORE = {"precision": "fp32", "base": RunConfig.base, "adapted_layers": RunConfig.adapted_layers}
 # What makes a method besides the optimizer's name; shown in its label where it varies.
 _VARIANT = ("beta1", "beta2", "weight_decay", "options")
 
@@ -37,10 +43,7 @@ def loss_surroundings(result: Result) -> dict[str, str]:
 
 def setting(result: Result) -> dict[str, str]:
     """What must agree for two runs to stand in one table, as text by name."""
-    config = {
-        "precision": "fp32",
-        **result["config"],
-    }  # what the first results, which do not name it, were made in
+    config = {**_BEFORE, **result["config"]}
     shared = {name: str(config[name]) for name in _SHARED}
     return {"data and model": result["fingerprint"][:16], **shared, **surroundings(result)}
 

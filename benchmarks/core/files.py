@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +65,34 @@ def sha256_of_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def cache_folder(given: Path | None = None) -> Path:
+    """Where large things that are computed once are kept: `given`, or a folder of the user's own cache.
+
+    Raises:
+        BenchmarkError: The folder lies in the repository, where such files would be in the way.
+    """
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = (given or user / "grit_optim").resolve()
+    if folder.is_relative_to(REPOSITORY):
+        raise BenchmarkError(
+            f"the cache {folder} would lie in the repository; choose a folder outside of it: --cache FOLDER"
+        )
+    return folder
+
+
+@contextmanager
+def locked(path: Path, place: int = 0, wait: bool = True) -> Iterator[bool]:
+    """Hold byte `place` of a lock file against other processes; a process that ends lets go of it.
+
+    Yields whether it is held: always, unless `wait` is false and another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
+        except (BlockingIOError, PermissionError):
+            yield False
+        else:
+            yield True  # closing the file lets go

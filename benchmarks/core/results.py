@@ -25,9 +25,17 @@ _REQUIRED = (
 )
 
 
+_LATER = ("base", "adapted_layers")  # settings that came after the first results
+
+
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run's outcome on given data, model and code."""
+    """Everything that decides a run's outcome on given data, model and code.
+
+    Attributes:
+        base: the base model's name: "embedded", "smollm2", the hub's id, or a folder's own name.
+        adapted_layers: only so many of the last decoder layers have adapters; None: all.
+    """
 
     task: str
     optimizer: str
@@ -45,10 +53,21 @@ class RunConfig:
     device: str = "cpu"
     precision: str = "fp32"
     options: dict[str, Any] = field(default_factory=dict)
+    base: str = "embedded"
+    adapted_layers: int | None = None
 
     def file_name(self) -> str:
-        """A name that people can read, ended by a hash of the whole configuration."""
-        digest = sha256([json.dumps(asdict(self), sort_keys=True)])[:10]
+        """A name that people can read, ended by a hash of the whole configuration.
+
+        The settings that the first results did not have count where they are not at their defaults.
+        """
+        known = asdict(self)
+        settings = {
+            name: value
+            for name, value in known.items()
+            if name not in _LATER or value != getattr(RunConfig, name)
+        }
+        digest = sha256([json.dumps(settings, sort_keys=True)])[:10]
         return f"{self.task}-{self.optimizer}-lr{self.lr:g}-seed{self.seed}-{digest}.json"
 
 
@@ -99,7 +118,7 @@ def is_done(folder: Path, config: RunConfig, fingerprint: str) -> bool:
     if not packing.exists(path):
         return False
     found = read_result(path)
-    if found["config"] != asdict(config):
+    if RunConfig(**found["config"]) != config:
         raise BenchmarkError(
             f"{packing.place(path)} holds another configuration than its name says; "
             "move it away and run again"

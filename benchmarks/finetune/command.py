@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..base_model.source import Source, load_tokenizer, model_fingerprint, positions
 from ..core import environment, memory
 from ..core.files import BenchmarkError, write_json
 from ..training.optimizers import check_base, check_optimizer, package_version, state_bytes
@@ -19,7 +20,7 @@ from ..training.train import plain
 from . import card, hf, loop, output
 from .config import MAX_LENGTH, FinetuneConfig, check, steps_of
 from .data import FinetuneData, Origin, load
-from .model import Source, load_model, load_tokenizer, model_fingerprint, positions
+from .model import load_model
 from .session import Record, Session, unreadable
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _start(
 ) -> tuple[Session, Path | None, dict[str, str]]:
     """The session, the checkpoint that it goes on from, and what identifies data and model."""
     model = load_model(order.source, config)
-    fingerprints = {"data": data.task.fingerprint, "model": model_fingerprint(order.source, model)}
+    fingerprints = {"data": data.task.fingerprint, "model": model_fingerprint(order.source, model.config)}
     session = Session(model, tokenizer, data, config, limit)
     if order.overwrite and order.out.exists():
         output.clear(order.out)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..core.files import BenchmarkError
 from ..tasks.external import DATA, Text, fingerprint, in_words, read_splits, split_off, without_prompts_of
 from ..tasks.task import Example, Task
+from ..tasks.words import ModelTokenizer
 from .config import FinetuneConfig
 from .rows import Turn, read
 
@@ -109,26 +110,16 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        end = tokenizer.eos_token_id
-        if not isinstance(end, int):
-            raise BenchmarkError(
-                "the model's tokenizer has no end token (eos_token), so no answer could ever end"
-            )
-        self.end = end
-        self.begin = tuple(token for token in tokenizer("")["input_ids"] if token != end)
-
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        self.words = ModelTokenizer(tokenizer)
 
     def __call__(self, texts: Sequence[Text]) -> list[Example]:
         """One example per text; the first token of a text without any prompt is given, not asked for."""
-        made = []
+        made, words = [], self.words
         for text, asked, said in zip(
-            texts, self._ids([t.prompt for t in texts]), self._ids([t.answer for t in texts]), strict=True
+            texts, words.ids([t.prompt for t in texts]), words.ids([t.answer for t in texts]), strict=True
         ):
             raw = isinstance(text, Turn)
-            prompt, answer = (*(() if raw else self.begin), *asked), (*said, *(() if raw else (self.end,)))
+            prompt, answer = (*(() if raw else words.begin), *asked), (*said, *(() if raw else (words.end,)))
             if not prompt:
                 prompt, answer = answer[:1], answer[1:]
             made.append(Example(tuple(prompt), tuple(answer)))

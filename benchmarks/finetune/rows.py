@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.files import BenchmarkError
 from ..tasks import formats
 from ..tasks.external import Text, read_jsonl
+from ..tasks.words import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,8 +123,8 @@ def _turns(row: formats.Row, place: str, tokenizer: PreTrainedTokenizerBase) -> 
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _rendered(messages[:number], place, tokenizer, True)
-        whole = _rendered(messages[: number + 1], place, tokenizer, False)
+        prompt = render(tokenizer, messages[:number], True, place)
+        whole = render(tokenizer, messages[: number + 1], False, place)
         opening = opening or prompt
         if not whole.startswith(prompt):
             raise BenchmarkError(
@@ -132,15 +133,3 @@ def _turns(row: formats.Row, place: str, tokenizer: PreTrainedTokenizerBase) -> 
                 "and completion"
             )
         yield Turn(prompt, whole[len(prompt) :], opening)
-
-
-def _rendered(
-    messages: list[dict[str, Any]], place: str, tokenizer: PreTrainedTokenizerBase, asking: bool
-) -> str:
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking)
-    except (
-        Exception
-    ) as error:  # a template is a program of its author's; jinja has one class per kind of mistake
-        raise BenchmarkError(f"{place}: the tokenizer's chat template refuses it: {error}") from error
-    return str(text)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..base_model.source import Source, check_source
 from ..core import arguments as read
 from ..core.command import Command, Study
 from ..core.environment import resolve_device
@@ -15,7 +16,6 @@ from ..training.optimizers import OPTIMIZERS
 from .command import Order, finetune
 from .config import MAX_LENGTH, PRECISIONS, QUANTIZATIONS, RECIPES, SCHEDULES, TRAINERS, FinetuneConfig
 from .data import parse_origin
-from .model import Source, check_source
 from .report import holds, report
 
 _SETTINGS = (
@@ -59,7 +59,9 @@ def share(text: str) -> float:
 def _add_what(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and data")
     group.add_argument(
-        "--model", required=True, help="a hub id, a folder, or embedded (the benchmark's small model)"
+        "--model",
+        required=True,
+        help="a hub id, a folder, embedded (the benchmark's small model) or smollm2 (out of its wheel)",
     )
     group.add_argument("--revision", help="the hub's branch, tag or commit")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")

@@ -39,7 +39,10 @@ _SUITE_SETTINGS = {
     "cost_steps": (read.positive_int, "timed steps of a contender, and as many of AdamW"),
 }
 _SUITE_ONLY = ("contenders", "tasks", "quick", "phases", *_SUITE_SETTINGS)
-_PLAIN_ONLY = ("task", "data", "max_length", "optimizers", "lrs", "beta1", "beta2", "option")
+_PLAIN_ONLY = (
+    "task", "data", "max_length", "optimizers", "lrs", "beta1", "beta2", "option", "base", "adapted_layers",
+    "train_examples", "eval_examples", "cache",
+)  # fmt: skip
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -15,12 +15,13 @@ from ..base_model.corpus import SourceFile, is_held_out, package_sources, stdlib
 from ..core import environment
 from ..core.files import REPOSITORY, sha256, write_text
 from .task import Example, Task
+from .words import answer_ids, closing_tokens, frame_tokens, identity, prompt_ids
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from .words import Words
 
 FORMAT = 4  # raise it with every change of the code that changes the data
-MAX_LENGTH = 80  # tokens of prompt and answer together, in every task cut from installed text
+MAX_LENGTH = 80  # tokens of prompt and answer together, beside a chat template's
 HELDOUT_SIZE = (
     768  # at most; on 256 of naming the difference of two optimizers had a standard error of 0.02 nats
 )
@@ -71,7 +72,7 @@ class Recipe:
 
     name: str
     packages: tuple[str, ...]
-    build: Callable[[Tokenizer], list[Row]]
+    build: Callable[[Words], list[Row]]
     expected_fingerprint: str
     metric: str | None = "exact match"
 
@@ -95,7 +96,7 @@ def split_files(packages: Iterable[str], heldout_percent: int) -> tuple[Files, F
 
 
 def encode(
-    split: str, samples: Iterable[Sample], tokenizer: Tokenizer, max_answer: int, shorten: bool = False
+    split: str, samples: Iterable[Sample], tokenizer: Words, max_answer: int, shorten: bool = False
 ) -> list[Row]:
     """Rows in the order of the choice, the first of every (label, body).
 
@@ -110,20 +111,22 @@ def encode(
     # The last assignment of a key stays, so the order is reversed: the first in the order of the choice wins.
     unique = {(s.label, s.body): s for s in sorted(samples, key=lambda s: s.rank, reverse=True)}
     chosen = sorted(unique.values(), key=lambda s: s.rank)
-    prompts = [encoding.ids for encoding in tokenizer.encode_batch([s.prompt for s in chosen])]
-    answers = [encoding.ids for encoding in tokenizer.encode_batch([s.answer for s in chosen])]
+    prompts = prompt_ids(tokenizer, [s.prompt for s in chosen])
+    answers = answer_ids(tokenizer, [s.answer for s in chosen])
+    limit = MAX_LENGTH + frame_tokens(tokenizer)
     if shorten:
-        prompts = [_shorten(p, MAX_LENGTH - len(a)) for p, a in zip(prompts, answers, strict=True)]
+        prompts = [_shorten(p, limit - len(a), tokenizer) for p, a in zip(prompts, answers, strict=True)]
     return [
         Row(split, s.package, s.origin, s.label, sha256([s.body]), prompt, answer)
         for s, prompt, answer in zip(chosen, prompts, answers, strict=True)
-        if len(answer) <= max_answer and len(prompt) + len(answer) <= MAX_LENGTH
+        if len(answer) <= max_answer and len(prompt) + len(answer) <= limit
     ]
 
 
-def _shorten(prompt: list[int], room: int) -> list[int]:
-    """At most `room` tokens: the first ones and the very last."""
-    return prompt if len(prompt) <= room else [*prompt[: max(room - 1, 0)], prompt[-1]]
+def _shorten(prompt: list[int], room: int, tokenizer: Words) -> list[int]:
+    """At most `room` tokens: the first ones, and those at the end that are no text but ask for the answer."""
+    asking = closing_tokens(tokenizer)
+    return prompt if len(prompt) <= room else [*prompt[: max(room - asking, 0)], *prompt[-asking:]]
 
 
 def without_repeats(
@@ -169,11 +172,11 @@ def fingerprint(rows: Sequence[Row]) -> str:
     return sha256(row.line() for row in rows)
 
 
-def cache_file(recipe: Recipe, tokenizer: Tokenizer) -> Path:
+def cache_file(recipe: Recipe, tokenizer: Words) -> Path:
     """The cache's path; its name changes with the format, the versions and the tokenizer."""
     found = environment.require_versions([name for name in recipe.packages if name != STDLIB])
     key = sha256(
-        [str(FORMAT), environment.python_version(), *map(str, sorted(found.items())), tokenizer.to_str()]
+        [str(FORMAT), environment.python_version(), *map(str, sorted(found.items())), identity(tokenizer)]
     )
     folder = Path(os.environ.get("GRIT_BENCH_CACHE") or REPOSITORY / ".cache" / "benchmarks")
     return folder / f"{recipe.name}-{key[:16]}.jsonl"
@@ -216,7 +219,7 @@ def warn_if_not_pinned(recipe: Recipe) -> None:
         )
 
 
-def load_rows(recipe: Recipe, tokenizer: Tokenizer) -> list[Row]:
+def load_rows(recipe: Recipe, tokenizer: Words) -> list[Row]:
     """Both splits from the cache, which is made first (up to a minute) where it is missing or damaged."""
     path = cache_file(recipe, tokenizer)
     warn_if_not_pinned(recipe)
@@ -229,7 +232,7 @@ def load_rows(recipe: Recipe, tokenizer: Tokenizer) -> list[Row]:
     return built
 
 
-def load(recipe: Recipe, tokenizer: Tokenizer) -> Task:
+def load(recipe: Recipe, tokenizer: Words) -> Task:
     """The task, its examples in the order of the rows."""
     found = load_rows(recipe, tokenizer)
     train, heldout = (

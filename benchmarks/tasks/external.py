@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..base_model.load import EOS, MAX_POSITIONS
+from ..base_model.load import EOS
 from ..core.files import BenchmarkError, in_share, sha256
 from . import formats
 from .task import Example, Task
+from .words import answer_ids, most_tokens, prompt_ids
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from .words import Words
 
 MAX_LENGTH = 256  # tokens of prompt and answer together, unless told otherwise
 HELDOUT_PERCENT = 5  # of the prompts, where the data have no split to report on
@@ -196,11 +197,11 @@ def without_prompts_of(held: Sequence[Text], train: Sequence[Text]) -> list[Text
     return [text for text in train if text.key not in asked]
 
 
-def encode(texts: Sequence[Text], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], list[str]]:
+def encode(texts: Sequence[Text], tokenizer: Words, max_length: int) -> tuple[list[Example], list[str]]:
     """Examples of at most `max_length` tokens, and in words what was left out."""
-    prompts = tokenizer.encode_batch([text.prompt for text in texts])
-    answers = tokenizer.encode_batch([text.answer + EOS for text in texts])
-    made = [Example(tuple(p.ids), tuple(a.ids)) for p, a in zip(prompts, answers, strict=True)]
+    prompts = prompt_ids(tokenizer, [text.prompt for text in texts])
+    answers = answer_ids(tokenizer, [text.answer + EOS for text in texts])
+    made = [Example(tuple(p), tuple(a)) for p, a in zip(prompts, answers, strict=True)]
     answered = [example for example, text in zip(made, texts, strict=True) if text.answer]
     kept = [example for example in answered if len(example) <= max_length]
     counts = {
@@ -219,16 +220,15 @@ def fingerprint(splits: Mapping[str, Sequence[Example]]) -> str:
     )
 
 
-def load(name: str, tokenizer: Tokenizer, options: DataOptions) -> Task:
+def load(name: str, tokenizer: Words, options: DataOptions) -> Task:
     """The task on public data; its note says what was left out.
 
     Raises:
         BenchmarkError: Data that cannot be had or read, or of which nothing fits in `max_length` tokens.
     """
-    if options.max_length > MAX_POSITIONS:
-        raise BenchmarkError(
-            f"--max-length {options.max_length}: the base model reads at most {MAX_POSITIONS} tokens"
-        )
+    most = most_tokens(tokenizer)
+    if most and options.max_length > most:
+        raise BenchmarkError(f"--max-length {options.max_length}: the base model reads at most {most} tokens")
     train, test = read_splits(check_data(name), options.folder)
     apart = without_prompts_of(test, train)
     training, left_out = encode(apart, tokenizer, options.max_length)

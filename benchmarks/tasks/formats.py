@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,17 @@ def sections(instruction: str, given: str = "", heading: str = "Input") -> str:
     """A prompt: the instruction, a section with what is given if there is any, and the response's heading."""
     middle = f"### {heading}:\n{given.strip()}\n\n" if given.strip() else ""
     return f"### Instruction:\n{instruction.strip()}\n\n{middle}### Response:\n"
+
+
+def as_message(prompt: str) -> str:
+    """What a chat model is asked instead of Alpaca's sections: their text without the headings around it.
+
+    A section with what is given follows the instruction as a paragraph of its own.
+    """
+    _, found, rest = prompt.partition("### Instruction:\n")
+    if not found or not rest.endswith("\n\n### Response:\n"):
+        return prompt
+    return re.sub(r"\n\n### (?:Input|Context):\n", "\n\n", rest.removesuffix("\n\n### Response:\n"), count=1)
 
 
 def alpaca(row: Row) -> Texts:

@@ -27,7 +27,7 @@ from .embedded import (
 from .functions import functions
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from .words import Words
 
 PACKAGES = (
     "stdlib", "sympy", "matplotlib", "fontTools", "numpy", "huggingface_hub", "networkx", "pygments",
@@ -47,7 +47,7 @@ def _samples(file: SourceFile) -> list[Sample]:
     ]
 
 
-def _rows(split: str, files: Files, tokenizer: Tokenizer) -> Groups:
+def _rows(split: str, files: Files, tokenizer: Words) -> Groups:
     """All usable examples by package, without repeated (name, body)."""
     groups = {
         package: [sample for file in found for sample in _samples(file)] for package, found in files.items()
@@ -57,7 +57,7 @@ def _rows(split: str, files: Files, tokenizer: Tokenizer) -> Groups:
     )
 
 
-def build(tokenizer: Tokenizer) -> list[Row]:
+def build(tokenizer: Words) -> list[Row]:
     """Both splits from the installed sources; takes about a minute."""
     train, heldout = split_files(PACKAGES, HELDOUT_PERCENT)
     kept = _rows("heldout", heldout, tokenizer)

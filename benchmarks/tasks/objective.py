@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +18,25 @@ if TYPE_CHECKING:
     Model = PreTrainedModel | PeftModel
 
 IGNORED = -100
+_LOGITS = 1 << 26  # held at a time in an evaluation: a large vocabulary would fill the memory
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`tokens` and `labels`, int64 [examples, positions]; a label is the next token, -100 off the answer."""
+    """`tokens` and `labels`, int64 [examples, positions]; a label is the next token, -100 off the answer.
+
+    `hidden` [examples, positions, width] are what the frozen layers make of the tokens, where they are known.
+    """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     lengths: tuple[int, ...]
+    hidden: torch.Tensor | None = None
 
     def to(self, device: str) -> Batch:
         """A copy of the batch on another device."""
-        return Batch(self.tokens.to(device), self.labels.to(device), self.lengths)
+        hidden = None if self.hidden is None else self.hidden.to(device)
+        return Batch(self.tokens.to(device), self.labels.to(device), self.lengths, hidden)
 
     @property
     def padding(self) -> float:
@@ -53,12 +59,25 @@ def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
     return Batch(tokens, labels, lengths)
 
 
+def _unwrapped(model: Model) -> Any:
+    return getattr(model, "get_base_model", lambda: model)()  # a PeftModel wraps it
+
+
+def answer_states(model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last hidden states [answer tokens, width] and targets [answer tokens], row by row."""
+    base = _unwrapped(model)
+    given = {"input_ids": batch.tokens}
+    if batch.hidden is not None:  # in the precision of the frozen weights, in which they were computed
+        given = {"inputs_embeds": batch.hidden.to(base.get_input_embeddings().weight.dtype)}
+    states = base.get_decoder()(**given, use_cache=False).last_hidden_state
+    wanted = batch.labels != IGNORED
+    return states[wanted], batch.labels[wanted]
+
+
 def answer_logits(model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [answer tokens, vocabulary] and targets [answer tokens], row by row; no others are computed."""
-    base: Any = getattr(model, "get_base_model", lambda: model)()  # a PeftModel wraps it
-    hidden = base.get_decoder()(input_ids=batch.tokens, use_cache=False).last_hidden_state
-    wanted = batch.labels != IGNORED
-    return base.get_output_embeddings()(hidden[wanted]), batch.labels[wanted]
+    states, targets = answer_states(model, batch)
+    return _unwrapped(model).get_output_embeddings()(states), targets
 
 
 def answer_loss(model: Model, batch: Batch) -> torch.Tensor:
@@ -76,8 +95,14 @@ class Score:
 
 
 @torch.inference_mode()
-def evaluate(model: Model, examples: Sequence[Example], batch_size: int = 96, device: str = "cpu") -> Score:
-    """Score held-out examples.
+def evaluate(
+    model: Model,
+    examples: Sequence[Example],
+    batch_size: int = 96,
+    device: str = "cpu",
+    collate: Callable[[Sequence[Example]], Batch] = collate,
+) -> Score:
+    """Score held-out examples, which `collate` puts side by side.
 
     An answer counts as exact if every one of its tokens, the end token included, is the most likely one given
     the right tokens before it. That is the same as greedy decoding giving the answer: up to its first mistake
@@ -88,10 +113,15 @@ def evaluate(model: Model, examples: Sequence[Example], batch_size: int = 96, de
     ordered = sorted(examples, key=len)
     for start in range(0, len(ordered), batch_size):
         chunk = ordered[start : start + batch_size]
-        logits, targets = answer_logits(model, collate(chunk).to(device))
-        losses += float(cross_entropy(logits.double(), targets, reduction="sum"))
-        hits = (logits.argmax(-1) == targets).split([len(example.answer) for example in chunk])
-        right += sum(bool(hit.all()) for hit in hits)
+        states, targets = answer_states(model, collate(chunk).to(device))
+        head = _unwrapped(model).get_output_embeddings()
+        size, hits = max(1, _LOGITS // head.weight.shape[0]), list[torch.Tensor]()
+        for rows, wanted in zip(states.split(size), targets.split(size), strict=True):
+            logits = head(rows)
+            losses += float(cross_entropy(logits.double(), wanted, reduction="sum"))
+            hits.append(logits.argmax(-1) == wanted)
+        answers = torch.cat(hits).split([len(example.answer) for example in chunk])
+        right += sum(bool(hit.all()) for hit in answers)
         tokens += len(targets)
     model.train(was_training)
     return Score(losses / tokens, right / len(ordered))

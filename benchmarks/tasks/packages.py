@@ -27,7 +27,7 @@ from .embedded import (
 )
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from .words import Words
 
 PACKAGES = (
     "sympy", "mpmath", "matplotlib", "networkx", "numpy", "fontTools", "huggingface_hub", "pygments", "rich",
@@ -99,7 +99,7 @@ def split_samples() -> tuple[dict[str, list[Sample]], dict[str, list[Sample]]]:
     return clean, heldout
 
 
-def _rows(split: str, groups: dict[str, list[Sample]], tokenizer: Tokenizer) -> Groups:
+def _rows(split: str, groups: dict[str, list[Sample]], tokenizer: Words) -> Groups:
     encoded = {
         package: encode(split, [_with_answer(sample) for sample in made], tokenizer, MAX_ANSWER)
         for package, made in groups.items()
@@ -118,7 +118,7 @@ def _with_answer(sample: Sample) -> Sample:
     )
 
 
-def build(tokenizer: Tokenizer) -> list[Row]:
+def build(tokenizer: Words) -> list[Row]:
     """Both splits from the installed sources; takes about ten seconds."""
     train, heldout = split_samples()
     kept = _rows("heldout", heldout, tokenizer)

@@ -19,9 +19,10 @@ from ..base_model.corpus import SourceFile
 from ..core.files import sha256
 from .embedded import HELDOUT_SIZE, STDLIB, Recipe, Row, choose, sources
 from .functions import parse
+from .words import text_ids
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from .words import Words
 
 DOCSTRING_PACKAGES = ("matplotlib", "networkx", "numpy")
 TRAIN_SIZE = 4_000  # windows
@@ -134,16 +135,14 @@ def split_documents() -> tuple[list[Document], list[Document]]:
     return list(unrepeated(rest, seen)), heldout
 
 
-def _windows(split: str, documents: Iterable[Document], tokenizer: Tokenizer) -> list[Row]:
+def _windows(split: str, documents: Iterable[Document], tokenizer: Words) -> list[Row]:
     """Windows of at most WINDOW tokens that do not overlap, by package in the order of the choice."""
     texts = [(document, "\n\n".join(run)) for document in documents for run in document.runs]
     rows: list[Row] = []
-    for (document, text), encoding in zip(
-        texts, tokenizer.encode_batch([text for _, text in texts]), strict=True
-    ):
+    for (document, text), ids in zip(texts, text_ids(tokenizer, [text for _, text in texts]), strict=True):
         digest = sha256([text])
-        for start in range(0, len(encoding.ids), WINDOW):
-            first, *rest = encoding.ids[start : start + WINDOW]
+        for start in range(0, len(ids), WINDOW):
+            first, *rest = ids[start : start + WINDOW]
             if len(rest) >= MIN_WINDOW - 1:
                 rows.append(
                     Row(split, document.package, f"{document.name}:{start}", "", digest, [first], rest)
@@ -151,7 +150,7 @@ def _windows(split: str, documents: Iterable[Document], tokenizer: Tokenizer) ->
     return sorted(rows, key=lambda row: sha256([row.package, row.origin, row.body]))
 
 
-def build(tokenizer: Tokenizer) -> list[Row]:
+def build(tokenizer: Words) -> list[Row]:
     """Both splits; takes about half a minute."""
     train, heldout = (
         _windows(split, documents, tokenizer)

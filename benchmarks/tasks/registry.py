@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..base_model import load as base_model
+from ..base_model.source import EMBEDDED, Source, load_tokenizer, positions
 from ..core.files import BenchmarkError
 from . import embedded, external, naming, packages, prose, signature
 from .embedded import Recipe
 from .external import DataOptions
 from .task import Task
+from .words import ModelTokenizer
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from .words import Words
 
 TASKS: dict[str, Recipe] = {one.RECIPE.name: one.RECIPE for one in (naming, packages, prose, signature)}
 
@@ -23,7 +27,32 @@ def check_task(name: str) -> str:
     return name
 
 
-def load_task(name: str, tokenizer: Tokenizer, data: DataOptions | None = None) -> Task:
+@dataclass(frozen=True)
+class Given:
+    """What a run is given beside its configuration; a result holds names and fingerprints instead.
+
+    Attributes:
+        source: the base model.
+        data: where public data come from; None: an embedded task.
+        train_examples: draw so many; None: all. `eval_examples` the same of the held-out ones.
+    """
+
+    source: Source = field(default_factory=lambda: Source(EMBEDDED, flag="--base"))
+    data: DataOptions | None = None
+    train_examples: int | None = None
+    eval_examples: int | None = None
+
+    def words(self) -> Words:
+        """The base model's tokenizer."""
+        if self.source.is_embedded:
+            return base_model.load_tokenizer()
+        return ModelTokenizer(load_tokenizer(self.source), positions(self.source))
+
+
+PLAIN = Given()
+
+
+def load_task(name: str, tokenizer: Words, data: DataOptions | None = None) -> Task:
     """The embedded task of that name, or public data where `data` says from where."""
     if data is None:
         return embedded.load(TASKS[check_task(name)], tokenizer)

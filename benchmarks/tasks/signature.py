@@ -29,7 +29,7 @@ from .embedded import (
 from .functions import Definition, definitions, parse, usable
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from .words import Words
 
 TRAIN_PACKAGES = (
     "sympy", "matplotlib", "networkx", "numpy", "fontTools", "huggingface_hub", "mpmath", "pygments",
@@ -85,7 +85,7 @@ def near_key(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower())[:_NEAR_WORDS])
 
 
-def _rows(split: str, packages: tuple[str, ...], tokenizer: Tokenizer) -> Groups:
+def _rows(split: str, packages: tuple[str, ...], tokenizer: Words) -> Groups:
     groups = {package: [made for file in sources(package) for made in samples(file)] for package in packages}
     encoded = {
         name: encode(split, made, tokenizer, MAX_ANSWER, shorten=True) for name, made in groups.items()
@@ -93,7 +93,7 @@ def _rows(split: str, packages: tuple[str, ...], tokenizer: Tokenizer) -> Groups
     return without_repeats(encoded)
 
 
-def build(tokenizer: Tokenizer) -> list[Row]:
+def build(tokenizer: Words) -> list[Row]:
     """Both splits from the installed sources; takes about half a minute."""
     heldout = _rows("heldout", HELDOUT_PACKAGES, tokenizer)
     train = apart(_rows("train", TRAIN_PACKAGES, tokenizer), heldout, lambda row: (row.label, row.body))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..core.files import BenchmarkError
+from ..core.files import BenchmarkError, sha256
 
+_SELECTION_SEED = 0
 _GROUP = 16  # batches that are sorted by length together: padding falls below a tenth, the order stays random
 
 
@@ -35,6 +36,30 @@ class Task:
     fingerprint: str
     metric: str | None = "exact match"
     note: str = ""
+
+    def drawn(self, train: int | None, heldout: int | None) -> Task:
+        """The task with at most so many examples of each split; None: all of them.
+
+        Which ones are drawn depends on the data alone, so that runs of all seeds share them, and a smaller
+        draw is the beginning of a larger one.
+        """
+        if train is None and heldout is None:
+            return self
+        splits = [
+            self._draw(examples, count) for examples, count in ((self.train, train), (self.heldout, heldout))
+        ]
+        return replace(
+            self,
+            train=splits[0],
+            heldout=splits[1],
+            fingerprint=sha256([self.fingerprint, str(train), str(heldout)]),
+            note=f"{self.note or self.name}; drawn: {len(splits[0]):,} and {len(splits[1]):,}",
+        )
+
+    @staticmethod
+    def _draw(examples: tuple[Example, ...], count: int | None) -> tuple[Example, ...]:
+        order = random.Random(_SELECTION_SEED).sample(range(len(examples)), len(examples))
+        return examples if count is None else tuple(examples[place] for place in order[:count])
 
     def batches(self, seed: int, batch_size: int) -> Iterator[list[Example]]:
         """Endless training batches in an order that depends on `seed` and `batch_size` alone.

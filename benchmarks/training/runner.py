@@ -16,12 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..base_model.load import load_tokenizer
 from ..core import environment
 from ..core.files import BenchmarkError
 from ..core.results import RunConfig, is_done
-from ..tasks.external import DataOptions
-from ..tasks.registry import load_task
+from ..tasks.registry import PLAIN, Given, load_task
 from .optimizers import check_optimizer
 from .train import data_fingerprint, execute
 
@@ -38,24 +36,22 @@ def plan(
 
 
 @cache
-def fingerprint(task: str, data: DataOptions | None = None) -> str:
+def fingerprint(task: str, given: Given = PLAIN) -> str:
     """What identifies the task's data and the base model. Makes the data and prints what they leave out."""
-    loaded = load_task(task, load_tokenizer(), data)
+    loaded = load_task(task, given.words(), given.data).drawn(given.train_examples, given.eval_examples)
     if loaded.note:
         print(loaded.note)
-    return data_fingerprint(loaded)
+    return data_fingerprint(loaded, given.source)
 
 
-def pending(runs: Sequence[RunConfig], folder: Path, data: DataOptions | None = None) -> list[RunConfig]:
+def pending(runs: Sequence[RunConfig], folder: Path, given: Given = PLAIN) -> list[RunConfig]:
     """The runs that the folder does not hold yet; makes the tasks' data on the way."""
-    return [run for run in runs if not is_done(folder, run, fingerprint(run.task, data))]
+    return [run for run in runs if not is_done(folder, run, fingerprint(run.task, given))]
 
 
-def _child(
-    config: RunConfig, folder: Path, threads: int, jobs: int, slot: int, data: DataOptions | None
-) -> Path:
+def _child(config: RunConfig, folder: Path, threads: int, jobs: int, slot: int, given: Given) -> Path:
     warnings.simplefilter("ignore", UserWarning)  # the parent has printed those about versions
-    return execute(config, folder, threads, jobs, slot, data)
+    return execute(config, folder, threads, jobs, slot, given)
 
 
 def _context() -> multiprocessing.context.BaseContext:
@@ -97,7 +93,7 @@ def execute_all(
     folder: Path,
     jobs: int,
     threads: int | None = None,
-    data: DataOptions | None = None,
+    given: Given = PLAIN,
 ) -> dict[str, str]:
     """Carry out runs, `jobs` at a time; returns what went wrong with each that failed, by its result's name.
 
@@ -115,7 +111,7 @@ def execute_all(
         """Carry out one run in a process of its own; returns its result's path."""
         slot = slots.get()
         try:
-            return in_process(_child, config, folder, share, jobs, slot, data)
+            return in_process(_child, config, folder, share, jobs, slot, given)
         finally:
             slots.put(slot)
 
@@ -138,13 +134,13 @@ def run_all(
     folder: Path,
     jobs: int = 1,
     threads: int | None = None,
-    data: DataOptions | None = None,
+    given: Given = PLAIN,
 ) -> None:
     """Carry out what is pending; an error at the end if a run failed (a diverged run is a result)."""
-    todo = pending(runs, folder, data)
+    todo = pending(runs, folder, given)
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are in {folder} already and are left as they are")
-    failures = execute_all(todo, folder, jobs, threads, data) if todo else {}
+    failures = execute_all(todo, folder, jobs, threads, given) if todo else {}
     if failures:
         lines = [f"{name}: {error}" for name, error in failures.items()]
         raise BenchmarkError(f"{len(failures)} of {len(todo)} runs failed:\n" + "\n".join(lines))

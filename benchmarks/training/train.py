@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 import warnings
@@ -13,35 +14,43 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from ..base_model.load import FOLDER, load_base_model, load_tokenizer
+from ..base_model.load import FOLDER, load_base_model
+from ..base_model.source import EMBEDDED, Source, load_config, load_weights, model_fingerprint
 from ..core import environment, memory
-from ..core.files import sha256, sha256_of_file
+from ..core.files import cache_folder, sha256, sha256_of_file
 from ..core.results import RunConfig, finite, write_result
 from ..core.settings import Settings
-from ..tasks.external import DataOptions
 from ..tasks.objective import answer_loss, collate, evaluate
-from ..tasks.registry import load_task
+from ..tasks.registry import PLAIN, Given, load_task
 from ..tasks.task import Task
+from .hidden import HiddenStates, Stem, folder_of
 from .optimizers import make_optimizer, package_version, state_bytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def adapted_model(config: RunConfig) -> PeftModel:
-    """The base model with LoRA on every linear layer; the initial adapter depends on rank and seed alone.
+def adapted_model(config: RunConfig, base: PreTrainedModel | None = None) -> PeftModel:
+    """A model with LoRA on every linear layer; the initial adapter depends on rank, seed and model alone.
+
+    `base` is the embedded model, or one whose frozen layers are taken out already.
 
     In "bf16" the frozen weights are kept in that precision; the adapter stays in fp32, as mixed-precision
     training has it.
     """
     from peft import LoraConfig, get_peft_model
 
-    model, _ = load_base_model()
+    model = base or load_base_model()[0]
     torch.manual_seed(config.seed)
+    targets = list(LORA_TARGETS) if config.base == EMBEDDED else "all-linear"
     lora = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=list(LORA_TARGETS), lora_dropout=0.0
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=targets,
+        lora_dropout=0.0,
     )
     with warnings.catch_warnings():
         warnings.simplefilter(
@@ -70,17 +79,35 @@ def learning_rate_scale(step: int, steps: int, warmup: int) -> float:
     return min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup), 1.0)
 
 
-def data_fingerprint(task: Task) -> str:
+def weights_fingerprint(source: Source) -> str:
+    """What identifies a base model's weights."""
+    if source.is_embedded:
+        return sha256_of_file(FOLDER / "model.safetensors")
+    return model_fingerprint(source, load_config(source))
+
+
+def data_fingerprint(task: Task, source: Source = PLAIN.source) -> str:
     """sha256 of the task's data and the base model's weights: what makes two runs comparable."""
-    return sha256([task.fingerprint, sha256_of_file(FOLDER / "model.safetensors")])
+    return sha256([task.fingerprint, weights_fingerprint(source)])
+
+
+def frozen_model(source: Source) -> PreTrainedModel:
+    """The base model in fp32 and eval mode, without adapters."""
+    if source.is_embedded:
+        return load_base_model()[0]
+    return load_weights(source, dtype=torch.float32).eval()
 
 
 class Run:
     """Model, optimizer and what was measured so far."""
 
-    def __init__(self, config: RunConfig, task: Task) -> None:
+    def __init__(self, config: RunConfig, task: Task, given: Given = PLAIN) -> None:
         self.config, self.task = config, task
-        self.model = adapted_model(config)
+        base = frozen_model(given.source)
+        stem = Stem(base, config.adapted_layers) if config.adapted_layers else None
+        self.model = adapted_model(config, base)
+        self.hidden = self._hidden_states(stem, given) if stem and stem.count else None
+        self.collate = self.hidden.collate if self.hidden else collate
         settings = Settings(config.lr, (config.beta1, config.beta2), config.weight_decay, config.options)
         self.optimizer = make_optimizer(config.optimizer, self.model, settings)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -93,6 +120,19 @@ class Run:
         self.curve: list[dict[str, float | None]] = []
         self.exact_match: float | None = None
 
+    def _hidden_states(self, stem: Stem, given: Given) -> HiddenStates:
+        in_precision(stem.layers, self.config)
+        root, model = cache_folder(given.source.cache), weights_fingerprint(given.source)
+        folder = folder_of(root, model, stem, self.config.precision)
+        return HiddenStates(stem, folder, self.config.device, self._autocast)
+
+    def prepare(self) -> None:
+        """Compute what the frozen layers give for every example that the run will meet."""
+        if self.hidden:
+            batches = self.task.batches(self.config.seed, self.config.batch_size)
+            met = itertools.chain.from_iterable(itertools.islice(batches, self.config.steps))
+            self.hidden.prepare([*self.task.heldout, *met])
+
     def _autocast(self) -> torch.autocast:
         return autocast(self.config)
 
@@ -102,7 +142,7 @@ class Run:
 
     def train_step(self) -> float:
         """One full training step, timed; returns the loss before it."""
-        batch = collate(next(self.batches)).to(self.config.device)
+        batch = self.collate(next(self.batches)).to(self.config.device)
         self._synchronize()
         begun = time.perf_counter()
         with self._autocast():
@@ -122,7 +162,7 @@ class Run:
     def measure(self) -> float | None:
         """Add a point of the held-out curve; None if the loss is no number any more."""
         with self._autocast():
-            score = evaluate(self.model, self.task.heldout, device=self.config.device)
+            score = evaluate(self.model, self.task.heldout, device=self.config.device, collate=self.collate)
         loss = finite(score.loss)
         self.curve.append({"step": len(self.losses), "seconds": sum(self.step_seconds), "loss": loss})
         self.exact_match = score.exact_match
@@ -188,16 +228,21 @@ def execute(
     threads: int,
     jobs: int = 1,
     slot: int = 0,
-    data: DataOptions | None = None,
+    given: Given = PLAIN,
 ) -> Path:
     """Carry out one run in this process, with a progress bar, and write its result."""
     begun = time.perf_counter()
     memory.keep_freed_memory()
     torch.set_num_threads(threads)
-    task = load_task(config.task, load_tokenizer(), data)
-    code, fingerprint = environment.commit(), data_fingerprint(task)  # as they are now, not when the run ends
+    task = load_task(config.task, given.words(), given.data)
+    task = task.drawn(given.train_examples, given.eval_examples)
+    code, fingerprint = (
+        environment.commit(),
+        data_fingerprint(task, given.source),
+    )  # as they are now, not at the end
     environment.reset_peak_memory(config.device)
-    run = Run(config, task)
+    run = Run(config, task, given)
+    run.prepare()
     name = f"{config.optimizer} lr {config.lr:g} seed {config.seed}"
     with tqdm(total=config.steps, desc=name, unit="step", position=slot, leave=jobs == 1) as bar:
 

@@ -32,10 +32,22 @@ def test_round_trip(tmp_path, made_up_result):
         {"steps": 200},
         {"options": {"precondition": "none"}},
         {"device": "cuda"},
+        {"base": "smollm2"},
+        {"adapted_layers": 8},
     ],
 )
 def test_every_setting_changes_the_name(change):
     assert replace(CONFIG, **change).file_name() != CONFIG.file_name()
+
+
+def test_results_from_before_a_setting_came_keep_their_name_and_count(tmp_path, made_up_result):
+    assert RunConfig("naming", "adamw", 0.01, 0).file_name() == "naming-adamw-lr0.01-seed0-445ec5fc7a.json"
+    result = made_up_result()
+    for name in ("base", "adapted_layers"):
+        del result["config"][name]
+    write_result(tmp_path, result)
+    assert is_done(tmp_path, CONFIG, "f" * 64)
+    assert not is_done(tmp_path, replace(CONFIG, base="smollm2"), "f" * 64)
 
 
 def test_done_only_with_the_same_configuration_and_data(tmp_path, made_up_result):

@@ -1,7 +1,7 @@
 """A tiny model, made once for the folder."""
 
 import pytest
-from finetuning import save_model
+from tiny_models import save_model
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,13 @@ import shutil
 
 import pytest
 import torch
-from finetuning import FEW, ROWS, SHORT, local_copies, train, write
+from finetuning import FEW, SHORT, local_copies, train
+from public_rows import ROWS, write
 
+from benchmarks.base_model.source import Source, load_tokenizer
 from benchmarks.finetune.config import FinetuneConfig, steps_of
 from benchmarks.finetune.data import Origin, load
-from benchmarks.finetune.model import Source, load_model, load_tokenizer
+from benchmarks.finetune.model import load_model
 from benchmarks.training.optimizers import OPTIMIZERS
 
 pytest.importorskip("accelerate")

@@ -7,10 +7,11 @@ import pytest
 import torch
 from finetuning import local_copies
 
+from benchmarks.base_model.source import Source, load_tokenizer
 from benchmarks.finetune.config import FinetuneConfig
 from benchmarks.finetune.data import Origin, load
 from benchmarks.finetune.evaluate import Evaluator, final_number
-from benchmarks.finetune.model import Source, load_model, load_tokenizer
+from benchmarks.finetune.model import load_model
 from benchmarks.finetune.session import Record, Session
 
 

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from finetuning import make_tokenizer, write
+from public_rows import write
+from tiny_models import make_tokenizer
 
 from benchmarks.core.files import BenchmarkError
 from benchmarks.finetune.batches import Collator

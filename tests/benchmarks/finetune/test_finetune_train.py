@@ -7,10 +7,11 @@ import torch
 from finetuning import local_copies, train
 from safetensors.torch import load_file
 
+from benchmarks.base_model.source import Source, load_tokenizer
 from benchmarks.finetune import batches
 from benchmarks.finetune.config import FinetuneConfig
 from benchmarks.finetune.data import Origin, load
-from benchmarks.finetune.model import Source, load_model, load_tokenizer
+from benchmarks.finetune.model import load_model
 from benchmarks.finetune.output import checkpoints
 from benchmarks.finetune.session import Session
 from grit_optim import GritOptimizer
