@@ -15,6 +15,7 @@ from .cost import study as cost
 from .curvature import study as curvature
 from .finetune import study as finetune
 from .fisher_distance import study as fisher_distance
+from .rates import study as rates
 from .suite import study as suite
 from .tasks import study as tasks
 from .truncation import study as truncation
@@ -30,6 +31,7 @@ STUDIES: tuple[command.Study, ...] = (
     adapter_size.STUDY,
     fisher_distance.STUDY,
     curvature.STUDY,
+    rates.STUDY,
     finetune.STUDY,
     packing_study.STUDY,
     comparison.STUDY,

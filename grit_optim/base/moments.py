@@ -76,32 +76,6 @@ def moment_weight(
     return _by_steps(base, parameters, lambda steps: 1 - decay**steps)
 
 
-def freshened_correction(
-    base: Optimizer, parameters: Sequence[Tensor], settings: dict[str, Any], decay: float, wanted: float
-) -> Tensor | float:
-    """The factor that mends the length of Adam's step where its average forgets faster than Adam believes.
-
-    Let the average have kept the share w per step until now, and β₁ in step t. Its weights then sum to β₁ (1
-    − wᵗ⁻¹) + 1 − β₁, but Adam's bias correction divides by 1 − β₁ᵗ. The factor is the latter over the former.
-
-    Args:
-        base: the base optimizer.
-        parameters: m of its parameters in one group, after at least one step each.
-        settings: their group.
-        decay: β₁.
-        wanted: w.
-
-    Returns:
-        The factor, a number or ``[m, 1, 1]`` as in :func:`moment_weight`; 1 for a base without bias
-        correction.
-    """
-    if "betas" not in settings:
-        return 1.0
-    return _by_steps(
-        base, parameters, lambda t: (1 - decay**t) / (decay * (1 - wanted ** (t - 1)) + 1 - decay)
-    )
-
-
 def _by_steps(base: Optimizer, parameters: Sequence[Tensor], formula: Callable[[Any], Any]) -> Tensor | float:
     """``formula`` of the steps that each parameter has taken by the base's count; 1 where it keeps none.
 

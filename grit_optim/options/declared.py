@@ -64,9 +64,10 @@ class PreconditionOptions(Group):
     step_length: float | str | None = option(
         None,
         real("above 0, 'base' for the base's own length, or 'natural'", lambda x: x > 0, ("base", "natural")),
-        """How long a step is. In "spectral" and "steer": root mean square of its entries in units of the
-        learning rate, or "base" for the length of the base's own step; under a rank_budget it grows by r₀/r
-        where a pair keeps r of its first r₀ directions. In "inverse": "base" keeps the norm of each matrix's
+        """How long the turned step is. In "spectral" and "steer": root mean square of its entries in units of
+        the learning rate, or "base" for the length of the base's own step; under a rank_budget it grows by
+        r₀/r where a pair keeps r of its first r₀ directions. "spectral" then adds the share of the base's
+        step that it lacks to decrease the loss as much. In "inverse": "base" keeps the norm of each matrix's
         gradient, "natural" that of Σ⁻¹∇, as the GRIT library does. None: 0.6 for "spectral" around an Adam
         that is given its rate, else "base".""",
     )

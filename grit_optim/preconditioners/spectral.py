@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from grit_optim import linalg
 from grit_optim.base.settings import finds_its_rate, is_adam
-from grit_optim.preconditioners.held_gradients import Held
+from grit_optim.preconditioners.held_gradients import Held, inner_product
 from grit_optim.preconditioners.mode import Mode
 from grit_optim.preconditioners.steer import Steer
 
@@ -34,6 +35,11 @@ class Spectral(Steer):
     wants to be, which is fresher than β₁ = 0.9. Any other base's learning rate means something else, and so
     does that of an Adam that finds its own rate: there the base's own step says how long, and its average
     which way.
+
+    A whitened step spreads its length over all r directions. Where the gradient lies in a few of them, as it
+    does at first and as long as a low learning rate leaves it so, the base's step Δ of equal length decreases
+    the loss faster. So the step takes a share of Δ as well, as much as its decrease ``⟨m, ·⟩`` lacks of
+    Δ's: it is never behind the base to first order, whatever the rate.
     """
 
     name = "spectral"
@@ -55,6 +61,12 @@ class Spectral(Steer):
     def power(self) -> float:
         """p/2, since P is applied on both sides of the whitening."""
         return super().power / 2
+
+    def completed(self, move: Tensor, average: Tensor, descent: Tensor) -> Tensor:
+        """The turned step, and the share of the base's own that it lacks to decrease the loss as much."""
+        wanted = inner_product(average, descent)
+        lacking = (1 - inner_product(average, move) / wanted).clamp(0, 1)
+        return move + torch.where(wanted > 0, lacking, 0.0) * descent
 
     def direction(self, held: Held, moment: Tensor) -> Tensor:
         """``P (X Xᵀ)^(−1/2) X`` for A, ``X (Xᵀ X)^(−1/2) P`` for B."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +11,25 @@ from torch import Tensor
 from grit_optim.base import moments as base_moments
 from grit_optim.base import settings as base_settings
 from grit_optim.curvature.bucket import BucketCurvature
-from grit_optim.preconditioners.held_gradients import Held, inner_product, norm
+from grit_optim.preconditioners.held_gradients import Held, cosine, norm
 from grit_optim.preconditioners.mode import Mode
+
+
+@dataclass(frozen=True)
+class Average:
+    """A base's average of the gradient, m matrices stacked.
+
+    Attributes:
+        own: as the base made it, ``[m, rows, columns]``.
+        fresh: as ``direction_momentum`` has it; the same tensor where it says nothing else.
+        weight: the sum of the gradients' weights in ``fresh``.
+        correction: that sum in ``own``, as the base's bias correction takes it to be, over ``weight``.
+    """
+
+    own: Tensor
+    fresh: Tensor
+    weight: Tensor | float
+    correction: Tensor | float
 
 
 class Steer(Mode):
@@ -58,19 +76,22 @@ class Steer(Mode):
         taken = group.stack(group.parameters)
         decay = base_settings.decoupled_decay(self.base, self._settings(held), group.parameters)
         decayed = held.weights if isinstance(decay, float) and decay == 0 else held.weights * (1 - decay)
-        step = taken - decayed
-        direction = self._cautious(held, self.direction(held, self._scaled_moment(held)))
-        step_size, size = norm(step), norm(direction)
-        cosine = -inner_product(step, direction) / (step_size * size)
-        target = self._length(held, step_size)
-        length = target / size
+        step, average, squares = taken - decayed, self._average(held), self._squares(held)
+        moment = self._mixed(held, average) / squares.mean(group.rank_dim, keepdim=True).sqrt()
+        direction = self._cautious(held, self.direction(held, moment))
+        descent = self._descent(step, average, squares)
+        size = norm(direction)
+        length = self._length(held, step, descent) / size
+        move = self.completed(length * direction, average.fresh, descent)
         # Without a gradient (an expert that saw no token) the base's step fades out as its average does; so
         # must this one.
         turned = held.ready & length.isfinite() & size.isfinite() & (held.gradient_norm > 0)
         # A step that stays as it is has not been turned.
-        held.cosine = torch.where(turned | cosine.isnan(), cosine, 1.0)
-        held.without, held.turned = step_size, torch.where(turned, target, step_size)
-        group.write(torch.where(turned, decayed - length * direction, taken))
+        turn = -cosine(step, move)
+        held.cosine = torch.where(turned | turn.isnan(), turn, 1.0)
+        held.without = norm(step)
+        held.turned = torch.where(turned, norm(move), held.without)
+        group.write(torch.where(turned, decayed - move, taken))
 
     def direction(self, held: Held, moment: Tensor) -> Tensor:
         """What the step is turned to, from ``m / c``: ``[m, rows, columns]`` twice."""
@@ -84,36 +105,45 @@ class Steer(Mode):
         share = torch.ones_like(against, dtype=torch.float32)
         return share.masked_fill(against, 1 - self.caution) * direction
 
-    def _length(self, held: Held, base_length: Tensor) -> Tensor:
-        """Frobenius norm that each step is to have, ``[m, 1, 1]``; zero where the base did not move."""
-        options, group, settings = self.options, held.group, self._settings(held)
+    def completed(self, move: Tensor, average: Tensor, descent: Tensor) -> Tensor:
+        """What is taken off the weights, ``[m, rows, columns]`` like all that it is made of.
+
+        Args:
+            move: the turned step.
+            average: the base's average of the gradient, which forgets as ``direction_momentum`` says.
+            descent: what the base itself takes off the weights, had it that average.
+        """
+        return move
+
+    def _length(self, held: Held, step: Tensor, descent: Tensor) -> Tensor:
+        """Frobenius norm that each turned step is to have, ``[m, 1, 1]``; zero where the base did not move."""
+        options, group = self.options, held.group
         ratio: Tensor | float = self.a_step_ratio if group.side == "A" else 1.0
         if options.step_length == "base":
-            decay, wanted = base_settings.moment_decay(settings), self._momentum(held)
-            if wanted != decay:  # the base's bias correction knows nothing of what was freshened
-                ratio *= base_moments.freshened_correction(
-                    self.base, group.parameters, settings, decay, wanted
-                )
-            return ratio * base_length
+            return ratio * norm(descent)
         entries = held.curvature.ranks.step_rank[group.index] * group.width
-        rms = _number(options.step_length) * base_settings.rate(settings)
-        return ratio * rms * entries.sqrt()[:, None, None] * (base_length > 0)
+        rms = _number(options.step_length) * base_settings.rate(self._settings(held))
+        return ratio * rms * entries.sqrt()[:, None, None] * (norm(step) > 0)
 
-    def _scaled_moment(self, held: Held) -> Tensor:
-        """``m / c``, ``[m, rows, columns]``."""
+    def _descent(self, step: Tensor, average: Average, squares: Tensor) -> Tensor:
+        """What the base would have taken off the weights, had its average been the fresh one.
+
+        An Adam divides its average by the root of the squares, up to a factor that its own step tells.
+        """
+        if average.fresh is average.own:
+            return -step
+        root = squares.sqrt()
+        return norm(step) / norm(average.own / root) * average.correction * (average.fresh / root)
+
+    def _squares(self, held: Held) -> Tensor:
+        """The base's average of the squared gradient, ``[m, rows, columns]``; ones if it keeps none."""
         group = held.group
-        moments = [
-            m for m in (base_moments.first_moment(self.base, p) for p in group.parameters) if m is not None
-        ]
-        squares = [
-            s for s in (base_moments.second_moment(self.base, p) for p in group.parameters) if s is not None
-        ]
-        complete = len(group.parameters)
-        moment = self._mixed(held, group.stack(moments)) if len(moments) == complete else self._newest(held)
-        if len(squares) < complete:
-            return moment
-        mean_square = group.stack(squares).mean(group.rank_dim, keepdim=True)
-        return moment / mean_square.clamp_min(torch.finfo(moment.dtype).tiny).sqrt()
+        squares = [base_moments.second_moment(self.base, p) for p in group.parameters]
+        known = [s for s in squares if s is not None]
+        if len(known) < len(squares):
+            return torch.ones_like(held.gradient)
+        stacked = group.stack(known)
+        return stacked.clamp_min(torch.finfo(stacked.dtype).tiny)
 
     def _settings(self, held: Held) -> dict[str, Any]:
         """The base's parameter group."""
@@ -131,16 +161,31 @@ class Steer(Mode):
         own, wanted = base_settings.moment_decay(self._settings(held)), self.options.direction_momentum
         return own if wanted == "base" or own == 0 else _number(wanted)
 
-    def _mixed(self, held: Held, moment: Tensor) -> Tensor:
-        """The base's average ``[m, rows, columns]`` as a mean, with the newest gradient mixed in."""
+    def _average(self, held: Held) -> Average:
+        """The base's average of the gradient, before and after it forgets as ``direction_momentum`` says.
+
+        What it becomes is also written back. A base that keeps none gets the newest gradient.
+        """
         group, settings = held.group, self._settings(held)
-        decay, wanted = base_settings.moment_decay(settings), self._momentum(held)
-        if wanted != decay:
-            moment, decay = self._freshened(held, moment, wanted / decay), wanted
+        moments = [base_moments.first_moment(self.base, p) for p in group.parameters]
+        known = [m for m in moments if m is not None]
+        if len(known) < len(moments):
+            newest = self._newest(held)
+            return Average(newest, newest, 1.0, 1.0)
+        own, decay, wanted = group.stack(known), base_settings.moment_decay(settings), self._momentum(held)
+        weight = base_moments.moment_weight(self.base, group.parameters, settings, wanted)
+        if wanted == decay:
+            return Average(own, own, weight, 1.0)
+        fresh = self._freshened(held, own, wanted / decay)
+        before = base_moments.moment_weight(self.base, group.parameters, settings, decay)
+        return Average(own, fresh, weight, before / weight)
+
+    def _mixed(self, held: Held, average: Average) -> Tensor:
+        """The average as a mean, with the newest gradient mixed in: ``[m, rows, columns]``."""
         if self.gradient_share == 0:
-            return moment
-        weight = base_moments.moment_weight(self.base, group.parameters, settings, decay)
-        return (1 - self.gradient_share) * (moment / weight) + self.gradient_share * self._newest(held)
+            return average.fresh
+        share = self.gradient_share
+        return (1 - share) * (average.fresh / average.weight) + share * self._newest(held)
 
     def _freshened(self, held: Held, moment: Tensor, ratio: float) -> Tensor:
         """The base's average had it kept ``ratio`` times as much of its past, also written back.

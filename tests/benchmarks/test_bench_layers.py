@@ -23,6 +23,7 @@ FOLDERS = [
     "truncation",
     "curvature",
     "fisher_distance",
+    "rates",
     "finetune",
     "gpu_summary",
 ]

@@ -58,6 +58,32 @@ def test_the_prototypes_adamw():
     assert shown("60", "AdamW, best of β₁ and rates") == [f"{found:.3f}" for found in best]
 
 
+LENGTHS = {
+    "as long as the base's step decreases the loss, at least 0.6": "equal decrease, at least fixed",
+    "as long as Adam's step from the mixed average decreases it": "decrease of Adam from the mixed average",
+    "as long as Adam's step from the fresh average decreases it": "decrease of Adam from the fresh average",
+    "the base's length, and the share of the base's step that lacks": "the base's length, completed",
+    "**0.6, and the share of the base's step that lacks**": "fixed, completed",
+    "the previous row with one factor for all matrices": "equal decrease, one factor, at least fixed",
+    "the previous row with one factor for all matrices, at least 0.6": (
+        "decrease of Adam from the mixed average, one factor, at least fixed"
+    ),
+}
+
+
+@pytest.mark.parametrize("row_name", LENGTHS)
+def test_the_lengths_that_were_tried(row_name):
+    tries = [json.loads(line) for line in (RESULTS / "rates_tries" / "tries.jsonl").read_text().splitlines()]
+    expected = [
+        f"{one['heldout_loss']:.3f}"
+        for lr in (1.25e-3, 1e-2)
+        for one in tries
+        if (one["task"], one["length"], one["lr"]) == ("naming", LENGTHS[row_name], lr)
+    ]
+    assert len(expected) == 2
+    assert shown(row_name) == expected
+
+
 def second(**config):
     (found,) = [line["heldout_loss"] for line in lines("second_round.jsonl") if line["config"] == config]
     return found

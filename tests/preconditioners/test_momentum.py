@@ -53,7 +53,7 @@ def test_whatever_beta1_is_the_default_walks_as_with_that_of_the_momentum(beta1)
         trained_with(adamw(b), m)[0] for b, m in ((0.6, "base"), (beta1, "base"), (beta1, None))
     )
     # Not equal: steps blow rounding up.
-    assert distance(found, wanted) < 0.01 * distance(its_own, wanted)
+    assert distance(found, wanted) < 0.02 * distance(its_own, wanted)
 
 
 @pytest.mark.parametrize("mode", ["spectral", "steer"])

@@ -11,6 +11,7 @@ from grit_optim import GritOptimizer
 from grit_optim.base import moments
 from grit_optim.preconditioners.modes import mode_named
 from grit_optim.preconditioners.spectral import Spectral
+from grit_optim.preconditioners.steer import Steer
 
 
 def polar(matrix, damping=0.01):
@@ -33,7 +34,7 @@ def test_spectral_orthogonalises_the_momentum_in_fisher_coordinates(weight_decay
         {"precondition": "spectral"}, torch.optim.AdamW, **settings
     )
     after = tiny.weights(model)
-    parameters, checked = dict(model.named_parameters()), 0
+    parameters, shares = dict(model.named_parameters()), []
     for a, b, sigma_a, sigma_g in sites_of(model, optimizer):
         for name, factor, left, rms in ((a, sigma_g, True, 0.9), (b, sigma_a, False, 0.6)):
             state = optimizer.state[parameters[name]]
@@ -43,16 +44,22 @@ def test_spectral_orthogonalises_the_momentum_in_fisher_coordinates(weight_decay
             root = root_of(factor, 0.3, 0.25)
             direction = root @ polar(root @ scaled) if left else polar(scaled @ root) @ root
             direction[direction * gradients[name].double() < 0] *= 0.3
+            turned = 1e-2 * rms * direction / direction.square().mean().sqrt()
+            square = state["exp_avg_sq"].double() / (1 - 0.99 ** state["step"].item())
+            adam = 1e-2 * mean / (square.sqrt() + 1e-8)  # AdamW's own step at β₁ = 0.6
+            share = 1 - (mean * turned).sum() / (mean * adam).sum()
+            expected = turned + share.clamp(0, 1) * adam
             moved = before[name].double() * (1 - 1e-2 * weight_decay) - after[name].double()
-            assert moved.square().mean().sqrt().item() == pytest.approx(1e-2 * rms, rel=1e-3)
-            torch.testing.assert_close(moved / moved.norm(), direction / direction.norm(), rtol=0, atol=2e-3)
-            checked += 1
-    assert checked == 28
+            torch.testing.assert_close(moved, expected, rtol=0, atol=2e-3 * expected.norm().item())
+            shares.append(share.item())
+    assert len(shares) == 28
+    assert min(shares) < 0 < max(shares), "both kinds of step, or the test shows less than it says"
 
 
 def test_spectral_without_curvature_is_the_orthogonalised_gradient(monkeypatch):
     """Power 0 leaves the tokens' curvature out: Muon's direction of SGD's gradient, with SGD's length."""
     monkeypatch.setattr(Spectral, "a_step_ratio", 1.0)
+    monkeypatch.setattr(Spectral, "completed", Steer.completed)
     monkeypatch.setattr(Spectral, "caution", 0.0)
     model, _, before, gradients = one_step({"precondition": "spectral", "kfac_power": 0.0})
     after = tiny.weights(model)
@@ -66,6 +73,7 @@ def test_spectral_without_curvature_is_the_orthogonalised_gradient(monkeypatch):
 @pytest.mark.parametrize("mode", ["spectral", "steer"])
 def test_step_length_and_ratio_say_how_long_a_step_is(monkeypatch, mode):
     monkeypatch.setattr(mode_named(mode), "a_step_ratio", 2.0)
+    monkeypatch.setattr(mode_named(mode), "completed", Steer.completed)
     options = {"precondition": mode, "step_length": 0.25}
     model, _, before, gradients = one_step(options, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
     after = tiny.weights(model)
@@ -74,10 +82,52 @@ def test_step_length_and_ratio_say_how_long_a_step_is(monkeypatch, mode):
         assert rms == pytest.approx(1e-2 * 0.25 * (2.0 if "lora_A" in name else 1.0), rel=1e-3)
 
 
+BASES = {
+    "AdamW": (torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
+    "AMSGrad": (torch.optim.Adam, {"lr": 1e-2, "amsgrad": True}),
+    "NAdam": (torch.optim.NAdam, {"lr": 1e-2}),
+    "maximize": (torch.optim.AdamW, {"lr": 1e-2, "maximize": True}),
+    "SGD": (torch.optim.SGD, {"lr": 0.3, "momentum": 0.9}),
+    "plain SGD": (torch.optim.SGD, {"lr": 0.3}),
+    "RMSprop": (torch.optim.RMSprop, {"lr": 1e-3}),
+    "Muon": (torch.optim.Muon, {"lr": 1e-3}),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_spectral_step_decreases_the_loss_at_least_as_the_bases_own(monkeypatch, name):
+    """To first order, along the average of the gradient; and it is the turned step where that is enough."""
+    calls, completed = [], Spectral.completed
+
+    def noted(self, move, average, descent):
+        """Keep what the step was made of."""
+        calls.append((move, average, descent, completed(self, move, average, descent)))
+        return calls[-1][-1]
+
+    monkeypatch.setattr(Spectral, "completed", noted)
+    kind, settings = BASES[name]
+    model = tiny.llama(init_lora_weights=False)
+    optimizer = GritOptimizer(kind(tiny.trained(model), **settings), model, kfac_min_samples=1)
+    tiny.train(model, optimizer, 4)
+    enough, lacking = 0, 0
+    for move, average, descent, whole in calls:
+        for m, a, d, w in zip(move, average, descent, whole, strict=True):
+            own, turned, ours = (torch.sum(a * step).item() for step in (d, m, w))
+            if turned >= own:
+                assert torch.equal(m, w)
+                enough += 1
+            else:  # all of the base's step where the turned one goes up the average
+                assert ours == pytest.approx(own + min(turned, 0), rel=1e-4)
+                lacking += 1
+    assert lacking
+    assert enough + lacking == 4 * 28
+
+
 @pytest.mark.parametrize("mode", ["spectral", "steer"])
 def test_full_caution_never_goes_up_the_newest_gradient(monkeypatch, mode):
     moved = {}
     monkeypatch.setattr(mode_named(mode), "a_step_ratio", 1.0)
+    monkeypatch.setattr(mode_named(mode), "completed", Steer.completed)
     for caution in (0.0, 1.0):
         monkeypatch.setattr(mode_named(mode), "caution", caution)
         options, settings = {"precondition": mode}, {"lr": 1e-2, "weight_decay": 0.0}
