@@ -19,7 +19,7 @@ def test_a_bias_of_b_keeps_its_layer(base_folder, tmp_path):
     optimizer.reduce_ranks_(chosen(optimizer, {"q_proj": 0}))
     for fold in (False, True):
         report = optimizer.save_adapter(tmp_path, fold_scale=fold)
-        assert min(report.values()) == 1
+        assert min(report.values()) == (3 if fold else 1), "folded, all are padded to one rank"
         fresh = PeftModel.from_pretrained(bases.make("fp32", base_folder), tmp_path)
         assert (bases.answer("fp32", fresh) - bases.answer("fp32", model)).abs().max() < 2e-6
 
