@@ -116,7 +116,7 @@ class Steer(Mode):
         return move
 
     def _length(self, held: Held, step: Tensor, descent: Tensor) -> Tensor:
-        """Frobenius norm that the turned steps are to have, ``[m, 1, 1]``; zero where the base did not move."""
+        """Frobenius norm that turned steps are to have, ``[m, 1, 1]``; zero where the base did not move."""
         options, group = self.options, held.group
         ratio: Tensor | float = self.a_step_ratio if group.side == "A" else 1.0
         if options.step_length == "base":
