@@ -225,3 +225,23 @@ def test_effective_rank_falls_as_one_entry_comes_to_dominate():
     found = linalg.effective_rank(spectra)
     torch.testing.assert_close(found, expected)
     assert (found.diff() < 0).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    below=st.sampled_from([0.0, 1e-16, 1e-10, 1e-7, 1e-4]),
+    which=st.sampled_from(["activation", "gradient", "both"]),
+)
+def test_balance_is_bounded_where_an_eigenvalue_is_slightly_negative(seed, below, which):
+    """Rounding leaves such factors; what lies below it counts as zero."""
+    random = torch.Generator().manual_seed(seed)
+    turns = torch.linalg.qr(torch.randn(2, 4, 4, generator=random, dtype=torch.float64))[0]
+    values = torch.tensor([1.0, 0.3, 0.01, -below], dtype=torch.float64)
+    bad, good = turns @ torch.diag(values) @ turns.mT, turns @ torch.diag(values.abs() + 0.1) @ turns.mT
+    activation = bad if which != "gradient" else good
+    gradient = bad.flip(0) if which != "activation" else good.flip(0)
+    transform, inverse, spectrum = linalg.balance(activation, gradient, everything(2, 4))
+    assert (torch.linalg.matrix_norm(transform) * torch.linalg.matrix_norm(inverse) < 1e7).all()
+    torch.testing.assert_close(transform @ inverse, torch.eye(4).double().expand(2, 4, 4), rtol=0, atol=1e-8)
+    assert (spectrum >= 0).all()

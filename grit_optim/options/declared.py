@@ -43,9 +43,9 @@ class PreconditionOptions(Group):
         steepest descent in the spectral norm of Fisher coordinates: the momentum is whitened on its rank
         side, as Muon does to whole matrices. "steer": the base's step is turned to the natural gradient of
         its moment. "eigenbasis": the base works in the eigenbasis of each pair's factors, and keeps its
-        moments there, as SOAP does for Adam. "balanced": the pairs are kept in coordinates in which both
-        factors are diagonal and equal. "inverse": the gradient is multiplied by the damped inverse before the
-        base sees it (the GRIT paper). "none": the base, bit for bit.""",
+        moments there, as SOAP does for Adam. "balanced": the base works in the coordinates in which both
+        factors are diagonal and equal, and keeps its moments there. "inverse": the gradient is multiplied by
+        the damped inverse before the base sees it (the GRIT paper). "none": the base, bit for bit.""",
     )
     kfac_power: float | None = option(
         None,

@@ -163,3 +163,19 @@ def test_sites_that_are_none_are_refused_by_type_and_place(given, kind):
     with pytest.raises(TypeError, match=rf"got {kind} at place 0. Make one with Site.from_modules"):
         GritOptimizer(AdamW(trained(model)), model, sites=given)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_complex_pairs_are_refused_by_name(given):
+    if given:
+        model = HandWritten().to(torch.complex64)
+        sites = [Site.from_modules("mine", model.down, model.up)]
+    else:
+        model, sites = llama(layers=1), None
+        for name, module in model.named_modules():
+            if name.endswith("q_proj.lora_A.default"):
+                module.to(torch.complex64)
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    with pytest.raises(TypeError, match=r"site '.*(mine|q_proj).*' has a complex A"):
+        GritOptimizer(AdamW(trained(model)), model, sites=sites)
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
