@@ -145,7 +145,7 @@ def step_within(base: Optimizer) -> None:
     Hooks on the steps of all optimizers (``torch.optim.optimizer.register_optimizer_step_pre_hook``) have
     run for the wrapper, or will. Here they are left out, so that they run once a step.
     """
-    hooks = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+    hooks: tuple[dict[int, Any], ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
     kept = [dict(those) for those in hooks]
     try:
         for those in hooks:

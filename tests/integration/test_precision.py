@@ -65,21 +65,18 @@ def test_overflow_is_skipped_and_its_statistics_discarded():
 
 
 def test_overflow_whose_gradients_the_model_cleared():
-    """Trainer calls model.zero_grad(): the skipped step's infinite statistics are still there in the next."""
+    """Trainer calls model.zero_grad(): the skipped step's infinite statistics are gone with its gradients."""
     model = warm(llama())
     optimizer = grit(model)
     (loss_of(model, 99) * float("inf")).backward()
     model.zero_grad()
     train(model, optimizer, 1)
-    assert optimizer.telemetry()["dropped_folds"] == 1
-    assert set(optimizer.telemetry()["samples"].values()) == {0}
-    train(model, optimizer, 1, first=1)
-    assert optimizer.telemetry()["dropped_folds"] == 1
+    assert optimizer.telemetry()["dropped_folds"] == 0
     assert max(optimizer.telemetry()["samples"].values()) == 44
 
 
 def test_skipped_step_with_finite_taps_is_no_mismatch():
-    """A scaler also skips where only the product δ xᵀ overflowed; the taps then hold that batch."""
+    """A scaler also skips where only the product δ xᵀ overflowed."""
     model = warm(llama())
     optimizer = grit(model)
     loss_of(model, 99).backward()
@@ -87,8 +84,7 @@ def test_skipped_step_with_finite_taps_is_no_mismatch():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, optimizer, 2)
-    # The skipped batch's tokens count too: they come from the weights that the next step starts from.
-    assert max(optimizer.telemetry()["samples"].values()) == 3 * 44
+    assert max(optimizer.telemetry()["samples"].values()) == 2 * 44
 
 
 # -------------------------------------------------------------------- bitsandbytes
