@@ -48,8 +48,10 @@ class Undo:
         for one in flat:
             self._note_flat(one)
         self._parameters = [(p, p.data, p.grad) for p in dict.fromkeys(parameters)]
-        self._tensors = [*tensors, *(data for _, data, _ in self._parameters)]
-        self._values = copied(self._tensors)
+        data = [data for _, data, _ in self._parameters]
+        values = copied([*tensors, *data])
+        self._tensors = list(zip(tensors, values, strict=False))
+        self._data = values[len(tensors) :]
 
     def _follow(self, roots: Iterable[Any]) -> list[Tensor]:
         """Note all containers that ``roots`` lead to; returns the tensors among what they hold."""
@@ -85,12 +87,14 @@ class Undo:
         """Let the objects hold what they held."""
         for container, held in self._containers:
             _refill(container, held)
-        for tensor, value in zip(self._tensors, self._values, strict=True):
-            tensor.detach().copy_(value)
-        for parameter, data, gradient in self._parameters:
-            if parameter.shape != data.shape or parameter.data_ptr() != data.data_ptr():
+        for tensor, value in self._tensors:
+            if not _written(tensor, value):
+                tensor.data = value
+        for (parameter, data, gradient), value in zip(self._parameters, self._data, strict=True):
+            held = data if _written(data, value) else value
+            if parameter.shape != held.shape or parameter.data_ptr() != held.data_ptr():
                 parameter.grad = None
-                set_data(parameter, data)
+                set_data(parameter, held)
             if parameter.grad is not gradient:
                 parameter.grad = gradient
 
@@ -105,11 +109,21 @@ def undone_on_failure(undo: Undo) -> Iterator[None]:
         raise
 
 
+def _written(tensor: Tensor, value: Tensor) -> bool:
+    """Write ``value`` into ``tensor``; whether that was possible, on a device that has just failed."""
+    try:
+        tensor.detach().copy_(value)
+    except BaseException:
+        return False
+    return True
+
+
 def set_data(parameter: Tensor, data: Tensor) -> None:
     """Let ``parameter``, which has no gradient, hold ``data``, which may have another shape."""
     # While an old graph is alive, autograd keeps the parameter's old shape. A change of dtype renews it.
-    other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
-    parameter.data = parameter.data.to(other)
+    if parameter.shape != data.shape:
+        other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
+        parameter.data = parameter.data.to(other)
     parameter.data = data
 
 

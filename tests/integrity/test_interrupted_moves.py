@@ -14,20 +14,23 @@ class OutOfMemory(BaseException):
 
 
 class FailAt(TorchDispatchMode):
-    """Lets the k-th operation fail, counted from 0; counts them all."""
+    """Lets the k-th operation fail, counted from 0; notes which ones come after a tensor was written to."""
 
     def __init__(self, k):
         super().__init__()
-        self.k, self.seen = k, 0
+        self.k, self.seen, self.after_writes = k, 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen += 1
         if self.seen == self.k + 1:
             raise OutOfMemory(str(func))
+        if func._schema.is_mutable:
+            self.after_writes.append(self.seen)
         return func(*args, **(kwargs or {}))
 
 
-MOVING = {"reprojection": "balanced", "reprojection_freq": 4, "rank_budget": 0.6, "min_lora_rank": 0}
+MOVING = {"reprojection": "balanced", "reprojection_freq": 4, "rank_budget": 0.6}
+MOVING |= {"min_lora_rank": 0, "reprojection_warmup_steps": 4}
 STEPS = {
     "balanced": {"precondition": "balanced", "kfac_update_freq": 1},
     "eigenbasis": {"precondition": "eigenbasis", "kfac_update_freq": 1},
@@ -40,9 +43,10 @@ STEPS = {
         "reprojection": "two_sided",
         "reprojection_k": 2,
         "reprojection_freq": 4,
+        "reprojection_warmup_steps": 4,
     },
 }
-POINTS = 10
+ANYWHERE, AFTER_WRITES = 3, 5
 
 
 def ready(options):
@@ -61,41 +65,56 @@ def fork(model, optimizer):
     return model, optimizer
 
 
-def operations(run):
+def places(run):
+    """Some of the places where it can fail: anywhere, the first and the last among them, and after writes."""
     with FailAt(-1) as counter:
         run()
-    return counter.seen
+    last, writes = counter.seen - 1, [k for k in counter.after_writes if k < counter.seen]
+    spread = {round(i * last / (ANYWHERE - 1)) for i in range(ANYWHERE)}
+    return sorted(spread | {writes[round(i * (len(writes) - 1) / AFTER_WRITES)] for i in range(AFTER_WRITES)})
 
 
-def spread(count):
-    """Some of the places where it can fail, the first and the last among them."""
-    return sorted({round(i * (count - 1) / (POINTS - 1)) for i in range(POINTS)})
+def watched(optimizer):
+    """Tells how far the base has got with its step."""
+    base, told = optimizer.base, {"stage": "before"}
+    step = base.step
 
+    def watch(*args):
+        told["stage"] = "within"
+        step(*args)
+        told["stage"] = "after"
 
-def gap(model, others):
-    return min(float((layered.answer(model) - other).abs().max()) for other in others)
+    base.step = watch
+    return told
 
 
 @pytest.mark.parametrize("options", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.filterwarnings("ignore")
 def test_a_step_that_fails_anywhere_leaves_one_system_of_coordinates(options):
-    """Between before and after lies only what the base itself had written, if it was the one to fail."""
+    """The answers are those before, after the base's step, or after all; within it, that is the base's."""
     model, optimizer = ready(options)
-    before = layered.answer(model)
-    after_model, after = fork(model, optimizer)
-    count = operations(after.step)
-    after_answer = layered.answer(after_model)
-    whole_step = float((after_answer - before).abs().max())
-    layered.train(after_model, after, 1, first=5)
-    for k in spread(count):
+    without_model, without = fork(*ready({**options, "reprojection_freq": 1000}))
+    without.step()
+    whole_model, whole = fork(model, optimizer)
+    known = places(whole.step)
+    answers = [layered.answer(one) for one in (model, whole_model, without_model)]
+    layered.train(whole_model, whole, 2, first=5)
+    later = layered.answer(whole_model)
+    size = float((answers[1] - answers[0]).abs().max())
+    moved = 0
+    for k in known:
         twin, other = fork(model, optimizer)
+        told = watched(other)
         with pytest.raises(OutOfMemory), FailAt(k):
             other.step()
-        assert gap(twin, (before, after_answer)) <= 1.01 * whole_step + 1e-6, k
+        now = layered.answer(twin)
+        allowed = answers[:1] if told["stage"] == "before" else answers
+        if told["stage"] != "within" or options["precondition"] not in ("balanced", "inverse"):
+            assert min(float((now - one).abs().max()) for one in allowed) < 2e-5, (k, told)
+        moved += told["stage"] == "after"
         layered.train(twin, other, 2, first=5)
-        left, right = layered.answer(twin), layered.answer(after_model)
-        assert left.isfinite().all()
-        assert (left - right).abs().max() < 5 * whole_step + 1e-3, f"operation {k} of {count}"
+        assert (layered.answer(twin) - later).abs().max() < 3 * size + 1e-3, (k, told)
+    assert moved > 0 or "reprojection" not in options
 
 
 def everything(model, optimizer):
@@ -134,10 +153,10 @@ def test_a_move_that_fails_anywhere_has_changed_nothing(mode, what):
             o.close()
 
     after_model, after = fork(model, optimizer)
-    count = operations(lambda: run(after_model, after))
+    known = places(lambda: run(after_model, after))
     whole = everything(after_model, after)
     undone = 0
-    for k in spread(count):
+    for k in known:
         twin, other = fork(model, optimizer)
         before = everything(twin, other)
         with pytest.raises(OutOfMemory), FailAt(k):
