@@ -99,7 +99,8 @@ class Parts:
     ) -> Iterator[None]:
         own = [self.sites, self.schedule, self.curvature, self.ranks, self.preconditioning]
         parameters = [p for group in self.base.param_groups for p in group["params"]]
-        undo = Undo([*held, *own], [self.capture], flat, weights, [*apart, self.times, *parameters])
+        apart = [*apart, self.times, self.capture.hooks, *parameters]
+        undo = Undo([*held, *own], [self.capture], flat, weights, apart)
         tapped, capture = self._tapped, self.capture.state_dict()
         try:
             yield

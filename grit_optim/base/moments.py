@@ -91,7 +91,8 @@ def _by_steps(base: Optimizer, parameters: Sequence[Tensor], formula: Callable[[
     if len(values) == 1:
         return next(iter(values.values()))
     device = parameters[0].device
-    return torch.stack([torch.as_tensor(values[key], device=device) for key in keys])[:, None, None]
+    found = [torch.as_tensor(values[key], dtype=torch.float32, device=device) for key in keys]
+    return torch.stack(found)[:, None, None]
 
 
 def set_first_moment(base: Optimizer, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:

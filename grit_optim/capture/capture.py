@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch.utils.hooks import RemovableHandle
+
 from grit_optim.capture import processes
 from grit_optim.capture.diagnosis import SiteReport, TapWatch, inspect
 from grit_optim.capture.sums import Sums
@@ -93,6 +95,11 @@ class Capture:
     def discard(self) -> None:
         """Forget what was gathered since the last step."""
         self._taps.discard()
+
+    @property
+    def hooks(self) -> list[RemovableHandle]:
+        """The handles of all hooks: what stands on the model must not be forgotten, whatever is undone."""
+        return self._taps.hooks
 
     @property
     def waiting(self) -> list[int]:

@@ -106,6 +106,7 @@ class Taps:
             shared out.
         offset: steps collected so far, which shifts the first token that is taken.
         bypass: notices steps around the optimizer.
+        hooks: the handles of all hooks, one list for as long as the taps live.
     """
 
     def __init__(self, max_tokens: int | None, times: StageTimes) -> None:
@@ -121,10 +122,10 @@ class Taps:
         self._weights: list[tuple[Tensor, Tensor]] = []
         self._positions: dict[int, int] = {}
         self._hooked: set[tuple[int, int]] = set()
-        self._hooks: list[RemovableHandle] = []
+        self.hooks: list[RemovableHandle] = []
         self._gradients = KeptGradients([])
         self._passes: dict[int, _Pass] = {}
-        weakref.finalize(self, _remove, self._hooks).atexit = False
+        weakref.finalize(self, _remove, self.hooks).atexit = False
 
     def attach(self, sites: Sequence[Site], buckets: Sequence[Bucket]) -> None:
         """Tap these sites, and no others, from now on.
@@ -135,7 +136,7 @@ class Taps:
             sites: the sites, in the model's order.
             buckets: the same sites, stacked.
         """
-        _remove(self._hooks)
+        _remove(self.hooks)
         accounts = self.gathered.by_site()
         left = {id(site): known for site, known in zip(self.sites, self._gradients.left, strict=True)}
         self.sites = list(sites)
@@ -149,10 +150,10 @@ class Taps:
         try:
             for position, site in enumerate(self.sites):
                 _remove_inert_taps(site.tap)
-                self._hooks.append(site.tap.register_forward_hook(Tap(self, position)))
+                self.hooks.append(site.tap.register_forward_hook(Tap(self, position)))
                 self._hook_trained(position)
         except BaseException:
-            _remove(self._hooks)
+            _remove(self.hooks)
             raise
         self.gathered.adopt(accounts)
         self._gradients.left = [left.get(id(site), {}) for site in self.sites]
@@ -163,8 +164,8 @@ class Taps:
             if weight.requires_grad and (position, side) not in self._hooked:
                 self._hooked.add((position, side))
                 before, after = (GradientTap(self, position, side, before) for before in (True, False))
-                self._hooks.append(weight.register_hook(before))
-                self._hooks.append(weight.register_post_accumulate_grad_hook(after))
+                self.hooks.append(weight.register_hook(before))
+                self.hooks.append(weight.register_post_accumulate_grad_hook(after))
 
     def discard(self) -> None:
         """Forget what was gathered since the last :meth:`collect`."""
@@ -317,7 +318,7 @@ class Taps:
 
     def close(self) -> None:
         """Remove the taps."""
-        _remove(self._hooks)
+        _remove(self.hooks)
         self._positions.clear()
         self.discard()
 

@@ -92,7 +92,7 @@ def test_the_diagonal_is_the_dense_ones(side):
     layer, x, g, dense = fisher_pair()
     optimizer = trained_through(layer, x, g, fisher="diagonal")
     mean = optimizer.curvature[0].moments.means[side][0]
-    torch.testing.assert_close(mean.flatten(), dense[side].diagonal(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(mean.flatten().double(), dense[side].diagonal(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("side", ["A", "B"])
@@ -102,7 +102,7 @@ def test_the_block_is_the_dense_ones_partial_trace(side):
     shape, traced = ((R, D_IN), "iaja->ij") if side == "A" else ((D_OUT, R), "aiaj->ij")
     expected = torch.einsum(traced, dense[side].reshape(*shape, *shape))
     torch.testing.assert_close(
-        optimizer.curvature[0].moments.matrices(side)[0], expected, rtol=1e-12, atol=1e-14
+        optimizer.curvature[0].moments.matrices(side)[0].double(), expected, rtol=1e-5, atol=1e-7
     )
 
 
@@ -122,7 +122,7 @@ def test_ekfacs_eigenvalues_are_the_dense_ones_diagonal_in_its_basis(side):
         moments.fold(group, curvature.to_eigenbasis(group, gradient[None]), torch.tensor([True]), None)
     expected = (basis.T @ dense[side] @ basis).diagonal()
     # Q itself is fp32.
-    torch.testing.assert_close(moments.means[side][0].flatten(), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(moments.means[side][0].flatten().double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def distance(approximation, dense):
@@ -187,7 +187,7 @@ def test_decayed_moments_weigh_steps(kind):
     moments.fold(group, steps[0] * torch.nan, torch.tensor([False]), 0.5)
     made = [step[0] @ step[0].T if kind == "block_diagonal" else step[0].square() for step in steps]
     expected = (0.25 * made[0] + 0.5 * made[1] + made[2]) / 1.75
-    torch.testing.assert_close(moments.means["A"][0], expected)
+    torch.testing.assert_close(moments.means["A"][0].double(), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(moments.means["A"][0], kept), "a step that does not count changes nothing"
 
 
