@@ -86,13 +86,23 @@ def _by_steps(base: Optimizer, parameters: Sequence[Tensor], formula: Callable[[
         One value where all have taken equally many steps, as far as the host knows; else ``[m, 1, 1]``.
     """
     counts = [base.state.get(p, {}).get("step") for p in parameters]
-    keys = [c.item() if isinstance(c, Tensor) and c.device.type == "cpu" else c for c in counts]
-    values = {key: 1.0 if c is None else formula(c) for key, c in zip(keys, counts, strict=True)}
+    keys = _known(counts)
+    values = {
+        key: 1.0 if c is None else formula(c) for key, c in dict(zip(keys, counts, strict=True)).items()
+    }
     if len(values) == 1:
         return next(iter(values.values()))
     device = parameters[0].device
     found = [torch.as_tensor(values[key], dtype=torch.float32, device=device) for key in keys]
     return torch.stack(found)[:, None, None]
+
+
+def _known(counts: Sequence[Any]) -> list[Any]:
+    """The counts as the host knows them: a tensor on another device stands for itself."""
+    here = [c for c in counts if isinstance(c, Tensor) and c.device.type == "cpu" and c.dim() == 0]
+    if len(here) == len(counts):
+        return torch.stack(here).tolist()  # read at once: a read for each would cost more with every pair
+    return [c.item() if isinstance(c, Tensor) and c.device.type == "cpu" else c for c in counts]
 
 
 def set_first_moment(base: Optimizer, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -6,8 +6,9 @@ import pytest
 from tiny import grit, llama, loss_of, train
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-# These make another view of the same memory and launch nothing.
+# These make another view of the same memory, or take memory, and launch nothing.
 VIEWS = (
+    "empty_like",
     "detach",
     "view",
     "select",
