@@ -78,7 +78,7 @@ class Steer(Mode):
         step, average, squares = taken - decayed, self._average(held), self._squares(held)
         moment = self._mixed(held, average) / squares.mean(group.rank_dim, keepdim=True).sqrt()
         direction = self._cautious(held, self.direction(held, moment))
-        descent = self._descent(step, average, squares)
+        descent = self._descent(held, step, average, squares)
         length = self._length(held, step, descent) / norm(direction)
         move = self.completed(length * direction, average.fresh, descent)
         # Without a gradient (an expert that saw no token) the base's step fades out as its average does; so
@@ -112,7 +112,7 @@ class Steer(Mode):
         return move
 
     def _length(self, held: Held, step: Tensor, descent: Tensor) -> Tensor:
-        """Frobenius norm that each turned step is to have, ``[m, 1, 1]``; zero where the base did not move."""
+        """Frobenius norm that turned steps are to have, ``[m, 1, 1]``; zero where the base did not move."""
         options, group = self.options, held.group
         ratio: Tensor | float = self.a_step_ratio if group.side == "A" else 1.0
         if options.step_length == "base":
@@ -121,15 +121,24 @@ class Steer(Mode):
         rms = _number(options.step_length) * base_settings.rate(self._settings(held))
         return ratio * rms * entries.sqrt()[:, None, None] * (norm(step) > 0)
 
-    def _descent(self, step: Tensor, average: Average, squares: Tensor) -> Tensor:
+    def _descent(self, held: Held, step: Tensor, average: Average, squares: Tensor) -> Tensor:
         """What the base would have taken off the weights, had its average been the fresh one.
 
         An Adam divides its average by the root of the squares, up to a factor that its own step tells.
         """
         if average.fresh is average.own:
             return -step
-        root = squares.sqrt()
+        root = squares.sqrt() + self._floor(held)
         return norm(step) / norm(average.own / root) * average.correction * (average.fresh / root)
+
+    def _floor(self, held: Held) -> Tensor | float:
+        """What Adam adds to that root: ε, less its bias correction. It keeps rounding errors from steps."""
+        settings = self._settings(held)
+        eps = settings.get("eps", 0.0)
+        if not isinstance(eps, int | float) or "betas" not in settings:
+            return 0.0
+        parameter, decay = held.group.parameters[0], float(settings["betas"][1])
+        return eps * base_moments.moment_weight(self.base, parameter, settings, decay) ** 0.5
 
     def _squares(self, held: Held) -> Tensor:
         """The base's average of the squared gradient, ``[m, rows, columns]``; ones if it keeps none."""
