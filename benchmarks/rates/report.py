@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..comparison.summary import Cell, Method, Result, comparable, loss_surroundings, methods, setting
+from ..comparison.summary import Cell, Method, Result, comparable, loss_setting, methods
 from ..core.files import BenchmarkError, write_text
 from ..core.plots import LOSS, panels, save, styles
-from ..core.results import read_results
+from ..core.results import RunConfig, read_results
 from ..core.settings import REFERENCE
 
 if TYPE_CHECKING:
@@ -24,22 +24,11 @@ _LEGEND = (
 )
 
 
-def _key(result: Result) -> dict[str, str]:
-    """What must agree within a panel: what a loss depends on by more than rounding."""
-    own = {
-        name: value
-        for name, value in setting(result).items()
-        if not name.startswith(("hardware ", "version of "))
-    }
-    return {**own, **loss_surroundings(result)}
-
-
 def _title(result: Result) -> str:
     """A panel's name: the task, the model where it is not the embedded one, and the number of steps."""
     config = result["config"]
-    base = config.get("base", "embedded")
-    layers = config.get("adapted_layers")
-    model = "" if base == "embedded" else f", {base}" + (f" (last {layers} layers)" if layers else "")
+    base, layers = config["base"], config["adapted_layers"]
+    model = "" if base == RunConfig.base else f", {base}" + (f" (last {layers} layers)" if layers else "")
     return f"{config['task']}{model}, {config['steps']} steps"
 
 
@@ -68,8 +57,8 @@ def _rows(reference: Method, other: Method) -> list[str]:
     rows = []
     for lr in sorted(theirs.keys() | ours.keys()):
         one, two = theirs.get(lr), ours.get(lr)
-        known = one is not None and two is not None and one.loss is not None and two.loss is not None
-        difference = f"{two.loss - one.loss:+.3f}".replace("-", "−") if known else "–"  # type: ignore[operator, union-attr]
+        known = [cell.loss for cell in (one, two) if cell is not None and cell.loss is not None]
+        difference = f"{known[1] - known[0]:+.3f}".replace("-", "−") if len(known) == 2 else "–"
         ratio = f"{lr / best.lr:.3g}×" if best else "–"
         rows.append(f"| {lr:g} | {ratio} | {_text(one)} | {_text(two)} | {difference} |")
     return rows
@@ -90,11 +79,9 @@ def _plot(axis: Axes, results: Sequence[Result]) -> None:
     pair = _pair(methods(results), _title(results[0]))
     low, high = math.inf, -math.inf
     for method, style in zip(pair, styles(), strict=False):
-        cells = [cell for cell in method.cells if cell.loss is not None]
-        axis.plot(
-            [cell.lr for cell in cells], [cell.loss or 0.0 for cell in cells], label=method.label, **style
-        )
-        below = [cell.loss or 0.0 for cell in cells if pair[0].best is None or cell.lr <= pair[0].best.lr]
+        points = [(cell.lr, cell.loss) for cell in method.cells if cell.loss is not None]
+        axis.plot([lr for lr, _ in points], [loss for _, loss in points], label=method.label, **style)
+        below = [loss for lr, loss in points if pair[0].best is None or lr <= pair[0].best.lr]
         low, high = min([low, *below]), max([high, *below])
     axis.set_xscale("log")
     if low < high:
@@ -120,7 +107,7 @@ def draw(groups: Sequence[Sequence[Result]], path: Path) -> Path:
 
 def report(folder: Path) -> str:
     """Write `rates.md` and `rates.png` into `folder` and print the table; returns the table."""
-    groups = [results for _, results in comparable(read_results(folder), _key)]
+    groups = [results for _, results in comparable(read_results(folder), loss_setting)]
     groups.sort(key=lambda results: _title(results[0]))
     text = "\n\n".join([*map(_section, groups), _LEGEND]) + "\n"
     write_text(folder / TABLE, text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -129,8 +129,7 @@ class Standing:
 
 def _same_but_rate(config: Mapping[str, Any], wanted: RunConfig) -> bool:
     """Whether a result's configuration is that of `wanted` at whatever rate and seed."""
-    return replace(RunConfig(**config), lr=wanted.lr, seed=wanted.seed) == wanted
-
+    return {**config, "lr": wanted.lr, "seed": wanted.seed} == vars(wanted)
 
 
 @dataclass(frozen=True)
