@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..comparison.summary import Cell, Method, Result, comparable, loss_setting, methods
 from ..core.files import BenchmarkError, write_text
-from ..core.plots import LOSS, panels, save, styles
+from ..core.plots import LOSS, learning_rate_axis, panels, save, styles
 from ..core.results import RunConfig, read_results
 from ..core.settings import REFERENCE
 
@@ -83,7 +83,8 @@ def _plot(axis: Axes, results: Sequence[Result]) -> None:
         axis.plot([lr for lr, _ in points], [loss for _, loss in points], label=method.label, **style)
         below = [loss for lr, loss in points if pair[0].best is None or lr <= pair[0].best.lr]
         low, high = min([low, *below]), max([high, *below])
-    axis.set_xscale("log")
+    learning_rate_axis(axis)
+    axis.tick_params(axis="x", labelsize=6.5)
     if low < high:
         axis.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
     axis.set_title(_title(results[0]), fontsize=9)
