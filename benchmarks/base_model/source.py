@@ -43,9 +43,11 @@ class Source:
     @property
     def name(self) -> str:
         """The hub's id, or the folder's own name: no path of this machine."""
-        if self.model == smollm2.NAME or self.is_embedded:
-            return smollm2.NAME if self.model == smollm2.NAME else EMBEDDED
-        return self.folder.resolve().name if self.folder else self.model
+        if self.is_embedded:
+            return EMBEDDED
+        if self.model == smollm2.NAME or self.folder is None:
+            return self.model
+        return self.folder.resolve().name
 
     @property
     def is_embedded(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.plots import LOSS, panels, save, styles
+from ..core.plots import LOSS, learning_rate_axis, panels, save, styles
 from .summary import Cell, Method, reference_cell
 
 if TYPE_CHECKING:
@@ -87,17 +87,11 @@ def _mark_diverged(axis: Axes, found: Sequence[Method]) -> None:
 
 def draw_rates(found: Sequence[Method], path: Path) -> Path:
     """Final held-out loss over the learning rate, with the spread between seeds; crosses: diverged runs."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
     figure, (axis,) = panels(1, 1, 5.2)
     for method, style in zip(found, styles(), strict=False):
         _plot_rates(axis, method, style)
     _mark_diverged(axis, found)
-    axis.set_xscale("log")
-    rates = sorted({cell.lr for method in found for cell in method.cells})
-    axis.xaxis.set_major_locator(FixedLocator(rates))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    learning_rate_axis(axis, sorted({cell.lr for method in found for cell in method.cells}))
     axis.set_xlabel("peak learning rate (log scale)")
     axis.set_ylabel("final " + LOSS)
     axis.margins(0.12)

@@ -25,12 +25,8 @@ _NUMBERS = {
     "warmup": read.whole,
     "eval_every": read.positive_int,
 }
-_SHARED = (
-    *_NUMBERS,
-    "alpha",
-    "precision",
-    "adapted_layers",
-)  # what the command line may set of a run's configuration
+# What the command line may set of a run's configuration.
+_SHARED = (*_NUMBERS, "alpha", "precision", "adapted_layers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import write_text
-from ..core.results import RunConfig, read_results
+from ..core.results import read_results
 from .figures import draw
 from .summary import Cell, Method, Result, Row, comparable, methods, reference_cell, rows, sections
 
@@ -101,8 +101,8 @@ def _origin(results: Sequence[Result]) -> str:
 
 def _model(config: dict[str, Any]) -> str:
     """The base model and, where not all are, how many of its layers are adapted."""
-    base, layers = config.get("base", RunConfig.base), config.get("adapted_layers")
-    return f"base model {base}" + (f" (its last {layers} layers)" if layers else "")
+    layers = config["adapted_layers"]
+    return f"base model {config['base']}" + (f" (its last {layers} layers)" if layers else "")
 
 
 def table(results: Sequence[Result]) -> str:

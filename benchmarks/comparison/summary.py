@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..core.results import RunConfig
 from ..core.settings import REFERENCE
 
 Result = dict[str, Any]
@@ -18,8 +17,6 @@ _SHARED = (
     "task", "base", "adapted_layers", "steps", "batch_size", "rank", "alpha", "warmup", "eval_every",
     "device", "precision",
 )  # fmt: skip
-# What the first results, which do not name them, were made with.
-_BEFORE = {"precision": "fp32", "base": RunConfig.base, "adapted_layers": RunConfig.adapted_layers}
 # What makes a method besides the optimizer's name; shown in its label where it varies.
 _VARIANT = ("beta1", "beta2", "weight_decay", "options")
 
@@ -43,9 +40,13 @@ def loss_surroundings(result: Result) -> dict[str, str]:
 
 def setting(result: Result) -> dict[str, str]:
     """What must agree for two runs to stand in one table, as text by name."""
-    config = {**_BEFORE, **result["config"]}
-    shared = {name: str(config[name]) for name in _SHARED}
+    shared = {name: str(result["config"][name]) for name in _SHARED}
     return {"data and model": result["fingerprint"][:16], **shared, **surroundings(result)}
+
+
+def loss_setting(result: Result) -> dict[str, str]:
+    """The part of :func:`setting` that losses may depend on by more than rounding."""
+    return {name: value for name, value in setting(result).items() if name not in _TIMING}
 
 
 def comparable(

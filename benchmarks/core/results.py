@@ -25,7 +25,7 @@ _REQUIRED = (
 )
 
 
-_LATER = ("base", "adapted_layers")  # settings that came after the first results
+_LATER = ("base", "adapted_layers")  # settings that came after the first results were named
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ class RunConfig:
         return f"{self.task}-{self.optimizer}-lr{self.lr:g}-seed{self.seed}-{digest}.json"
 
 
+_DEFAULTS = asdict(RunConfig("", "", 0.0, 0))
+
+
 def finite(value: float) -> float | None:
     """The value, or None (JSON's null) where it is infinite or not a number."""
     return value if math.isfinite(value) else None
@@ -84,7 +87,10 @@ def write_result(folder: Path, result: dict[str, Any]) -> Path:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Read one result; an error names the file and what is wrong with it."""
+    """Read one result; an error names the file and what is wrong with it.
+
+    Settings that it does not name are younger than it, and get the defaults that it was made with.
+    """
     try:
         result = packing.read(path)
     except ValueError as error:
@@ -99,6 +105,7 @@ def read_result(path: Path) -> dict[str, Any]:
         raise BenchmarkError(
             f"{packing.place(path)} has format {result.get('format')}, this program reads {FORMAT}; run again"
         )
+    result["config"] = {**_DEFAULTS, **result["config"]}
     return result
 
 
@@ -118,7 +125,7 @@ def is_done(folder: Path, config: RunConfig, fingerprint: str) -> bool:
     if not packing.exists(path):
         return False
     found = read_result(path)
-    if RunConfig(**found["config"]) != config:
+    if found["config"] != asdict(config):
         raise BenchmarkError(
             f"{packing.place(path)} holds another configuration than its name says; "
             "move it away and run again"

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..comparison.summary import Cell, Method, Result, comparable, loss_surroundings, methods, setting
+from ..comparison.summary import Cell, Method, Result, comparable, loss_setting, methods
 from ..core.files import BenchmarkError, write_text
-from ..core.plots import LOSS, panels, save, styles
-from ..core.results import read_results
+from ..core.plots import LOSS, learning_rate_axis, panels, save, styles
+from ..core.results import RunConfig, read_results
 from ..core.settings import REFERENCE
 
 if TYPE_CHECKING:
@@ -24,32 +24,21 @@ _LEGEND = (
 )
 
 
-def _key(result: Result) -> dict[str, str]:
-    """What must agree within a panel: what a loss depends on by more than rounding."""
-    own = {
-        name: value
-        for name, value in setting(result).items()
-        if not name.startswith(("hardware ", "version of "))
-    }
-    return {**own, **loss_surroundings(result)}
-
-
-def title(result: Result) -> str:
+def _title(result: Result) -> str:
     """A panel's name: the task, the model where it is not the embedded one, and the number of steps."""
     config = result["config"]
-    base = config.get("base", "embedded")
-    layers = config.get("adapted_layers")
-    model = "" if base == "embedded" else f", {base}" + (f" (last {layers} layers)" if layers else "")
+    base, layers = config["base"], config["adapted_layers"]
+    model = "" if base == RunConfig.base else f", {base}" + (f" (last {layers} layers)" if layers else "")
     return f"{config['task']}{model}, {config['steps']} steps"
 
 
-def _pair(found: Sequence[Method], name: str) -> tuple[Method, Method]:
+def _pair(found: Sequence[Method], title: str) -> tuple[Method, Method]:
     """AdamW and GRIT."""
     reference = [method for method in found if method.optimizer == REFERENCE]
     others = [method for method in found if method.optimizer != REFERENCE]
     if len(reference) != 1 or len(others) != 1:
         names = ", ".join(method.label for method in found)
-        raise BenchmarkError(f"{name}: one adamw and one other optimizer are compared here, found: {names}")
+        raise BenchmarkError(f"{title}: one adamw and one other optimizer are compared here, found: {names}")
     return reference[0], others[0]
 
 
@@ -68,38 +57,37 @@ def _rows(reference: Method, other: Method) -> list[str]:
     rows = []
     for lr in sorted(theirs.keys() | ours.keys()):
         one, two = theirs.get(lr), ours.get(lr)
-        known = one is not None and two is not None and one.loss is not None and two.loss is not None
-        difference = f"{two.loss - one.loss:+.3f}".replace("-", "−") if known else "–"  # type: ignore[operator, union-attr]
+        known = [cell.loss for cell in (one, two) if cell is not None and cell.loss is not None]
+        difference = f"{known[1] - known[0]:+.3f}".replace("-", "−") if len(known) == 2 else "–"
         ratio = f"{lr / best.lr:.3g}×" if best else "–"
         rows.append(f"| {lr:g} | {ratio} | {_text(one)} | {_text(two)} | {difference} |")
     return rows
 
 
 def _section(results: Sequence[Result]) -> str:
-    name = title(results[0])
-    reference, other = _pair(methods(results), name)
+    title = _title(results[0])
+    reference, other = _pair(methods(results), title)
     header = [
         f"| learning rate | ratio | {reference.label} | {other.label} | difference |",
         "| --- | --- | --- | --- | --- |",
     ]
-    return "\n".join([f"### {name}", "", *header, *_rows(reference, other)])
+    return "\n".join([f"### {title}", "", *header, *_rows(reference, other)])
 
 
 def _plot(axis: Axes, results: Sequence[Result]) -> None:
     """Both optimizers over the rates; a point that would press the curves together lies above the axis."""
-    pair = _pair(methods(results), title(results[0]))
+    pair = _pair(methods(results), _title(results[0]))
     low, high = math.inf, -math.inf
     for method, style in zip(pair, styles(), strict=False):
-        cells = [cell for cell in method.cells if cell.loss is not None]
-        axis.plot(
-            [cell.lr for cell in cells], [cell.loss or 0.0 for cell in cells], label=method.label, **style
-        )
-        below = [cell.loss or 0.0 for cell in cells if pair[0].best is None or cell.lr <= pair[0].best.lr]
+        points = [(cell.lr, cell.loss) for cell in method.cells if cell.loss is not None]
+        axis.plot([lr for lr, _ in points], [loss for _, loss in points], label=method.label, **style)
+        below = [loss for lr, loss in points if pair[0].best is None or lr <= pair[0].best.lr]
         low, high = min([low, *below]), max([high, *below])
-    axis.set_xscale("log")
+    learning_rate_axis(axis)
+    axis.tick_params(axis="x", labelsize=6.5)
     if low < high:
         axis.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
-    axis.set_title(title(results[0]), fontsize=9)
+    axis.set_title(_title(results[0]), fontsize=9)
     axis.set_xlabel("peak learning rate", fontsize=8)
 
 
@@ -118,21 +106,11 @@ def draw(groups: Sequence[Sequence[Result]], path: Path) -> Path:
     return save(figure, path)
 
 
-def panels_of(folder: Path) -> list[list[Result]]:
-    """The folder's results, those of one task, model and length together, in the order of their titles."""
-    groups = [results for _, results in comparable(read_results(folder), _key)]
-    return sorted(groups, key=lambda results: title(results[0]))
-
-
-def text_of(groups: Sequence[Sequence[Result]]) -> str:
-    """The Markdown of all panels."""
-    return "\n\n".join([*map(_section, groups), _LEGEND]) + "\n"
-
-
 def report(folder: Path) -> str:
     """Write `rates.md` and `rates.png` into `folder` and print the table; returns the table."""
-    groups = panels_of(folder)
-    text = text_of(groups)
+    groups = [results for _, results in comparable(read_results(folder), loss_setting)]
+    groups.sort(key=lambda results: _title(results[0]))
+    text = "\n\n".join([*map(_section, groups), _LEGEND]) + "\n"
     write_text(folder / TABLE, text)
     path = draw(groups, folder / FIGURE)
     print(f"{text}\nwritten:\n  {folder / TABLE}\n  {path}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.plots import LOSS, panels, save, styles
+from ..core.plots import LOSS, learning_rate_axis, panels, save, styles
 from ..core.settings import REFERENCE
 from .folder import Suite
 from .summary import Entry, Standing, entries
@@ -150,12 +150,7 @@ def _rate_points(one: Standing) -> Points:
 
 def _finish_rates(axis: Axes, standings: list[Standing]) -> None:
     """A logarithmic axis, and a cross for every rate at which a run diverged."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    learning_rate_axis(axis)
     axis.tick_params(axis="x", labelsize=6.5)
     axis.set_xlabel("peak learning rate (log scale; mean of the seeds run at it)", fontsize=8)
     rates = sorted({lr for one in standings for lr in one.diverged})

@@ -48,6 +48,10 @@ class Given:
             return base_model.load_tokenizer()
         return ModelTokenizer(load_tokenizer(self.source), positions(self.source))
 
+    def task(self, name: str) -> Task:
+        """The task of that name in the base model's tokens, so many of its examples."""
+        return load_task(name, self.words(), self.data).drawn(self.train_examples, self.eval_examples)
+
 
 PLAIN = Given()
 

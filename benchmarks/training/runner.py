@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from ..core import environment
 from ..core.files import BenchmarkError
 from ..core.results import RunConfig, is_done
-from ..tasks.registry import PLAIN, Given, load_task
+from ..tasks.registry import PLAIN, Given
 from .optimizers import check_optimizer
 from .train import data_fingerprint, execute
 
@@ -38,7 +38,7 @@ def plan(
 @cache
 def fingerprint(task: str, given: Given = PLAIN) -> str:
     """What identifies the task's data and the base model. Makes the data and prints what they leave out."""
-    loaded = load_task(task, given.words(), given.data).drawn(given.train_examples, given.eval_examples)
+    loaded = given.task(task)
     if loaded.note:
         print(loaded.note)
     return data_fingerprint(loaded, given.source)

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from ..core.files import cache_folder, sha256, sha256_of_file
 from ..core.results import RunConfig, finite, write_result
 from ..core.settings import Settings
 from ..tasks.objective import answer_loss, collate, evaluate
-from ..tasks.registry import PLAIN, Given, load_task
+from ..tasks.registry import PLAIN, Given
 from ..tasks.task import Task
 from .hidden import HiddenStates, Stem, folder_of
 from .optimizers import make_optimizer, package_version, state_bytes
@@ -46,12 +47,7 @@ def adapted_model(config: RunConfig, base: PreTrainedModel | None = None) -> Pef
     model = base or load_base_model()[0]
     torch.manual_seed(config.seed)
     targets = list(LORA_TARGETS) if config.base == EMBEDDED else "all-linear"
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        target_modules=targets,
-        lora_dropout=0.0,
-    )
+    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, lora_dropout=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", FutureWarning
@@ -79,8 +75,9 @@ def learning_rate_scale(step: int, steps: int, warmup: int) -> float:
     return min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup), 1.0)
 
 
+@cache
 def weights_fingerprint(source: Source) -> str:
-    """What identifies a base model's weights."""
+    """What identifies a base model's weights; read once, since a run needs it for data and hidden states."""
     if source.is_embedded:
         return sha256_of_file(FOLDER / "model.safetensors")
     return model_fingerprint(source, load_config(source))
@@ -234,12 +231,9 @@ def execute(
     begun = time.perf_counter()
     memory.keep_freed_memory()
     torch.set_num_threads(threads)
-    task = load_task(config.task, given.words(), given.data)
-    task = task.drawn(given.train_examples, given.eval_examples)
-    code, fingerprint = (
-        environment.commit(),
-        data_fingerprint(task, given.source),
-    )  # as they are now, not at the end
+    task = given.task(config.task)
+    # As they are now, not when the run ends.
+    code, fingerprint = environment.commit(), data_fingerprint(task, given.source)
     environment.reset_peak_memory(config.device)
     run = Run(config, task, given)
     run.prepare()

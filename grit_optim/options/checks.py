@@ -23,6 +23,7 @@ def one_of(allowed: tuple[str, ...]) -> Check:
     """A check that a value is among ``allowed``, with the nearest of them in the message."""
 
     def check(name: str, value: Any) -> None:
+        """Refuse what is no word of the list."""
         if value not in allowed:
             listed = ", ".join(map(repr, allowed))
             raise ValueError(f"{name}={value!r} is not one of {listed}{_hint(value, allowed)}")
@@ -34,6 +35,7 @@ def whole(least: int, optional: bool = False) -> Check:
     """A check for a whole number from ``least`` up, or None where that is allowed."""
 
     def check(name: str, value: Any) -> None:
+        """Refuse what is no whole number, and one that is too small."""
         if optional and value is None:
             return
         if not isinstance(value, int) or isinstance(value, bool):
@@ -48,6 +50,7 @@ def real(allowed: str, test: Callable[[float], bool], besides: tuple[object, ...
     """A check for a finite number that passes ``test``, or one of the values ``besides``."""
 
     def check(name: str, value: Any) -> None:
+        """Refuse what is no number, and one that is not finite or fails the test."""
         if any(value is other or (isinstance(value, str) and value == other) for other in besides):
             return
         if not isinstance(value, (int, float)) or isinstance(value, bool):

@@ -172,8 +172,3 @@ def norm(stacked: Tensor) -> Tensor:
 def inner_product(left: Tensor, right: Tensor) -> Tensor:
     """Inner product of the matrices of two stacks: ``[m, rows, columns]`` twice to ``[m, 1, 1]``."""
     return torch.linalg.vecdot(left.flatten(1), right.flatten(1))[:, None, None]
-
-
-def cosine(left: Tensor, right: Tensor) -> Tensor:
-    """Cosine of the angle between the matrices of two stacks, ``[m, 1, 1]``; NaN where one is zero."""
-    return inner_product(left, right) / (norm(left) * norm(right))

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from grit_optim import linalg
 from grit_optim.base.settings import finds_its_rate, is_adam
-from grit_optim.preconditioners.held_gradients import Held, inner_product
+from grit_optim.preconditioners.held_gradients import Held, inner_product, norm
 from grit_optim.preconditioners.mode import Mode
 from grit_optim.preconditioners.steer import Steer
 
@@ -38,8 +38,8 @@ class Spectral(Steer):
 
     A whitened step spreads its length over all r directions. Where the gradient lies in a few of them, as it
     does at first and as long as a low learning rate leaves it so, the base's step Δ of equal length decreases
-    the loss faster. So the step takes a share of Δ as well, as much as its decrease ``⟨m, ·⟩`` lacks of
-    Δ's: it is never behind the base to first order, whatever the rate.
+    the loss faster. So the step takes a share of Δ as well, as much as its decrease ``⟨m, ·⟩`` lacks of Δ's.
+    Together the two are no longer than the longer of them, so that high rates stay as safe as they are.
     """
 
     name = "spectral"
@@ -63,10 +63,15 @@ class Spectral(Steer):
         return super().power / 2
 
     def completed(self, move: Tensor, average: Tensor, descent: Tensor) -> Tensor:
-        """The turned step, and the share of the base's own that it lacks to decrease the loss as much."""
+        """The turned step, and the share of the base's own that it lacks to decrease the loss as much.
+
+        Together they are no longer than the longer of the two.
+        """
         wanted = inner_product(average, descent)
         lacking = (1 - inner_product(average, move) / wanted).clamp(0, 1)
-        return move + torch.where(wanted > 0, lacking, 0.0) * descent
+        whole = move + torch.where(wanted > 0, lacking, 0.0) * descent
+        limit, length = torch.maximum(norm(move), norm(descent)), norm(whole)
+        return torch.where(length > limit, limit / length, 1.0) * whole
 
     def direction(self, held: Held, moment: Tensor) -> Tensor:
         """``P (X Xᵀ)^(−1/2) X`` for A, ``X (Xᵀ X)^(−1/2) P`` for B."""

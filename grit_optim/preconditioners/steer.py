@@ -11,7 +11,7 @@ from torch import Tensor
 from grit_optim.base import moments as base_moments
 from grit_optim.base import settings as base_settings
 from grit_optim.curvature.bucket import BucketCurvature
-from grit_optim.preconditioners.held_gradients import Held, cosine, norm
+from grit_optim.preconditioners.held_gradients import Held, inner_product, norm
 from grit_optim.preconditioners.mode import Mode
 
 
@@ -79,18 +79,19 @@ class Steer(Mode):
         step, average, squares = taken - decayed, self._average(held), self._squares(held)
         moment = self._mixed(held, average) / squares.mean(group.rank_dim, keepdim=True).sqrt()
         direction = self._cautious(held, self.direction(held, moment))
-        descent = self._descent(step, average, squares)
+        step_size = norm(step)
+        descent = self._descent(held, step, step_size, average, squares)
         size = norm(direction)
-        length = self._length(held, step, descent) / size
+        length = self._length(held, step_size, descent) / size
         move = self.completed(length * direction, average.fresh, descent)
+        move_size = norm(move)
         # Without a gradient (an expert that saw no token) the base's step fades out as its average does; so
         # must this one.
         turned = held.ready & length.isfinite() & size.isfinite() & (held.gradient_norm > 0)
         # A step that stays as it is has not been turned.
-        turn = -cosine(step, move)
-        held.cosine = torch.where(turned | turn.isnan(), turn, 1.0)
-        held.without = norm(step)
-        held.turned = torch.where(turned, norm(move), held.without)
+        cosine = -inner_product(step, move) / (step_size * move_size)
+        held.cosine = torch.where(turned | cosine.isnan(), cosine, 1.0)
+        held.without, held.turned = step_size, torch.where(turned, move_size, step_size)
         group.write(torch.where(turned, decayed - move, taken))
 
     def direction(self, held: Held, moment: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ class Steer(Mode):
         """
         return move
 
-    def _length(self, held: Held, step: Tensor, descent: Tensor) -> Tensor:
+    def _length(self, held: Held, step_size: Tensor, descent: Tensor) -> Tensor:
         """Frobenius norm that turned steps are to have, ``[m, 1, 1]``; zero where the base did not move."""
         options, group = self.options, held.group
         ratio: Tensor | float = self.a_step_ratio if group.side == "A" else 1.0
@@ -123,25 +124,38 @@ class Steer(Mode):
             return ratio * norm(descent)
         entries = held.curvature.ranks.step_rank[group.index] * group.width
         rms = _number(options.step_length) * base_settings.rate(self._settings(held))
-        return ratio * rms * entries.sqrt()[:, None, None] * (norm(step) > 0)
+        return ratio * rms * entries.sqrt()[:, None, None] * (step_size > 0)
 
-    def _descent(self, step: Tensor, average: Average, squares: Tensor) -> Tensor:
+    def _descent(
+        self, held: Held, step: Tensor, step_size: Tensor, average: Average, squares: Tensor
+    ) -> Tensor:
         """What the base would have taken off the weights, had its average been the fresh one.
 
         An Adam divides its average by the root of the squares, up to a factor that its own step tells.
         """
         if average.fresh is average.own:
             return -step
-        root = squares.sqrt()
-        return norm(step) / norm(average.own / root) * average.correction * (average.fresh / root)
+        root = squares.sqrt() + self._floor(held)
+        return step_size / norm(average.own / root) * average.correction * (average.fresh / root)
+
+    def _floor(self, held: Held) -> Tensor | float:
+        """What Adam adds to that root: ε, less its bias correction. It keeps rounding errors from steps."""
+        settings = self._settings(held)
+        eps = settings.get("eps", 0.0)
+        if not isinstance(eps, int | float) or "betas" not in settings:
+            return 0.0
+        weight = base_moments.moment_weight(
+            self.base, held.group.parameters, settings, float(settings["betas"][1])
+        )
+        return eps * weight**0.5
 
     def _squares(self, held: Held) -> Tensor:
-        """The base's average of the squared gradient, ``[m, rows, columns]``; ones if it keeps none."""
+        """The base's average of the squared gradient, ``[m, rows, columns]``; a one if it keeps none."""
         group = held.group
         squares = [base_moments.second_moment(self.base, p) for p in group.parameters]
         known = [s for s in squares if s is not None]
         if len(known) < len(squares):
-            return torch.ones_like(held.gradient)
+            return held.gradient.new_ones(1, 1, 1)
         stacked = group.stack(known)
         return stacked.clamp_min(torch.finfo(stacked.dtype).tiny)
 

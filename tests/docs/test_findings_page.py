@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from evidence import RESULTS, final, finals, loss, main_table, sizes, truncation
+from evidence import RESULTS, final, finals, loss, main_table, read_results, sizes, truncation
 from pages import page, row, rows, words
 
 PAGE = page("docs/findings.md")
@@ -63,7 +63,7 @@ LENGTHS = {
     "as long as Adam's step from the mixed average decreases it": "decrease of Adam from the mixed average",
     "as long as Adam's step from the fresh average decreases it": "decrease of Adam from the fresh average",
     "the base's length, and the share of the base's step that lacks": "the base's length, completed",
-    "**0.6, and the share of the base's step that lacks**": "fixed, completed",
+    "0.6, and the share of the base's step that lacks": "fixed, completed",
     "the previous row with one factor for all matrices": "equal decrease, one factor, at least fixed",
     "the previous row with one factor for all matrices, at least 0.6": (
         "decrease of Adam from the mixed average, one factor, at least fixed"
@@ -82,6 +82,28 @@ def test_the_lengths_that_were_tried(row_name):
     ]
     assert len(expected) == 2
     assert shown(row_name) == expected
+
+
+def test_the_sum_that_is_bounded_and_the_one_that_is_not():
+    folder = RESULTS / "rates_uncapped"
+    losses = {}
+    for run in read_results(folder):
+        one = run["config"]
+        losses.setdefault((one["task"], one["base"], one["lr"]), {})[one["optimizer"]] = run["final_loss"]
+    pairs = {key: (found["adamw"], found["grit"]) for key, found in losses.items() if len(found) == 2}
+    above = {key for key, (adamw, grit) in pairs.items() if grit > adamw}
+    assert above == {("prose", "embedded", 0.02), ("signature", "embedded", 0.02)}
+    for key in above:
+        adamw, grit = pairs[key]
+        assert f"{grit:.3f} against {adamw:.3f} on `{key[0]}`" in TEXT
+    tries = [json.loads(line) for line in (RESULTS / "rates_tries" / "tries.jsonl").read_text().splitlines()]
+    bounded = {
+        (one["task"], one["lr"]): one["heldout_loss"]
+        for one in tries
+        if one["length"] == "fixed, completed, no longer than the longer part"
+    }
+    shown_losses = (bounded["prose", 0.02], bounded["signature", 0.02], bounded["naming", 0.00125])
+    assert "Bounded it has {:.3f} and {:.3f} there, and {:.3f} on `naming`".format(*shown_losses) in TEXT
 
 
 def second(**config):

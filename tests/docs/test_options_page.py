@@ -5,6 +5,7 @@ import inspect
 from pages import page, rows
 
 from grit_optim import GritOptimizer
+from grit_optim.options.documentation import markdown
 
 PAGE = page("docs/options.md")
 
@@ -22,3 +23,7 @@ def test_every_option_is_in_a_table_with_its_default():
             name
         )
         assert len(found[name][1]) > 20, name
+
+
+def test_the_page_is_the_one_that_the_command_prints():
+    assert markdown() == PAGE

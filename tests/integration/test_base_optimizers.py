@@ -199,7 +199,7 @@ def test_the_bases_own_warm_up_sets_the_length():
         rate = base.param_groups[0]["scheduled_lr"]
         assert 0 < rate < 1e-3
         for name, after in tiny.weights(model).items():
-            assert (after - before[name]).square().mean().sqrt() < rate, name
+            assert (after - before[name]).square().mean().sqrt() < 1.5 * rate, name
 
 
 def test_an_adam_that_finds_its_own_rate_says_how_long_a_step_is():

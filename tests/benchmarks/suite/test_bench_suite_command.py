@@ -8,8 +8,9 @@ from benchmarks.__main__ import main
 from benchmarks.cost import on_task
 from benchmarks.suite.contenders import cost_name
 from benchmarks.suite.folder import read_ledger, read_suite
+from benchmarks.tasks import registry
 from benchmarks.tasks.task import Task
-from benchmarks.training import runner, train
+from benchmarks.training import runner
 
 SUITE = ["run", "--suite", "peers", "--out", "never"]
 
@@ -47,7 +48,7 @@ def in_this_process(monkeypatch, naming_task):
     few = sorted(naming_task.train, key=len)
     small = Task("naming", tuple(few[:32]), tuple(few[32:40]), "small")
     monkeypatch.setattr(on_task, "WARMUP", 1)
-    for module in (on_task, runner, train):
+    for module in (on_task, registry):
         monkeypatch.setattr(module, "load_task", lambda name, tokenizer, data=None: small)
     monkeypatch.setattr(runner, "in_process", lambda call, *arguments: call(*arguments))
     runner.fingerprint.cache_clear()
