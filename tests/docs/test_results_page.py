@@ -19,8 +19,6 @@ from evidence import (
 )
 from pages import page, row, rows, words
 
-from benchmarks.rates import report as rates
-
 PAGE = page("docs/results.md")
 TEXT = words(PAGE)
 GAPS = part("Loss less that of AdamW's best, seed by seed:")
@@ -124,36 +122,3 @@ def test_no_best_rate_lies_at_the_end_of_its_grid():
     assert len(rates.splitlines()) > 20
     assert "end of the rates tried" not in rates
     assert PEERS.joinpath("table.md").read_text(encoding="utf8").count(rates) == 1
-
-
-# ---------------------------------------------------------------- at any learning rate
-
-
-def pairs_of_rates():
-    """(AdamW's loss, GRIT's loss) at each learning rate of each panel, by the panel's title."""
-    found = {}
-    for results in rates.panels_of(RESULTS / "rates"):
-        losses = {}
-        for result in results:
-            losses.setdefault(result["config"]["lr"], {})[result["config"]["optimizer"]] = result[
-                "final_loss"
-            ]
-        found[rates.title(results[0])] = {lr: (one["adamw"], one["grit"]) for lr, one in losses.items()}
-    return found
-
-
-def test_the_tables_of_the_rates_are_those_that_were_printed():
-    printed = (RESULTS / "rates" / rates.TABLE).read_text(encoding="utf8")
-    assert printed == rates.text_of(rates.panels_of(RESULTS / "rates"))
-    tables = [part.strip() for part in printed.split("### ")[1:]]
-    assert len(tables) >= 5
-    for table in tables:
-        title, _, body = table.partition("\n\n")
-        assert f"### {title}\n\n{body.split(chr(10) * 2)[0]}" in PAGE
-
-
-def test_grit_is_below_adamw_at_every_rate():
-    pairs = [pair for losses in pairs_of_rates().values() for pair in losses.values()]
-    assert all(grit < adamw for adamw, grit in pairs)
-    least = min(adamw - grit for adamw, grit in pairs)
-    assert f"below AdamW in all {len(pairs)} pairs, by {least:.3f} nats or more" in TEXT

@@ -13,7 +13,7 @@ from benchmarks.cost.counting import Counter, LiveBytes, list_launches, stored_b
 from benchmarks.cost.shapes import Workload
 from benchmarks.cost.stages import PASSES
 from benchmarks.cost.tables import count_table, own_stages, sizes_table
-from grit_optim.capture import taps as capture
+from grit_optim.capture import gathered
 
 SMALL = Workload("tiny", rank=4, batch_size=2, length=24, accumulation=3, device="meta")
 # tiny: hidden 64, 4 heads of 16 with 2 for keys and values, intermediate 128, vocabulary 256, 2 layers
@@ -210,7 +210,7 @@ def test_many_tokens_are_added_up_on_the_way_for_many_sites_at_once(counted, mon
     """Nothing is counted twice, and kernels follow the numbers that wait, not the sites."""
     numbers = 2 * SMALL.tokens * SMALL.rank  # of h and δ, for one site and pass
     sites = 7 * layers
-    monkeypatch.setattr(capture, "PENDING_LIMIT", (sites - 1) * numbers)  # as many as one pass has
+    monkeypatch.setattr(gathered, "PENDING_LIMIT", (sites - 1) * numbers)  # as many as one pass has
     costs, _, _ = counted_step("grit", replace(SMALL, layers=layers))
     assert costs["capture"].flops == counted[0]["fold"].flops * layers / 2
     assert costs["fold"].flops == 0
