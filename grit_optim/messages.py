@@ -1,8 +1,9 @@
-"""How users are told: warnings that point at a line of their own program, and lists of names for messages."""
+"""How users are told: warnings that point at a line of their own program, notes, lists of names."""
 
 from __future__ import annotations
 
 import difflib
+import logging
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,13 @@ _LIBRARIES = {
     "lightning",
     "pytorch_lightning",
 }
+
+_LOG = logging.getLogger("grit_optim")
+
+
+def tell(message: str) -> None:
+    """Say in the log what has been decided, where nothing is wrong. Python prints it unless told not to."""
+    _LOG.warning(message)
 
 
 def warn(message: str) -> None:

@@ -77,6 +77,7 @@ class GritOptimizer(OptimizerWrapper):
         kfac_damping: float | None = None,
         damping: str = "relative",
         kfac_inversion_device: str | None = None,
+        capture: str = "auto",
         cov_update_freq: int = 1,
         max_tokens: int | None = 1024,
         kfac_update_freq: int | None = None,

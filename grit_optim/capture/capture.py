@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from grit_optim.capture import processes
-from grit_optim.capture.diagnosis import SiteReport, TapWatch, inspect
+from grit_optim.capture.diagnosis import SiteReport, TapWatch, inspect, tell_of, warn_of
+from grit_optim.capture.gradients import add_gradients
 from grit_optim.capture.sums import Sums
 from grit_optim.capture.taps import Taps
-from grit_optim.integrity.fields import Fields
+from grit_optim.integrity.fields import Fields, several, some_text
 from grit_optim.lora.buckets import Bucket
 from grit_optim.lora.site import Site
 from grit_optim.options import CaptureOptions
 from grit_optim.profiling import StageTimes
 from grit_optim.schedules import capture_due
+
+_Gathered = tuple[list[Sums], list[SiteReport], Callable[[], bool]]
+"""Sums, reports of the taps that do not see what they should, and whether any tap has fired."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,52 +32,72 @@ class Statistics:
 
     Attributes:
         sums: sums over tokens, one entry per bucket.
-        recorded: whether this step's tokens were recorded (``cov_update_freq``). If not, no tokens are in the
-            sums.
+        recorded: whether this step's statistics were recorded (``cov_update_freq``). If not, nothing is in
+            the sums.
+        by_gradients: for each bucket, the sites whose sums come from their gradients, boolean ``[S]``.
+        changed: names of the sites whose sums come from their gradients for the first time.
     """
 
     sums: list[Sums]
     recorded: bool
+    by_gradients: list[Tensor]
+    changed: frozenset[str]
 
 
 class Capture:
-    """The taps of all sites, and the watch that compares them with the gradients.
+    """The taps of all sites, the sites that need none, and the watch that finds those.
 
     Attributes:
-        watch: makes the comparison in the first steps.
+        watch: compares taps and gradients in the first steps.
+        by_gradients: names of the sites whose curvature comes from their gradients.
     """
 
     def __init__(self, options: CaptureOptions, times: StageTimes) -> None:
         self.watch = TapWatch()
+        self.by_gradients: frozenset[str] = frozenset()
         self._options = options
         self._times = times
         self._taps = Taps(options.max_tokens, times)
+        self._masks: list[Tensor] = []
 
     def attach(self, sites: Sequence[Site], buckets: Sequence[Bucket]) -> None:
-        """Tap these sites, and no others, from now on. What was gathered of them is kept."""
+        """Work on these sites, and no others, from now on. What was gathered of them is kept."""
         if any(bucket.device.type == "meta" for bucket in buckets):
             self.watch.stop()  # there are no values to compare
-        self._taps.attach(sites, buckets)
+        names = {site.name for site in sites}
+        known = names if self._options.capture == "gradients" else self.by_gradients & names
+        self._attach(sites, buckets, frozenset(known))
+
+    def _attach(self, sites: Sequence[Site], buckets: Sequence[Bucket], by_gradients: frozenset[str]) -> None:
+        self._taps.attach(sites, buckets, by_gradients)
+        self.by_gradients = by_gradients
+        self._masks = _masks(buckets, by_gradients)
 
     def collect(self) -> Statistics | None:
-        """The statistics gathered since the last step; None if no tap has fired in any process."""
+        """The statistics gathered since the last step; None if there are none in any process."""
         with self._times("fold"):
-            sums = self._own() if processes.size() == 1 else self._of_all()
-        return None if sums is None else Statistics(sums, self._taps.active)
+            taps, before = self._taps, self.by_gradients
+            together = processes.size() > 1 and len(before) < len(taps.sites)
+            sums, found, fired = self._of_all() if together else self._own()
+            self._judge(found, sums)
+            if not (self._has_gradients() or fired()):
+                return None
+            if taps.active and self.by_gradients:
+                for bucket, total in zip(taps.gathered.buckets, sums, strict=True):
+                    add_gradients(total, bucket, self.by_gradients)
+            return Statistics(sums, taps.active, self._masks, self.by_gradients - before)
 
-    def _own(self) -> list[Sums] | None:
-        alive = self._taps.settle()
-        self.watch.look(self.check)
-        if not any(self._taps.gathered.fired):
-            self.discard()
-            return None
-        return self._taps.collect(alive)
+    def _own(self) -> _Gathered:
+        taps = self._taps
+        alive, fired = taps.settle(), any(taps.gathered.fired)
+        if self._options.capture == "auto":
+            self.watch.notice(self._quiet())
+        found = self.watch.look(self.check)
+        return taps.collect(alive), found, lambda: fired
 
-    def _of_all(self) -> list[Sums] | None:
+    def _of_all(self) -> _Gathered:
         """As :meth:`_own`, summed over all processes; every process has to call it."""
         taps = self._taps
-        if not taps.sites:
-            return None
         alive, gathered = taps.settle(), taps.gathered
         fired, rounding = list(gathered.fired), gathered.rounding
         inner = [gathered.inner(i) if self.watch.steps_left else None for i in range(len(fired))]
@@ -81,16 +107,51 @@ class Capture:
             """What the check of the taps finds over the tokens of all processes."""
             columns = (t.tolist() for t in (together.fired, together.inner, together.known))
             seen = [(int(n), value if known else None) for n, value, known in zip(*columns, strict=True)]
-            return inspect(taps.sites, seen, rounding)
+            return inspect(taps.sites, seen, rounding, by_gradients=self.by_gradients)
 
-        self.watch.look(reports)
         # A process whose own taps fired knows the answer without waiting for the device.
-        return together.sums if any(fired) or together.fired.any() else None
+        return together.sums, self.watch.look(reports), lambda: any(fired) or bool(together.fired.any())
+
+    def _quiet(self) -> list[int]:
+        """Places of the sites that have gradients, and whose taps have not fired although they should."""
+        fired = self._taps.gathered.fired
+        if all(fired):
+            return []
+        return [
+            place
+            for place, site in enumerate(self._taps.sites)
+            if not fired[place] and site.name not in self.by_gradients and site.has_gradient
+        ]
+
+    def _has_gradients(self) -> bool:
+        """Whether a site whose curvature comes from its gradients has one."""
+        return any(site.has_gradient for site in self._taps.sites if site.name in self.by_gradients)
+
+    def _judge(self, found: Sequence[SiteReport], sums: Sequence[Sums]) -> None:
+        """Have the sites whose taps do not see what they should go over to their gradients, or warn of them.
+
+        Args:
+            found: the reports of these sites.
+            sums: of this step, from which theirs are taken out.
+        """
+        if not found:
+            return
+        if self._options.capture == "taps":
+            self.watch.stop()
+            warn_of(found)
+            return
+        tell_of(found)
+        buckets, names = self._taps.gathered.buckets, {report.name for report in found}
+        for mask, total in zip(_masks(buckets, names), sums, strict=True):
+            total.leave_out(mask)
+        self._attach(self._taps.sites, buckets, self.by_gradients | names)
 
     def check(self) -> list[SiteReport]:
         """Compare taps and gradients now: one report per site."""
         taps = self._taps
-        return inspect(taps.sites, taps.seen(), taps.gathered.rounding, compare=processes.size() == 1)
+        return inspect(
+            taps.sites, taps.seen(), taps.gathered.rounding, processes.size() == 1, self.by_gradients
+        )
 
     def discard(self) -> None:
         """Forget what was gathered since the last step."""
@@ -115,15 +176,27 @@ class Capture:
         self._taps.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides which tokens of the next step are taken."""
-        return self._taps.state_dict()
+        """What decides which tokens of the next step are taken, and from where."""
+        return {**self._taps.state_dict(), "by_gradients": sorted(self.by_gradients)}
 
     @staticmethod
     def saved_fields() -> Fields:
         """What a checkpoint may hold under the names of :meth:`state_dict`."""
-        return Taps.saved_fields()
+        return {**Taps.saved_fields(), "by_gradients": several(some_text)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, or start anew from an empty one."""
         self.discard()
         self._taps.load_state_dict(state)
+        known = self.by_gradients | frozenset(state.get("by_gradients", ()))
+        if self._options.capture == "auto" and known != self.by_gradients:
+            self.by_gradients = known
+            self.attach(self._taps.sites, self._taps.gathered.buckets)
+
+
+def _masks(buckets: Sequence[Bucket], names: Collection[str]) -> list[Tensor]:
+    """Which sites of each bucket are among ``names``, boolean ``[S]``."""
+    return [
+        torch.tensor([name in names for name in bucket.names()], dtype=torch.bool, device=bucket.device)
+        for bucket in buckets
+    ]

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from grit_optim.lora.site import Site
-from grit_optim.messages import listed, warn
+from grit_optim.messages import listed, tell, warn
 
 CHECKED_STEPS = 5
 """Steps at the start in which taps are compared with gradients."""
@@ -37,7 +37,8 @@ class SiteReport:
         tap_inner: Σ over tokens of h·δ; None where nothing was recorded.
         a_inner: ⟨A, ∇A⟩; None without a gradient, or with one of zeros only.
         b_inner: ⟨B, ∇B⟩; None without a gradient, or with one of zeros only.
-        status: ``"ok"``; ``"unused"``: no gradient; ``"silent"``: gradients, but the tap never fired;
+        status: ``"ok"``; ``"unused"``: no gradient; ``"gradients"``: the site's curvature comes from its
+            gradients, and no tap is needed; ``"silent"``: gradients, but the tap never fired;
             ``"mismatch"``: the tap saw something else than the gradients are made of; ``"unknown"``: nothing
             to compare (B is still zero, this step's tokens were not recorded, or a value is not finite).
     """
@@ -55,6 +56,7 @@ def inspect(
     seen: Sequence[tuple[int, Tensor | float | None]],
     rounding: float,
     compare: bool = True,
+    by_gradients: Collection[str] = (),
 ) -> list[SiteReport]:
     """Compare taps and gradients now, after a backward pass and before the optimizer's step.
 
@@ -65,6 +67,7 @@ def inspect(
         rounding: the machine epsilon of the coarsest dtype that h or δ came in.
         compare: whether the amounts can be compared. Under data-parallel training they cannot: the taps of a
             process see its own tokens, and the gradients are averaged over all processes.
+        by_gradients: names of sites whose curvature comes from their gradients.
 
     Returns:
         One report per site.
@@ -75,7 +78,12 @@ def inspect(
     ratios = [m.a_inner / m.tap_inner for m, _ in measured if m.a_inner and m.tap_inner]
     ratios = [ratio for ratio in ratios if math.isfinite(ratio)]
     common = statistics.median(ratios) if ratios else 1.0
-    return [_judge(report, slack, common, compare) for report, slack in measured]
+    return [
+        replace(report, status="gradients")
+        if report.name in by_gradients
+        else _judge(report, slack, common, compare)
+        for report, slack in measured
+    ]
 
 
 def _measure(
@@ -122,7 +130,7 @@ def _judge(report: SiteReport, slack: float, common: float, compare: bool) -> Si
 
 
 class TapWatch:
-    """Compares taps and gradients in the first steps, until all sites have been seen to agree, and warns.
+    """Compares taps and gradients in the first steps, until all sites have been seen to agree.
 
     Attributes:
         steps_left: how many more steps with gradients are looked at.
@@ -131,55 +139,97 @@ class TapWatch:
     def __init__(self) -> None:
         self.steps_left = CHECKED_STEPS
         self._idle = 0
-        self._suspects: set[str] = set()
+        self._suspects: set[tuple[str, str]] = set()
+        self._quiet: dict[int, int] = {}
 
     def stop(self) -> None:
         """Look at no more steps."""
         self.steps_left = 0
 
-    def look(self, report: Callable[[], list[SiteReport]]) -> None:
-        """Judge one step. ``report`` makes its reports, and is called only while steps are left."""
+    def look(self, report: Callable[[], list[SiteReport]]) -> list[SiteReport]:
+        """Judge one step, and return the reports of the sites whose taps do not see what they should.
+
+        One step alone does not count. Somebody may have set other gradients than were accumulated, as
+        gradient surgery does, or the first of them were there before the taps.
+
+        Args:
+            report: makes the step's reports; called only while steps are left.
+        """
         if self.steps_left == 0:
-            return
+            return []
         reports = report()
         if not reports:  # no pair is trained yet
-            return
+            return []
         if all(r.status == "unused" for r in reports):
             self._idle += 1
             if self._idle == CHECKED_STEPS:
                 _warn_of_idleness(CHECKED_STEPS, len(reports))
-            return
+            return []
         self._idle = 0
         self.steps_left -= 1
-        if all(r.status == "ok" for r in reports):
+        if all(r.status in ("ok", "gradients") for r in reports):
             self.steps_left = 0
-        # One mismatch alone does not count. Somebody may have set other gradients than were accumulated, as
-        # gradient surgery does.
-        suspects, self._suspects = self._suspects, {r.name for r in reports if r.status == "mismatch"}
-        if any(r.status == "silent" for r in reports) or suspects & self._suspects:
-            self.steps_left = 0
-            _warn_of(reports)
+        before = self._suspects
+        self._suspects = {(r.name, r.status) for r in reports if r.status in ("silent", "mismatch")}
+        found = [r for r in reports if (r.name, r.status) in before & self._suspects]
+        if self._suspects and not found:
+            self.steps_left = max(self.steps_left, 1)
+        return found
+
+    def notice(self, quiet: Collection[int]) -> None:
+        """Look again where taps have become silent since.
+
+        A gradient of zeros may be the reason, and reading it waits for the device. So a site that is silent
+        in every step is looked at after 2, 4, 8, … steps.
+
+        Args:
+            quiet: places of the sites that have gradients, and whose taps did not fire in this step.
+        """
+        self._quiet = {place: self._quiet.get(place, 0) + 1 for place in quiet}
+        if any(steps & (steps - 1) == 0 for steps in self._quiet.values() if steps > 1):
+            self.steps_left = max(self.steps_left, 2)
 
 
-def _warn_of(reports: Iterable[SiteReport]) -> None:
-    """Warn of the sites whose taps do not see what their gradients are made of, and name the remedy."""
-    by_status: dict[str, list[str]] = {}
+def by_status(reports: Iterable[SiteReport]) -> dict[str, list[str]]:
+    """Names of sites by their status."""
+    found: dict[str, list[str]] = {}
     for report in reports:
-        by_status.setdefault(report.status, []).append(report.name)
-    if "silent" in by_status:
+        found.setdefault(report.status, []).append(report.name)
+    return found
+
+
+def warn_of(reports: Iterable[SiteReport]) -> None:
+    """Warn of the sites whose taps do not see what their gradients are made of, and name the remedy."""
+    names = by_status(reports)
+    if "silent" in names:
         warn(
-            f"GRIT does nothing for {_sites(by_status['silent'])}: their weights receive gradients, but the "
+            f"GRIT does nothing for {_sites(names['silent'])}: their weights receive gradients, but the "
             "forward pass of `lora_A` is never called. A fused kernel (Unsloth, Axolotl), a merged adapter "
             "or a model compiled before the optimizer was built goes around it, or the gradients were set by "
-            "hand (from torch.autograd.grad) and not accumulated by backward(). Turn the fused LoRA kernels "
-            "off, unmerge the adapter, or build the optimizer before the first compiled call",
+            "hand (from torch.autograd.grad) and not accumulated by backward(). Leave out capture='taps', so "
+            "that their curvature comes from their gradients, or turn the fused kernels off",
         )
-    if "mismatch" in by_status:
+    if "mismatch" in names:
         warn(
-            f"the taps of {_sites(by_status['mismatch'])} do not see what their gradients come from (⟨A, "
+            f"the taps of {_sites(names['mismatch'])} do not see what their gradients come from (⟨A, "
             "∇A⟩ differs from Σ h·δ), so GRIT's factors for them are wrong. Part of the forward passes goes "
             "around `lora_A`, the loss has a term in the weights themselves, or gradients were left from "
-            "before. Call check_capture() after backward() to see the amounts",
+            "before. Call check_capture() after backward() to see the amounts, or leave out capture='taps'",
+        )
+
+
+def tell_of(reports: Iterable[SiteReport]) -> None:
+    """Say which sites' curvature comes from their gradients from now on, and why."""
+    names = by_status(reports)
+    if "silent" in names:
+        tell(
+            f"GRIT takes the curvature of {_sites(names['silent'])} from their gradients: `lora_A` is not "
+            "called there, as under fused kernels and where the adapter is merged"
+        )
+    if "mismatch" in names:
+        tell(
+            f"GRIT takes the curvature of {_sites(names['mismatch'])} from their gradients, which come from "
+            "more than the calls of `lora_A`: some go around it, or the loss has a term in the weights"
         )
 
 

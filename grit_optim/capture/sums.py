@@ -41,6 +41,11 @@ class Sums:
         """All four, in the order of the attributes."""
         return self.activation, self.gradient, self.rows, self.tokens
 
+    def leave_out(self, sites: Tensor) -> None:
+        """Let the sums of the chosen sites, boolean ``[S]``, be over no tokens."""
+        for tensor in self.tensors():
+            tensor.copy_(torch.where(sites.view(-1, *[1] * (tensor.dim() - 1)), 0.0, tensor))
+
     def is_finite(self) -> Tensor:
         """A boolean scalar on the bucket's device: no entry is infinite or NaN."""
         return torch.isfinite(self.activation).all() & torch.isfinite(self.gradient).all()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -127,7 +127,9 @@ class Taps:
         self._passes: dict[int, _Pass] = {}
         weakref.finalize(self, _remove, self.hooks).atexit = False
 
-    def attach(self, sites: Sequence[Site], buckets: Sequence[Bucket]) -> None:
+    def attach(
+        self, sites: Sequence[Site], buckets: Sequence[Bucket], untapped: Collection[str] = ()
+    ) -> None:
         """Tap these sites, and no others, from now on.
 
         What was gathered of those that are tapped already is kept, and so is what is recorded when.
@@ -135,6 +137,7 @@ class Taps:
         Args:
             sites: the sites, in the model's order.
             buckets: the same sites, stacked.
+            untapped: names of sites that get no hook.
         """
         _remove(self.hooks)
         accounts = self.gathered.by_site()
@@ -149,6 +152,8 @@ class Taps:
         self.bypass.stepped()
         try:
             for position, site in enumerate(self.sites):
+                if site.name in untapped:
+                    continue
                 _remove_inert_taps(site.tap)
                 self.hooks.append(site.tap.register_forward_hook(Tap(self, position)))
                 self._hook_trained(position)

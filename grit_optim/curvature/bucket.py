@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import copy
 
 import torch
@@ -270,6 +270,12 @@ class BucketCurvature:
     def forget(self, sites: Tensor) -> None:
         """Let the factors of the chosen sites, boolean ``[S]``, be as if nothing had been seen."""
         self.factors.forget(sites)
+
+    def forget_named(self, names: Collection[str]) -> None:
+        """As :meth:`forget`, for the sites among ``names``."""
+        chosen = [name in names for name in self.bucket.names()]
+        if any(chosen):
+            self.forget(torch.tensor(chosen, dtype=torch.bool, device=self.bucket.device))
 
     def rank_axes(self) -> dict[str, tuple[int, ...]]:
         """Names of a site's saved tensors to the axes that run over its rank; the others have none."""

@@ -61,6 +61,9 @@ class Curvature:
 
         If a sum or a gradient is not finite nothing changes, and ``dropped_folds`` counts the step.
         """
+        if statistics.changed:
+            for curvature in self.buckets:  # what the taps saw, in another unit, or only in part
+                curvature.forget_named(statistics.changed)
         if not statistics.recorded:
             return
         with self._times("fold"):
@@ -73,7 +76,10 @@ class Curvature:
                 if relative
                 else torch.ones((), dtype=torch.float32, device=device)
             )
-            moment_unit, scored = self._moment_unit(device, relative), loss_tokens(sums)
+            moment_unit, scored = (
+                self._moment_unit(device, relative),
+                loss_tokens(sums, statistics.by_gradients),
+            )
             if moment_unit is not None:
                 accept = accept & moment_unit.isfinite()
             for curvature, total in zip(self.buckets, sums, strict=True):

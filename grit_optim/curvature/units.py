@@ -12,7 +12,7 @@ from grit_optim import linalg
 from grit_optim.capture.sums import Sums
 
 
-def loss_tokens(steps: Sequence[Sums]) -> Tensor:
+def loss_tokens(steps: Sequence[Sums], by_gradients: Sequence[Tensor]) -> Tensor:
     """How many tokens a step's loss is a mean over, as far as the taps can tell.
 
     It is the least number of tokens with δ ≠ 0 over all sites that saw any. In a transformer whose last block
@@ -22,14 +22,18 @@ def loss_tokens(steps: Sequence[Sums]) -> Tensor:
 
     Args:
         steps: the step's sums, one entry per bucket.
+        by_gradients: for each bucket, the sites whose sums are of no tokens, boolean ``[S]``.
 
     Returns:
-        A scalar on the first bucket's device; 0 where no site saw any token.
+        A scalar on the first bucket's device; 1 where no tap saw any token.
     """
     device = steps[0].rows.device
-    fewest = [torch.where(s.tokens > 0, s.tokens, torch.inf).amin().to(device) for s in steps]
+    fewest = [
+        torch.where((s.tokens > 0) & ~others, s.tokens, torch.inf).amin().to(device)
+        for s, others in zip(steps, by_gradients, strict=True)
+    ]
     least = torch.stack(fewest).amin()
-    return torch.where(least.isfinite(), least, torch.zeros_like(least))
+    return torch.where(least.isfinite(), least, torch.ones_like(least))
 
 
 def gradient_unit(steps: Sequence[Sums], ranks: Sequence[Tensor] | None = None) -> Tensor:

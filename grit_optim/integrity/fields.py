@@ -120,6 +120,12 @@ def text(choices: Collection[str]) -> Check:
     return check
 
 
+def some_text(path: str, value: Any) -> None:
+    """Check that an entry is text."""
+    if not isinstance(value, str):
+        raise Damaged(path, f"is {value!r:.60}, not text")
+
+
 def optional(each: Check) -> Check:
     """None, or what ``each`` accepts."""
 

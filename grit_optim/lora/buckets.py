@@ -137,6 +137,12 @@ class Bucket:
         sizes = [(site.a.numel() + site.b.numel()) // site.rank for site in self.sites]
         return torch.tensor(sizes, dtype=torch.int64, device=self.device)
 
+    @cached_property
+    def narrower(self) -> Tensor:
+        """Columns of A or rows of B, whichever are fewer: ``[S]``, fp32."""
+        widths = [min(site.a[0].numel(), site.b.shape[0]) for site in self.sites]
+        return torch.tensor(widths, dtype=torch.float32, device=self.device)
+
     def names(self) -> list[str]:
         """The sites' names, in the order of every ``[S, …]`` tensor."""
         return [site.name for site in self.sites]

@@ -67,6 +67,11 @@ class Site:
         return self.a.numel() + self.b.numel()
 
     @property
+    def has_gradient(self) -> bool:
+        """Whether A or B has a gradient now."""
+        return self.a.grad is not None or self.b.grad is not None
+
+    @property
     def scaling(self) -> float:
         """The factor s in ΔW = s·B·A."""
         return float(self.scalings[self.adapter])

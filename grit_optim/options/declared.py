@@ -14,6 +14,7 @@ PAIRINGS = ("kfac", "paper")
 FISHERS = ("kfac", "diagonal", "block_diagonal", "ekfac")
 DAMPINGS = ("relative", "absolute")
 PAPER_PROJECTIONS = ("two_sided", "one_sided")
+CAPTURES = ("auto", "taps", "gradients")
 REPROJECTIONS = ("none", "balanced", *PAPER_PROJECTIONS)
 BUDGET_SCHEDULES = ("linear", "cosine", "adaptive")
 
@@ -128,6 +129,14 @@ class CurvatureOptions(Group):
 class CaptureOptions(Group):
     """What is recorded of the forward and backward passes."""
 
+    capture: str = option(
+        "auto",
+        one_of(CAPTURES),
+        """Where the factors come from. "taps": from hooks on `lora_A`, which see each token's h and δ.
+        "gradients": from the pairs' own gradients, ∇Bᵀ∇B and ∇A∇Aᵀ in the place of Σ_a and Σ_g, without any
+        hook. "auto": from taps, and from gradients for the pairs that taps do not see, as under fused
+        kernels.""",
+    )
     cov_update_freq: int = option(1, whole(1), """The taps record the tokens of one step in so many.""")
     max_tokens: int | None = option(
         1024,
