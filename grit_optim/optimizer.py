@@ -147,7 +147,7 @@ class GritOptimizer(OptimizerWrapper):
         with full_precision() as as_called:  # the caller's autocast is for the base alone
             loss = parts.take_loss(returned)
             parts.follow_model()
-            statistics = parts.capture.collect()  # None: no tap has fired, and nothing of GRIT's advances
+            statistics = parts.capture.collect()  # None: no backward pass, and nothing of GRIT's advances
             if statistics is not None:
                 parts.curvature.fold(statistics)
             parts.follow_groups()  # not before: new taps forget what the old ones gathered
@@ -198,7 +198,7 @@ class GritOptimizer(OptimizerWrapper):
         """Whether the taps see what the gradients saw, per site; between ``backward()`` and :meth:`step`.
 
         Compares ⟨A, ∇A⟩, ⟨B, ∇B⟩ and Σ h·δ, equal up to the loss scale and clipping; across processes in the
-        first steps only. Runs by itself in those, and warns. Reads values from the device.
+        first steps only. Runs by itself in those. Reads values from the device.
         """
         return self._parts.capture.check()
 

@@ -63,7 +63,7 @@ class Parts:
         self.times = StageTimes()
         self.losses = Losses()
         self.schedule = Schedule(options.schedule)
-        self.capture = Capture(options.capture, self.times)
+        self.capture = Capture(options.recording, self.times)
         self.curvature = Curvature(options.curvature, self.times)
         self.ranks = Ranks(base, options.ranks, self.times)
         self.preconditioning = Preconditioning(base, options, self.times)

@@ -15,7 +15,7 @@ from grit_optim.capture.diagnosis import SiteReport, TapWatch, inspect, tell_of,
 from grit_optim.capture.gradients import add_gradients
 from grit_optim.capture.sums import Sums
 from grit_optim.capture.taps import Taps
-from grit_optim.integrity.fields import Fields, several, some_text
+from grit_optim.integrity.fields import Fields, record, several, some_text
 from grit_optim.lora.buckets import Bucket
 from grit_optim.lora.site import Site
 from grit_optim.options import CaptureOptions
@@ -59,11 +59,10 @@ class Capture:
         self._times = times
         self._taps = Taps(options.max_tokens, times)
         self._masks: list[Tensor] = []
+        self._begun = False
 
     def attach(self, sites: Sequence[Site], buckets: Sequence[Bucket]) -> None:
         """Work on these sites, and no others, from now on. What was gathered of them is kept."""
-        if any(bucket.device.type == "meta" for bucket in buckets):
-            self.watch.stop()  # there are no values to compare
         names = {site.name for site in sites}
         known = names if self._options.capture == "gradients" else self.by_gradients & names
         self._attach(sites, buckets, frozenset(known))
@@ -72,6 +71,8 @@ class Capture:
         self._taps.attach(sites, buckets, by_gradients)
         self.by_gradients = by_gradients
         self._masks = _masks(buckets, by_gradients)
+        if any(bucket.device.type == "meta" for bucket in buckets):
+            self.watch.stop()  # there are no values to compare
 
     def collect(self) -> Statistics | None:
         """The statistics gathered since the last step; None if there are none in any process."""
@@ -112,20 +113,23 @@ class Capture:
         # A process whose own taps fired knows the answer without waiting for the device.
         return together.sums, self.watch.look(reports), lambda: any(fired) or bool(together.fired.any())
 
-    def _quiet(self) -> list[int]:
-        """Places of the sites that have gradients, and whose taps have not fired although they should."""
-        fired = self._taps.gathered.fired
-        if all(fired):
-            return []
-        return [
-            place
-            for place, site in enumerate(self._taps.sites)
-            if not fired[place] and site.name not in self.by_gradients and site.has_gradient
-        ]
+    def _quiet(self) -> list[str]:
+        """The sites that have gradients, and whose taps have not fired although they should."""
+        fired, sites = self._taps.gathered.fired, self._taps.sites
+        silent = [site for site, count in zip(sites, fired, strict=True) if not count]
+        return [site.name for site in silent if site.name not in self.by_gradients and site.has_gradient]
 
     def _has_gradients(self) -> bool:
-        """Whether a site whose curvature comes from its gradients has one."""
-        return any(site.has_gradient for site in self._taps.sites if site.name in self.by_gradients)
+        """Whether a site whose curvature comes from its gradients has one.
+
+        Before the first step zeros are none: a distributed checkpoint steps with them to set the base's state
+        up. Later they are not looked for, since that would wait for the device.
+        """
+        sites = [site for site in self._taps.sites if site.name in self.by_gradients and site.has_gradient]
+        if sites and not self._begun:
+            self._begun = any(bool(w.grad.any()) for s in sites for w in (s.a, s.b) if w.grad is not None)
+            return self._begun
+        return bool(sites)
 
     def _judge(self, found: Sequence[SiteReport], sums: Sequence[Sums]) -> None:
         """Have the sites whose taps do not see what they should go over to their gradients, or warn of them.
@@ -177,21 +181,23 @@ class Capture:
 
     def state_dict(self) -> dict[str, Any]:
         """What decides which tokens of the next step are taken, and from where."""
-        return {**self._taps.state_dict(), "by_gradients": sorted(self.by_gradients)}
+        own = {"by_gradients": sorted(self.by_gradients), "watch": self.watch.state_dict()}
+        return {**self._taps.state_dict(), **own}
 
     @staticmethod
     def saved_fields() -> Fields:
         """What a checkpoint may hold under the names of :meth:`state_dict`."""
-        return {**Taps.saved_fields(), "by_gradients": several(some_text)}
+        own = {"by_gradients": several(some_text), "watch": record({}, TapWatch.saved_fields())}
+        return {**Taps.saved_fields(), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, or start anew from an empty one."""
         self.discard()
         self._taps.load_state_dict(state)
+        self.watch.load_state_dict(state.get("watch", {}))
         known = self.by_gradients | frozenset(state.get("by_gradients", ()))
-        if self._options.capture == "auto" and known != self.by_gradients:
-            self.by_gradients = known
-            self.attach(self._taps.sites, self._taps.gathered.buckets)
+        names = known if self._options.capture == "auto" else self.by_gradients
+        self._attach(self._taps.sites, self._taps.gathered.buckets, names)
 
 
 def _masks(buckets: Sequence[Bucket], names: Collection[str]) -> list[Tensor]:

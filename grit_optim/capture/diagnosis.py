@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from grit_optim.integrity.fields import Fields, by_name, several, some_text, whole
 from grit_optim.lora.site import Site
 from grit_optim.messages import listed, tell, warn
 
@@ -140,7 +142,7 @@ class TapWatch:
         self.steps_left = CHECKED_STEPS
         self._idle = 0
         self._suspects: set[tuple[str, str]] = set()
-        self._quiet: dict[int, int] = {}
+        self._quiet: dict[str, int] = {}
 
     def stop(self) -> None:
         """Look at no more steps."""
@@ -176,18 +178,33 @@ class TapWatch:
             self.steps_left = max(self.steps_left, 1)
         return found
 
-    def notice(self, quiet: Collection[int]) -> None:
+    def notice(self, quiet: Collection[str]) -> None:
         """Look again where taps have become silent since.
 
         A gradient of zeros may be the reason, and reading it waits for the device. So a site that is silent
         in every step is looked at after 2, 4, 8, … steps.
 
         Args:
-            quiet: places of the sites that have gradients, and whose taps did not fire in this step.
+            quiet: names of the sites that have gradients, and whose taps did not fire in this step.
         """
-        self._quiet = {place: self._quiet.get(place, 0) + 1 for place in quiet}
+        self._quiet = {name: self._quiet.get(name, 0) + 1 for name in quiet}
         if any(steps & (steps - 1) == 0 for steps in self._quiet.values() if steps > 1):
             self.steps_left = max(self.steps_left, 2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the latest steps have shown of single sites."""
+        return {"suspects": sorted(map(list, self._suspects)), "quiet": dict(self._quiet)}
+
+    @staticmethod
+    def saved_fields() -> Fields:
+        """What a checkpoint may hold under the names of :meth:`state_dict`."""
+        return {"suspects": several(several(some_text, 2)), "quiet": by_name(whole(1))}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, and look at the first steps after it again."""
+        self._suspects = {(name, status) for name, status in state.get("suspects", ())}
+        self._quiet = dict(state.get("quiet", {}))
+        self.steps_left = CHECKED_STEPS
 
 
 def by_status(reports: Iterable[SiteReport]) -> dict[str, list[str]]:

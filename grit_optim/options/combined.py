@@ -25,7 +25,7 @@ class Options:
 
     preconditioning: PreconditionOptions
     curvature: CurvatureOptions
-    capture: CaptureOptions
+    recording: CaptureOptions
     schedule: ScheduleOptions
     ranks: RankOptions
     penalties: PenaltyOptions

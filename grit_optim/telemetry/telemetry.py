@@ -49,6 +49,7 @@ class Telemetry:
             "reprojections": parts.ranks.reprojections,
             "folds": parts.curvature.folds,
             "dropped_folds": int(parts.curvature.dropped_folds),
+            "sites_by_gradients": len(parts.capture.by_gradients),
             "engaged_sites": sum(int(c.engaged.sum()) for c in buckets),
             "samples": {
                 name: int(n)
