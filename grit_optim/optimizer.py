@@ -105,7 +105,7 @@ class GritOptimizer(OptimizerWrapper):
             raise TypeError(
                 f"the second argument must be the model (an nn.Module), got {type(model).__name__}"
             )
-        found = SiteSet(base, model, sites)
+        found = SiteSet(base, model, sites, options.recording.taps_only, options.ranks.moves)
         self._assemble(base, options, found, found.first(model) if sites is None else given_sites(sites))
 
     def _assemble(

@@ -65,7 +65,7 @@ class Capture:
         """Work on these sites, and no others, from now on. What was gathered of them is kept."""
         names = {site.name for site in sites}
         known = names if self._options.capture == "gradients" else self.by_gradients & names
-        self._attach(sites, buckets, frozenset(known))
+        self._attach(sites, buckets, frozenset(known) | {site.name for site in sites if site.untapped})
 
     def _attach(self, sites: Sequence[Site], buckets: Sequence[Bucket], by_gradients: frozenset[str]) -> None:
         self._taps.attach(sites, buckets, by_gradients)

@@ -23,7 +23,7 @@ VERSION = 1
 KEY = "grit"
 """The key of a ``state_dict()`` under which the state of the parts lies."""
 
-_LATER = ("price", "dropped")
+_LATER = ("price", "dropped", "by_gradients")
 """A site's entries that older checkpoints lack."""
 
 

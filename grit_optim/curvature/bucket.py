@@ -86,6 +86,7 @@ class BucketCurvature:
         gradient_unit: Tensor,
         loss_tokens: Tensor,
         moment_unit: Tensor | None,
+        by_gradients: Tensor | None = None,
     ) -> None:
         """Fold one step into the factors and, where ``fisher`` needs them, the moments of the gradients.
 
@@ -96,8 +97,10 @@ class BucketCurvature:
             loss_tokens: number of tokens that the step's loss is a mean over, a scalar.
             moment_unit: the unit in which this step's squared gradients are measured, a scalar; None without
                 moments.
+            by_gradients: sites whose sums come from gradients, boolean ``[S]``; None: none.
         """
-        self.factors.fold(sums, accept, self._options.fisher_decay, gradient_unit, loss_tokens)
+        decay = self._options.fisher_decay
+        self.factors.fold(sums, accept, decay, gradient_unit, loss_tokens, by_gradients)
         if self.moments is None or moment_unit is None:
             return
         for group in self.bucket.groups:

@@ -82,10 +82,11 @@ class Curvature:
             )
             if moment_unit is not None:
                 accept = accept & moment_unit.isfinite()
-            for curvature, total in zip(self.buckets, sums, strict=True):
+            of_gradients = statistics.by_gradients
+            for curvature, total, flags in zip(self.buckets, sums, of_gradients, strict=True):
                 there = curvature.bucket.device
                 square_unit = moment_unit if moment_unit is None else moment_unit.to(there)
-                curvature.fold(total, accept.to(there), unit.to(there), scored.to(there), square_unit)
+                curvature.fold(total, accept.to(there), unit.to(there), scored.to(there), square_unit, flags)
             self.folds += 1
             self.dropped_folds = self.dropped_folds + (~accept).long()
 

@@ -34,7 +34,9 @@ class Factors:
         gradient_samples: tokens that have gone into Σ_g ``[S]``.
         price: predicted rise of the loss per unit of ``tr(Σ_g Σ_a)`` of the coordinates dropped ``[S]``, in
             the loss's unit: ½·N·T, where the loss is a mean over N tokens and T tokens of a step reach the
-            site (see :meth:`fold`).
+            site (see :meth:`fold`). Of gradients it gives the order of sites and directions alone, since N is
+            not known.
+        by_gradients: 1 for sites whose factors come from gradients, else 0 ``[S]``.
     """
 
     activation: Tensor
@@ -44,13 +46,14 @@ class Factors:
     activation_samples: Tensor
     gradient_samples: Tensor
     price: Tensor
+    by_gradients: Tensor
 
     @classmethod
     def zeros(cls, sites: int, rank: int, device: torch.device) -> Factors:
         """Factors into which nothing has gone."""
         matrix = torch.zeros(sites, rank, rank, dtype=torch.float32, device=device)
         scalar = torch.zeros(sites, dtype=torch.float32, device=device)
-        return cls(matrix, matrix.clone(), scalar, *(scalar.clone() for _ in range(4)))
+        return cls(matrix, matrix.clone(), scalar, *(scalar.clone() for _ in range(5)))
 
     def forget(self, sites: Tensor) -> None:
         """Reset the sites chosen by the boolean ``[S]``, as if none of their tokens had been seen."""
@@ -70,6 +73,7 @@ class Factors:
         decay: float | None,
         gradient_unit: Tensor,
         loss_tokens: Tensor | None = None,
+        by_gradients: Tensor | None = None,
     ) -> None:
         """Fold one step's sums into the means.
 
@@ -86,7 +90,10 @@ class Factors:
             gradient_unit: the unit in which this step's Σ_g is measured, a positive scalar.
             loss_tokens: N, the number of tokens that the step's loss is a mean over, a scalar; None: as many
                 as reach the site.
+            by_gradients: sites whose sums come from gradients, boolean ``[S]``; None: none.
         """
+        if by_gradients is not None:
+            self.by_gradients = by_gradients.float()
         seen = (sums.rows > 0) & accept
         count = sums.rows.clamp_min(1)
         kept, added = (1.0, sums.rows) if decay is None else (decay, torch.ones_like(sums.rows))

@@ -15,7 +15,7 @@ from grit_optim.export.peft_models import Home, homes
 from grit_optim.lora.discovery import no_peft_model_message, peft_models_in
 from grit_optim.messages import warn
 from grit_optim.parts import Parts
-from grit_optim.rank.report import RankReport
+from grit_optim.rank.report import RankReport, known
 
 
 def save_trained(
@@ -98,7 +98,7 @@ def _history(parts: Parts, home: Home, adapter: str) -> dict[str, History]:
     names += [n for n in parts.ranks.removed if n.startswith(prefix) and n.endswith(f".{adapter}")]
     return {
         name.removeprefix(prefix).removesuffix(f".{adapter}"): History(
-            origin[name].rank, origin[name].parameters, dropped[name]
+            origin[name].rank, origin[name].parameters, known(dropped[name])
         )
         for name in names
     }

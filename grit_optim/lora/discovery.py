@@ -15,12 +15,17 @@ from torch import Tensor, nn
 from grit_optim.lora.site import Site, alpha_for, mismatch
 from grit_optim.messages import listed
 
-# Layers that hold ``lora_A`` but never call it as a module on activations: a hook on it would not fire.
-_UNTAPPABLE_LAYERS = {
-    "ParamWrapper": "PEFT reads the weights of `target_parameters` (MoE experts) directly",
-    "MultiheadAttention": "PEFT merges the adapter of nn.MultiheadAttention into its weight",
+# Layers whose ``lora_A`` and ``lora_B`` are no pair of one rank.
+_UNUSABLE_LAYERS = {
+    "ParamWrapper": "PEFT stacks the pairs of all experts (`target_parameters`) in one matrix",
     "LoraParallelLinear": "the rank of a tensor-parallel layer is split over processes",
 }
+# Layers that hold ``lora_A`` but never call it as a module on activations: a hook on it would not fire.
+_UNTAPPABLE_LAYERS = {
+    "MultiheadAttention": "PEFT merges the adapter of nn.MultiheadAttention into its weight",
+}
+_EMBEDDING = "an embedding's adapter is looked up, not multiplied"
+_ADALORA = "AdaLoRA applies its own rank mask between A and B"
 # Variants whose forward pass is lora_B(lora_A(x)). Others may scale, mask or skip values between A and B.
 _TAPPABLE_VARIANTS = {"DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant",
                       "ALoraLinearVariant"}  # fmt: skip
@@ -28,15 +33,20 @@ _TAPPABLE_VARIANTS = {"DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVaria
 _WRAPPER_NAMES = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 
 
-def _reason_untapped(layer: nn.Module, site: Site, trained: set[int], tied: set[int]) -> str | None:
-    """Why a trained LoRA pair cannot be tapped; None if it can."""
-    kind = type(layer).__name__
-    if kind in _UNTAPPABLE_LAYERS:
-        return _UNTAPPABLE_LAYERS[kind]
-    variant = getattr(layer, "lora_variant", {}).get(site.adapter)
+def _reason_untapped(layer: nn.Module, adapter: str) -> str | None:
+    """Why no module's output is h = A x in this layer; None if there is one."""
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
     if variant is not None and type(variant).__name__ not in _TAPPABLE_VARIANTS:
         return f"{type(variant).__name__} changes what lies between A and B"
-    if {m.untyped_storage().data_ptr() for m in (site.a, site.b)} & tied:
+    return _UNTAPPABLE_LAYERS.get(type(layer).__name__)
+
+
+def _reason_unusable(layer: nn.Module, site: Site, trained: set[int], tied: set[int]) -> str | None:
+    """Why a trained LoRA pair is no site; None if it is one."""
+    kind = type(layer).__name__
+    if kind in _UNUSABLE_LAYERS:
+        return _UNUSABLE_LAYERS[kind]
+    if site.untapped != _EMBEDDING and {m.untyped_storage().data_ptr() for m in (site.a, site.b)} & tied:
         return "it shares its matrices with the adapter of an embedding"
     if not (id(site.a) in trained and id(site.b) in trained):
         return f"only {'A' if id(site.a) in trained else 'B'} is trained"
@@ -55,7 +65,20 @@ def _site_of(name: str, adapter: str, layer: Any, bias_saved: bool = False) -> S
     """
     bias = getattr(getattr(layer, "base_layer", None), "bias", None)
     held = bias if bias is not None and (bias_saved or bias.requires_grad) else None
-    return Site(f"{name}.{adapter}", adapter, layer.lora_A, layer.lora_B, layer.scaling, held)
+    reason = _reason_untapped(layer, adapter)
+    return Site(f"{name}.{adapter}", adapter, layer.lora_A, layer.lora_B, layer.scaling, held, reason)
+
+
+def _sites_of(name: str, layer: Any) -> list[Site]:
+    """All pairs of a module that is a layer of PEFT's; none of any other."""
+    of_a: Any = getattr(layer, "lora_A", None)
+    found = [_site_of(name, adapter, layer) for adapter in of_a] if isinstance(of_a, nn.ModuleDict) else []
+    for kind, reason in (("lora", _ADALORA), ("lora_embedding", _EMBEDDING)):
+        a, b = (getattr(layer, f"{kind}_{side}", None) for side in "AB")
+        if isinstance(a, nn.ParameterDict) and isinstance(b, nn.ParameterDict):
+            pairs: tuple[Any, Any] = (a, b)
+            found += [Site(f"{name}.{one}", one, *pairs, layer.scaling, untapped=reason) for one in a]
+    return found
 
 
 def _embedding_storages(model: nn.Module) -> set[int]:
@@ -65,8 +88,9 @@ def _embedding_storages(model: nn.Module) -> set[int]:
     return {place for p in entries if (place := p.untyped_storage().data_ptr())}  # 0 on the meta device
 
 
-def _is_trained(module: nn.Module, trained: set[int]) -> bool:
-    return any(id(p) in trained for p in module.parameters())
+def _is_trained(entry: nn.Module | Tensor, trained: set[int]) -> bool:
+    parameters = [entry] if isinstance(entry, Tensor) else entry.parameters()
+    return any(id(p) in trained for p in parameters)
 
 
 def find_sites(
@@ -80,32 +104,25 @@ def find_sites(
         frozen_too: take parameters that require no gradient now for trained as well.
 
     Returns:
-        The sites that can be tapped, in the model's order, and the trained adapters that cannot, name to
-        reason.
+        The sites, in the model's order, and the trained adapters that are none, name to reason. Some sites
+        cannot be tapped; they say why.
     """
     trained = {id(p) for p in parameters if p.requires_grad or frozen_too}
     tied = _embedding_storages(model)
     sites: list[Site] = []
-    untapped: dict[str, str] = {}
+    unusable: dict[str, str] = {}
     for full_name, layer in model.named_modules():
         name = _WRAPPER_NAMES.sub("", full_name)
-        if any(id(p) in trained for p in getattr(layer, "lora_embedding_A", {}).values()):
-            untapped[name] = "an embedding's adapter is looked up, not multiplied"
-        a_modules, b_modules = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
-        if isinstance(a_modules, nn.ParameterDict) and any(id(p) in trained for p in a_modules.values()):
-            untapped[name] = "AdaLoRA applies its own rank mask between A and B"
-        if not (isinstance(a_modules, nn.ModuleDict) and isinstance(b_modules, nn.ModuleDict)):
-            continue
-        for adapter in a_modules:
-            if not (_is_trained(a_modules[adapter], trained) or _is_trained(b_modules[adapter], trained)):
+        for site in _sites_of(name, layer):
+            entries = (site.a_modules[site.adapter], site.b_modules[site.adapter])
+            if not any(_is_trained(entry, trained) for entry in entries):
                 continue
-            site = _site_of(name, adapter, layer)
-            reason = _reason_untapped(layer, site, trained, tied)
+            reason = _reason_unusable(layer, site, trained, tied)
             if reason is None:
                 sites.append(site)
             else:
-                untapped[site.name] = reason
-    return sites, untapped
+                unusable[site.name] = reason
+    return sites, unusable
 
 
 def frozen_pairs(model: nn.Module, parameters: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -276,7 +293,8 @@ def adapter_layers(peft_model: Any, adapter: str) -> AdapterLayers:
             and adapter in a_modules
         ):
             site = _site_of(name, adapter, layer, bias_saved)
-            if _reason_untapped(layer, site, {id(site.a), id(site.b)}, tied) is None:
+            reason = _reason_unusable(layer, site, {id(site.a), id(site.b)}, tied)
+            if reason is None and site.untapped is None:
                 pairs[name] = site
                 continue
         others[name] = layer
@@ -304,7 +322,9 @@ def no_sites_message(
         names = listed([name for name, _ in outside], 3)
         said.append(f"{len(outside)} of the base's {held} parameters are none of {kind}'s ({names})")
     pairs = [f"{name}.{a}" for name, layer in layers_of_pairs(model).values() for a in layer.lora_A]
-    if pairs:
+    if any(hasattr(module, "vera_lambda_b") for module in model.modules()):
+        said.append("VeRA trains no pair of its own: its A and B are frozen, and shared by all layers")
+    elif pairs:
         said.append(
             f"{kind} has {len(pairs)} pairs ({listed(pairs, 3)}), and the base does not hold both A and B of "
             "any that can be tapped. Build the base on the parameters of this model, or pass the model whose "

@@ -19,7 +19,8 @@ class KeptRanks:
         bucket: the sites, in the order of every ``[S, …]`` tensor.
         rank: directions kept ``[S]``, int64.
         first: directions when the optimizer was first built ``[S]``, int64.
-        dropped: predicted rise of the loss by everything given up so far ``[S]``, in the loss's unit.
+        dropped: predicted rise of the loss by everything given up so far ``[S]``, in the loss's unit;
+            infinite where it cannot be predicted.
         given_up: whether directions beyond ``rank`` are out of use. The paper's projections leave all rows of
             A in use.
         compensates: whether the directions that stay take longer steps, as under a rank budget.
@@ -95,7 +96,7 @@ class KeptRanks:
     @staticmethod
     def saved_fields(rank: int) -> Fields:
         """What a checkpoint may hold of a site of this rank, under the names of :meth:`pack`."""
-        return {"rank": counted(0, rank), "dropped": tensor(low=0)}
+        return {"rank": counted(0, rank), "dropped": tensor(low=0, finite=False)}
 
     def pack(self, position: int) -> dict[str, Tensor]:
         """One site's state for a checkpoint."""

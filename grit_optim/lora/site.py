@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,19 +28,22 @@ class Site:
         name: the layer's name in the model and the adapter's, as in
             ``base_model.model.model.layers.0.self_attn.q_proj.default``. It keys the state in checkpoints.
         adapter: the adapter's name, the key of the pair in the mappings that follow.
-        a_modules: adapter name to the module whose weight is A; its output is h = A x.
-        b_modules: adapter name to the module whose weight is B.
+        a_modules: adapter name to the module whose weight is A and whose output is h = A x; or to A itself.
+        b_modules: adapter name to the module whose weight is B, or to B itself.
         scalings: adapter name to s.
         layer_bias: the bias of the frozen layer, where PEFT trains and saves it with the adapter
             (``bias="lora_only"``); else None.
+        untapped: why no module's output is h; None if there is one. The curvature of such a pair comes from
+            its gradients.
     """
 
     name: str
     adapter: str
-    a_modules: Mapping[str, nn.Module] | nn.ModuleDict
-    b_modules: Mapping[str, nn.Module] | nn.ModuleDict
+    a_modules: Mapping[str, Any]
+    b_modules: Mapping[str, Any]
     scalings: Mapping[str, float]
     layer_bias: Tensor | None = None
+    untapped: str | None = None
 
     @property
     def tap(self) -> nn.Module:
@@ -49,12 +53,17 @@ class Site:
     @property
     def a(self) -> Tensor:
         """A, ``[r, d_in]`` (``[r, c_in, k, k]`` for a convolution)."""
-        return self.a_modules[self.adapter].weight  # type: ignore[return-value]
+        return weight_of(self.a_modules[self.adapter])
 
     @property
     def b(self) -> Tensor:
         """B, ``[d_out, r]`` (``[d_out, r, 1, 1]`` for a convolution)."""
-        return self.b_modules[self.adapter].weight  # type: ignore[return-value]
+        return weight_of(self.b_modules[self.adapter])
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the pair's coordinates cannot be changed, nor its rank."""
+        return self.untapped is not None and self.untapped != NO_MODULE
 
     @property
     def rank(self) -> int:
@@ -82,7 +91,7 @@ class Site:
 
         A convolution's input may come without a batch dimension, so counting from the front would not do.
         """
-        return 1 - self.a.dim() if isinstance(self.tap, _CONVOLUTIONS) else -1
+        return 1 - self.a.dim() if isinstance(self.a_modules[self.adapter], _CONVOLUTIONS) else -1
 
     @property
     def has_bias(self) -> bool:
@@ -142,10 +151,48 @@ class Site:
                     "the module (such as nn.Linear) whose weight is the LoRA matrix"
                 )
         site = cls(name, "", {"": a}, {"": b}, {"": scaling})
-        problem = mismatch(site)
-        if problem:
-            raise ValueError(f"site {name!r}: {problem}. A must be [r, d_in] and B [d_out, r]")
-        return site
+        return _checked(site)
+
+    @classmethod
+    def from_parameters(cls, name: str, a: Tensor, b: Tensor, scaling: float = 1.0) -> Site:
+        """A site of LoRA without modules, as fused layers hold it. Its curvature comes from its gradients.
+
+        Args:
+            name: keys the site's state in checkpoints.
+            a: A ``[r, d_in]``.
+            b: B ``[d_out, r]``.
+            scaling: the factor s in ΔW = s·B·A.
+
+        Raises:
+            TypeError: ``a`` or ``b`` is no tensor.
+            ValueError: the ranks of A and B do not agree.
+        """
+        for label, matrix in (("a", a), ("b", b)):
+            if not isinstance(matrix, Tensor):
+                raise TypeError(
+                    f"site {name!r}: `{label}` is a {type(matrix).__name__}. Pass the parameter itself, or "
+                    "use Site.from_modules"
+                )
+        return _checked(cls(name, "", {"": a}, {"": b}, {"": scaling}, untapped=NO_MODULE))
+
+
+NO_MODULE = "it was given as parameters, without the module that multiplies by A"
+
+
+def weight_of(entry: Any) -> Tensor:
+    """The matrix that an entry of a site's mappings is, or holds as its ``weight``."""
+    return entry if isinstance(entry, Tensor) else entry.weight
+
+
+def _checked(site: Site) -> Site:
+    """The site, if it is a pair.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if problem := mismatch(site):
+        raise ValueError(f"site {site.name!r}: {problem}. A must be [r, d_in] and B [d_out, r]")
+    return site
 
 
 def _narrow(parameter: Tensor, dim: int, size: int) -> None:

@@ -25,6 +25,8 @@ class SiteSet:
         model: where LoRA pairs are looked for. None in a copy of the optimizer, which keeps its sites but not
             the model.
         given: sites from the user, for hand-written LoRA; None: look for PEFT's in ``model``.
+        tapped_only: whether pairs that no tap sees are left to the base.
+        moves: whether the pairs change coordinates in training. Those that cannot are left to the base.
 
     Attributes:
         all: the sites worked on, in the model's order.
@@ -32,10 +34,18 @@ class SiteSet:
         model: the model. It is kept alive: the caller may have made an ``nn.ModuleList`` for this alone.
     """
 
-    def __init__(self, base: Optimizer, model: nn.Module | None, given: Sequence[Site] | None = None) -> None:
+    def __init__(
+        self,
+        base: Optimizer,
+        model: nn.Module | None,
+        given: Sequence[Site] | None = None,
+        tapped_only: bool = False,
+        moves: bool = False,
+    ) -> None:
         self.all: list[Site] = []
         self.given = given is not None
         self._base = base
+        self._tapped_only, self._moves = tapped_only, moves
         self.model = model
         self._seen: dict[int, Tensor] = {}  # the base's parameters at the latest find()
         self._frozen: list[tuple[Tensor, Tensor]] = []  # A and B that the base holds but that are not trained
@@ -49,7 +59,7 @@ class SiteSet:
         Raises:
             ValueError: the base holds no pair of the model, trained now or not.
         """
-        sites, untapped = find_sites(model, self._parameters())
+        sites, untapped = self._find(model)
         if not sites and not frozen_pairs(model, self._parameters()):
             raise ValueError(no_sites_message(model, untapped, self._base.param_groups))
         return self.find(model)
@@ -61,7 +71,7 @@ class SiteSet:
         Notes which pairs are frozen, for :meth:`grown`.
         """
         parameters = self._parameters()
-        found, untapped = find_sites(model, parameters)
+        found, untapped = self._find(model)
         self._seen = {id(p): p for p in parameters}
         tapped = {id(site.a) for site in self.all}
         self._frozen = [(a, b) for a, b in frozen_pairs(model, parameters) if id(a) not in tapped]
@@ -70,15 +80,22 @@ class SiteSet:
         names = {site.name for site in self.all}
         return [*self.all, *(site for site in found if site.name not in names)]
 
+    def _find(self, model: nn.Module, frozen_too: bool = False) -> tuple[list[Site], dict[str, str]]:
+        """The model's trained pairs, and those that are left to the base, name to reason."""
+        found, left = find_sites(model, self._parameters(), frozen_too)
+        for site in found:
+            if site.untapped and (self._tapped_only or (self._moves and site.fixed)):
+                left[site.name] = site.untapped
+        return [site for site in found if site.name not in left], left
+
     def _warn_of_untapped(self, untapped: Mapping[str, str]) -> None:
         news = {name: reason for name, reason in untapped.items() if self._untapped.get(name) != reason}
         self._untapped.update(news)
         if news:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in news.items())
             warn(
-                f"GRIT leaves {len(news)} adapter(s) to the base optimizer alone, since they cannot be "
-                f"tapped: {reasons}. They are trained without curvature. Leave their layers out of the "
-                "LoraConfig if that is not wanted"
+                f"GRIT leaves {len(news)} adapter(s) to the base optimizer alone: {reasons}. They are "
+                "trained without curvature. Leave their layers out of the LoraConfig if that is not wanted"
             )
 
     def _warn_of_elsewhere(self, model: nn.Module) -> None:
@@ -120,7 +137,7 @@ class SiteSet:
         missing = set(names) - {site.name for site in self.all}
         if self.model is None or self.given or not missing:
             return None
-        found, _ = find_sites(self.model, self._parameters(), frozen_too=True)
+        found, _ = self._find(self.model, frozen_too=True)
         return [*self.all, *(site for site in found if site.name in missing)]
 
     def take(self, sites: list[Site]) -> list[Bucket]:
@@ -196,7 +213,7 @@ def given_sites(sites: object) -> list[Site]:
         if not isinstance(site, Site):
             raise TypeError(
                 f"sites must be a list of grit_optim.Site, got {type(site).__name__} at place {place}. Make "
-                "one with Site.from_modules(name, a, b, scaling)"
+                "one with Site.from_modules(name, a, b, scaling), or Site.from_parameters"
             )
     return found
 

@@ -144,6 +144,11 @@ class CaptureOptions(Group):
         """Tokens per pair and step that enter the factors, evenly spaced. None: all.""",
     )
 
+    @property
+    def taps_only(self) -> bool:
+        """Whether pairs that no tap sees are left to the base."""
+        return self.capture == "taps"
+
 
 @dataclass(frozen=True)
 class ScheduleOptions(Group):
@@ -220,6 +225,11 @@ class RankOptions(Group):
         """Steps from the start to the end of the budget, counted from rank_adaptation_start_step; 0: at once.
         The budget takes effect at reprojections.""",
     )
+
+    @property
+    def moves(self) -> bool:
+        """Whether the pairs change coordinates in training."""
+        return self.reprojection != "none"
 
     @property
     def gives_up(self) -> bool:

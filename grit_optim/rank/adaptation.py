@@ -22,7 +22,7 @@ from grit_optim.profiling import StageTimes
 from grit_optim.rank import moves
 from grit_optim.rank.budget import BudgetSchedule, Origin, make_schedule, unmet
 from grit_optim.rank.coordinates import BALANCING_DAMPING, Coordinates
-from grit_optim.rank.report import RankReport, SiteRank, effective_ranks
+from grit_optim.rank.report import RankReport, SiteRank, effective_ranks, known
 from grit_optim.rank.selection import Bids, RankPolicy, ranks_within
 
 
@@ -236,7 +236,7 @@ class Ranks:
         return {**kept, **dict.fromkeys(self.removed, 0)}
 
     def dropped(self) -> dict[str, float]:
-        """Predicted rise of the loss by everything given up so far, by site name."""
+        """Predicted rise of the loss by everything given up so far, by site name; infinite if unknown."""
         return self.removed | {n: cost for ranks in self.kept for n, cost in ranks.dropped_by_name().items()}
 
     def predicted_cost(self) -> Tensor | float:
@@ -282,7 +282,7 @@ class Ranks:
             if name not in kept:
                 continue  # its adapter was replaced or deleted
             rank, size = kept[name], origin.parameters // origin.rank
-            loss = dropped[name] + costs.get(name, 0.0)
+            loss = known(dropped[name] + costs.get(name, 0.0))
             entropy, count = effective.get(name, (None, None))
             sites.append(
                 SiteRank(name, rank, origin.rank, entropy, count, rank * size, origin.parameters, loss)
@@ -309,7 +309,7 @@ class Ranks:
             "reprojection": text(REPROJECTIONS),
             "reprojections": whole(),
             "origin": by_name(several(whole(1), 2), sites),
-            "removed": by_name(number(low=0)),
+            "removed": by_name(number(low=0, finite=False)),
             "budget": lambda path, value: budget(path, value) if value != {} else None,
         }
 

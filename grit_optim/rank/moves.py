@@ -27,6 +27,8 @@ def coordinates(curvature: BucketCurvature, damping: float) -> Coordinates:
 def predicted_loss(curvature: BucketCurvature, found: Coordinates, rank: Tensor) -> Tensor:
     """Predicted rise of the loss, in its unit, where sites keep ``rank`` balanced coordinates: ``[S]``.
 
+    It is infinite where it cannot be predicted, since the factors come from gradients.
+
     Args:
         curvature: of the bucket.
         found: its balanced coordinates.
@@ -34,7 +36,9 @@ def predicted_loss(curvature: BucketCurvature, found: Coordinates, rank: Tensor)
     """
     size = curvature.bucket.rank
     gone = linalg.leading_mask(curvature.ranks.rank, size) & ~linalg.leading_mask(rank, size)
-    return curvature.factors.price * (found.energy * gone).sum(-1).float()
+    factors = curvature.factors
+    unknown = (factors.by_gradients > 0) & gone.any(-1)
+    return torch.where(unknown, torch.inf, factors.price * (found.energy * gone).sum(-1).float())
 
 
 def truncate(base: Optimizer, curvature: BucketCurvature, found: Coordinates, rank: Tensor) -> None:

@@ -72,6 +72,7 @@ def make_plan(
             f"fisher={options.curvature.fisher!r} keeps moments of gradients in the coordinates of A and B, "
             "which change where ranks are given up. Build the optimizer with fisher='kfac'"
         )
+    _check_movable(curvatures)
     found = ranks.coordinates(curvatures)
     _check_ready(curvatures, found, options.curvature.kfac_min_samples)
     if isinstance(wanted, Mapping):
@@ -83,6 +84,22 @@ def make_plan(
         budget.parameters(wanted, budget.full_parameters(origins)), dtype=torch.float64, device="cpu"
     )
     return Plan(found, ranks.within(curvatures, found, total))
+
+
+def _check_movable(curvatures: Sequence[BucketCurvature]) -> None:
+    """Refuse to plan where a pair cannot lose directions.
+
+    Raises:
+        ValueError: a pair's coordinates belong to its layer.
+    """
+    fixed = {site.name: site.untapped for c in curvatures for site in c.bucket.sites if site.fixed}
+    if fixed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(fixed.items())[:3])
+        raise ValueError(
+            f"the directions of {len(fixed)} site(s) cannot be given up one by one ({reasons}). Build the "
+            "optimizer with reprojection='balanced', which leaves such pairs to the base, or leave their "
+            "layers out of the LoraConfig"
+        )
 
 
 def _check_ready(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -45,6 +46,11 @@ class SiteRank:
     parameters: int
     parameters_before: int
     predicted_loss: float | None
+
+
+def known(cost: float) -> float | None:
+    """A predicted rise of the loss; None for one that is infinite, since it cannot be predicted."""
+    return cost if math.isfinite(cost) else None
 
 
 class RankReport(dict[str, int]):

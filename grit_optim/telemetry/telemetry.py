@@ -18,6 +18,7 @@ from grit_optim.linalg import full_precision
 from grit_optim.options.checks import whole
 from grit_optim.parts import Parts
 from grit_optim.preconditioners.held_gradients import Outcome
+from grit_optim.rank.report import known
 from grit_optim.sinks import JsonLines, Record
 from grit_optim.telemetry.recorder import Contents, Recorder
 from grit_optim.telemetry.snapshot import Snapshot
@@ -57,7 +58,7 @@ class Telemetry:
                 for name, n in zip(c.bucket.names(), c.factors.activation_samples.tolist(), strict=True)
             },
             "mean_cosine": _mean_cosine(parts.preconditioning.outcomes),
-            "predicted_cost": sum(ranks.dropped().values()),
+            "predicted_cost": known(sum(ranks.dropped().values())),
             "ranks": ranks.by_name(),
             "stage_seconds": dict(parts.times.seconds),
             **self._in_force(),

@@ -5,6 +5,7 @@ what rounding becomes in so few steps.
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from golden import cases
 
 GOLDEN = json.loads(cases.FILE.read_text(encoding="utf8"))
 HERE = cases.arithmetic()
+LATER = re.compile("/by_gradients|/watch/")
+"""Entries that the first version's checkpoints do not have."""
 ROUNDING = 2e-3
 """Share of the weights' norm that differences in the last bit may grow to in nine steps."""
 
@@ -38,7 +41,8 @@ def test_checkpoint_of_before(name):
 @pytest.mark.parametrize("name", cases.SAVED)
 @pytest.mark.filterwarnings("ignore")
 def test_state_dict_keeps_its_names(name):
-    """Whoever wrote the checkpoint can read ours: the same keys, shapes and types."""
+    """Whoever wrote the checkpoint can read ours: the same keys, shapes and types. Later ones are ignored."""
     saved = torch.load(cases.CHECKPOINTS / f"{name}.pt", weights_only=True)
     _, optimizer = cases.load(name)
-    assert cases.keys_of(optimizer.state_dict()) == cases.keys_of(saved["optimizer"])
+    found = [key for key in cases.keys_of(optimizer.state_dict()) if not LATER.search(key)]
+    assert found == cases.keys_of(saved["optimizer"])

@@ -1,0 +1,247 @@
+"""LoRA that no tap sees: each kind is engaged, and lowers the loss. docs/trainers.md has a row for each."""
+
+import pytest
+import torch
+from fused import fuse_all, fuse_each, fuse_mlp, fuse_qkv
+from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
+from tiny import adamw, grit, llama, loss_of, tokens, train, trained
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from grit_optim import GritOptimizer, Site
+
+FUSED = {
+    "each projection": (fuse_each, 14),
+    "QKV": (fuse_qkv, 6),
+    "SwiGLU MLP": (fuse_mlp, 6),
+    "all of them": (fuse_all, 14),
+}
+
+
+def falls(step, steps=12):
+    """Train on one batch; whether the loss falls by a tenth of a nat."""
+    losses = [step() for _ in range(steps)]
+    return losses[-1] < losses[0] - 0.1
+
+
+def on_one_batch(model, optimizer, lr=None):
+    def step():
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def engaged(optimizer):
+    told = optimizer.telemetry()
+    return told["engaged_sites"], told["sites_by_gradients"]
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_the_doubles_compute_what_peft_does(kind):
+    """Output and gradients."""
+    plain, fused = llama(init_lora_weights=False), FUSED[kind][0](llama(init_lora_weights=False))
+    losses = [loss_of(model) for model in (plain, fused)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for one, other in zip(trained(plain), trained(fused), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["spectral", "steer", "inverse", "eigenbasis", "balanced"])
+@pytest.mark.parametrize("kind", FUSED)
+def test_fused_kernels(kind, mode):
+    fuse, count = FUSED[kind]
+    model = fuse(llama())
+    optimizer = grit(model, lr=3e-2, precondition=mode, kfac_update_freq=1)
+    assert falls(on_one_batch(model, optimizer))
+    assert engaged(optimizer) == (14, count)
+
+
+@pytest.mark.parametrize("fisher", ["block_diagonal", "diagonal", "ekfac"])
+def test_fused_kernels_with_every_fisher(fisher):
+    model = fuse_all(llama())
+    optimizer = grit(model, lr=3e-2, fisher=fisher)
+    assert falls(on_one_batch(model, optimizer))
+    assert engaged(optimizer) == (14, 14)
+
+
+def test_kernels_that_are_fused_after_construction():
+    model = llama()
+    optimizer = grit(model, lr=3e-2)
+    fuse_all(model)
+    assert falls(on_one_batch(model, optimizer))
+    assert engaged(optimizer) == (14, 14)
+
+
+def test_a_model_compiled_and_run_before_construction():
+    model = llama()
+    compiled = torch.compile(model, backend="eager")
+    compiled(input_ids=tokens(), labels=tokens()).loss.backward()
+    for p in trained(model):
+        p.grad = None
+    optimizer = grit(model, lr=3e-2)
+    assert falls(on_one_batch(compiled, optimizer))
+    assert engaged(optimizer)[0] == 14
+
+
+def test_an_embeddings_adapter():
+    model = llama(target_modules=["embed_tokens", "q_proj"])
+    optimizer = grit(model, lr=3e-2)
+    assert falls(on_one_batch(model, optimizer))
+    assert engaged(optimizer) == (3, 1)
+
+
+class Attention(nn.Module):
+    """One nn.MultiheadAttention, and a readout."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.out = nn.Linear(16, 1)
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x)[0])
+
+
+def test_multihead_attention():
+    torch.manual_seed(0)
+    model = get_peft_model(Attention(), LoraConfig(r=4, target_modules=["attention"]))
+    optimizer = grit(model, lr=3e-2)
+    x = torch.randn(8, 6, 16)
+    wanted = x.flip(1).mean(-1, keepdim=True)
+
+    def step():
+        loss = nn.functional.mse_loss(model(x), wanted)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    losses = [step() for _ in range(20)]
+    assert losses[-1] < 0.8 * losses[0]
+    engaged_sites, by_gradients = engaged(optimizer)
+    assert engaged_sites == optimizer.telemetry()["sites"] > 0
+    assert by_gradients > 0
+
+
+def test_adalora_with_its_mask():
+    """Its ranks fall in training; rows that the mask has taken are left alone by their gradients."""
+    torch.manual_seed(0)
+    config = llama().base_model.model.config
+    settings = AdaLoraConfig(
+        target_modules=["q_proj", "v_proj"], init_r=4, target_r=2, tinit=2, tfinal=4, deltaT=1, total_step=20
+    )
+    model = get_peft_model(LlamaForCausalLM(config), settings)
+    optimizer = grit(model, lr=3e-2)
+    done = 0
+
+    def step():
+        nonlocal done
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(done)
+        optimizer.zero_grad()
+        done += 1
+        return loss.item()
+
+    assert falls(step, 20)
+    assert engaged(optimizer) == (4, 4)
+    kept = [int((e != 0).sum()) for n, e in model.named_parameters() if "lora_E" in n]
+    assert sum(kept) < 16
+
+
+def test_pairs_without_modules():
+    torch.manual_seed(0)
+    frozen, a, b = torch.randn(5, 6), nn.Parameter(torch.randn(3, 6) / 6), nn.Parameter(torch.zeros(5, 3))
+    model = nn.Module()
+    model.a, model.b = a, b
+    base = torch.optim.AdamW([a, b], lr=3e-2)
+    optimizer = GritOptimizer(
+        base, model, sites=[Site.from_parameters("pair", a, b, 2.0)], kfac_min_samples=1
+    )
+    x, y = torch.randn(64, 6), torch.randn(64, 5)
+
+    def step():
+        loss = (x @ (frozen + 2.0 * b @ a).T - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    losses = [step() for _ in range(20)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert engaged(optimizer) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "error", "said"),
+    [
+        (torch.zeros(3, 6), torch.zeros(5, 4), ValueError, r"A must be \[r, d_in\] and B \[d_out, r\]"),
+        (nn.Linear(6, 3), torch.zeros(5, 3), TypeError, "`a` is a Linear.*from_modules"),
+    ],
+)
+def test_what_is_no_pair_is_refused(a, b, error, said):
+    with pytest.raises(error, match=said):
+        Site.from_parameters("pair", a, b)
+
+
+def test_shared_matrices_are_refused_with_the_reason():
+    """VeRA trains two vectors for each layer; its A and B are frozen and common to all."""
+    config = llama().base_model.model.config
+    model = get_peft_model(LlamaForCausalLM(config), VeraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    with pytest.raises(ValueError, match=r"VeRA.*shared by all layers"):
+        GritOptimizer(adamw(model), model)
+
+
+# ---------------------------------------------------------------- what else holds
+
+
+def test_taps_only_leaves_them_to_the_base():
+    model = llama(target_modules=["embed_tokens", "q_proj"])
+    with pytest.warns(UserWarning, match="leaves 1 adapter.*looked up"):
+        optimizer = grit(model, capture="taps")
+    assert optimizer.telemetry()["sites"] == 2
+
+
+def test_pairs_that_cannot_move_are_left_to_the_base_where_others_do():
+    model = llama(target_modules=["embed_tokens", "q_proj"])
+    with pytest.warns(UserWarning, match="leaves 1 adapter.*looked up"):
+        optimizer = grit(
+            model, reprojection="balanced", rank_budget=0.5, min_lora_rank=1, reprojection_freq=2
+        )
+    train(model, optimizer, 6)
+    assert sum(optimizer.ranks().values()) == 4
+
+
+def test_a_plan_names_the_pairs_that_cannot_lose_directions():
+    model = llama(target_modules=["embed_tokens", "q_proj"])
+    optimizer = grit(model)
+    train(model, optimizer, 6)
+    with pytest.raises(ValueError, match=r"1 site\(s\) cannot be given up.*embed_tokens"):
+        optimizer.reduce_ranks_(0.5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"reprojection": "balanced", "reprojection_freq": 3, "rank_budget": 0.5}]
+)
+def test_a_budget_cut_and_export_under_fused_kernels(tmp_path, options):
+    """Ranks are chosen, cut and saved as where taps see the tokens; the loss that this costs is not known."""
+    model = fuse_all(llama())
+    optimizer = grit(model, min_lora_rank=1, **options)
+    train(model, optimizer, 12)
+    if not options:
+        report = optimizer.reduce_ranks_(0.5)
+        assert report.predicted_loss is None
+    assert 14 <= sum(optimizer.ranks().values()) <= 30
+    before = loss_of(model).item()
+    optimizer.shrink_()
+    assert loss_of(model).item() == pytest.approx(before, rel=1e-4)
+    train(model, optimizer, 3)
+    optimizer.save_adapter(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
