@@ -10,6 +10,10 @@ ROWS = [cells for cells in rows(PAGE) if re.fullmatch(r"\w+ [\d.]+", cells[1])]
 EXTRAS = ("bench", "peers", "trainers", "trainers4")
 
 
+def part_of_page(title):
+    return PAGE.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
 def pins():
     """Package to the versions that the extras pin."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf8")
@@ -31,6 +35,15 @@ def test_every_row_names_a_pinned_version_and_a_test_that_exists():
         file, name = test.split("::")
         tree = ast.walk(ast.parse(source_of_test(file)))
         assert name in {node.name for node in tree if isinstance(node, ast.FunctionDef)}, client
+
+
+def test_every_kind_that_no_tap_sees_has_a_test():
+    found = [cells for cells in rows(part_of_page("LoRA that no tap sees")) if "::" in cells[-1]]
+    assert len(found) > 10
+    for kind, _, test in found:
+        file, name = test.split("::")
+        tree = ast.walk(ast.parse(source_of_test(file)))
+        assert name in {node.name for node in tree if isinstance(node, ast.FunctionDef)}, kind
 
 
 def test_the_versions_that_exclude_each_other_are_run_by_the_files_of_their_rows():
