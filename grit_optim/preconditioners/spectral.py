@@ -12,7 +12,7 @@ from grit_optim import linalg
 from grit_optim.base.settings import finds_its_rate, is_adam
 from grit_optim.preconditioners.held_gradients import Held, inner_product, norm
 from grit_optim.preconditioners.mode import Mode
-from grit_optim.preconditioners.steer import Steer
+from grit_optim.preconditioners.steer import Average, Steer
 
 STEP_RMS = 0.6
 """Root mean square of a step's entries around an Adam, in units of the learning rate."""
@@ -39,7 +39,8 @@ class Spectral(Steer):
     A whitened step spreads its length over all r directions. Where the gradient lies in a few of them, as it
     does at first and as long as a low learning rate leaves it so, the base's step Δ of equal length decreases
     the loss faster. So the step takes a share of Δ as well, as much as its decrease ``⟨m, ·⟩`` lacks of Δ's.
-    Together the two are no longer than the longer of them, so that high rates stay as safe as they are.
+    The sum may be longer than both, and far below the best rate it has to be. Near and above it, where steps
+    already go past the lowest point along them, it is no longer than the longer of the two.
     """
 
     name = "spectral"
@@ -62,16 +63,29 @@ class Spectral(Steer):
         """p/2, since P is applied on both sides of the whitening."""
         return super().power / 2
 
-    def completed(self, move: Tensor, average: Tensor, descent: Tensor) -> Tensor:
+    def completed(self, held: Held, move: Tensor, average: Average, descent: Tensor) -> Tensor:
         """The turned step, and the share of the base's own that it lacks to decrease the loss as much.
 
-        Together they are no longer than the longer of the two.
+        Where the sum is longer than both, :meth:`_slope_left` says how much of that it keeps.
         """
-        wanted = inner_product(average, descent)
-        lacking = (1 - inner_product(average, move) / wanted).clamp(0, 1)
+        wanted = inner_product(average.fresh, descent)
+        lacking = (1 - inner_product(average.fresh, move) / wanted).clamp(0, 1)
         whole = move + torch.where(wanted > 0, lacking, 0.0) * descent
-        limit, length = torch.maximum(norm(move), norm(descent)), norm(whole)
-        return torch.where(length > limit, limit / length, 1.0) * whole
+        longest, length = torch.maximum(norm(move), norm(descent)), norm(whole)
+        limit = longest + self._slope_left(held, average) * (length - longest)
+        return torch.where(length > longest, limit / length, 1.0) * whole
+
+    def _slope_left(self, held: Held, average: Average) -> Tensor:
+        """1 while the newest gradient goes half as far along the earlier ones as they did, or farther.
+
+        With less it falls to 0, where the newest goes against the earlier. On a quadratic a further step as
+        long as those before comes to the lowest point along them where the slope has halved: what is longer
+        goes past it. ``[m, 1, 1]``; 0 where there is no earlier gradient.
+        """
+        share = self._newest_share(held)
+        earlier = (average.fresh - share * self._newest(held)) / (average.weight - share)
+        slope = inner_product(self._newest(held), earlier) / inner_product(earlier, earlier)
+        return (2 * slope).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
 
     def direction(self, held: Held, moment: Tensor) -> Tensor:
         """``P (X Xᵀ)^(−1/2) X`` for A, ``X (Xᵀ X)^(−1/2) P`` for B."""

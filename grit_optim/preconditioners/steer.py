@@ -83,7 +83,7 @@ class Steer(Mode):
         descent = self._descent(held, step, step_size, average, squares)
         size = norm(direction)
         length = self._length(held, step_size, descent) / size
-        move = self.completed(length * direction, average.fresh, descent)
+        move = self.completed(held, length * direction, average, descent)
         move_size = norm(move)
         # Without a gradient (an expert that saw no token) the base's step fades out as its average does; so
         # must this one.
@@ -106,13 +106,14 @@ class Steer(Mode):
         share = torch.ones_like(against, dtype=torch.float32)
         return share.masked_fill(against, 1 - self.caution) * direction
 
-    def completed(self, move: Tensor, average: Tensor, descent: Tensor) -> Tensor:
+    def completed(self, held: Held, move: Tensor, average: Average, descent: Tensor) -> Tensor:
         """What is taken off the weights, ``[m, rows, columns]`` like all that it is made of.
 
         Args:
+            held: the matrices.
             move: the turned step.
-            average: the base's average of the gradient, which forgets as ``direction_momentum`` says.
-            descent: what the base itself takes off the weights, had it that average.
+            average: the base's average of the gradient.
+            descent: what the base itself takes off the weights, had it the fresh average.
         """
         return move
 
@@ -193,6 +194,11 @@ class Steer(Mode):
         fresh = self._freshened(held, own, wanted / decay)
         before = base_moments.moment_weight(self.base, group.parameters, settings, decay)
         return Average(own, fresh, weight, before / weight)
+
+    def _newest_share(self, held: Held) -> float:
+        """The weight of the newest gradient in the fresh average."""
+        settings = self._settings(held)
+        return 1 - (settings["dampening"] if "dampening" in settings else self._momentum(held))
 
     def _mixed(self, held: Held, average: Average) -> Tensor:
         """The average as a mean, with the newest gradient mixed in: ``[m, rows, columns]``."""

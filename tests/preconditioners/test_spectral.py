@@ -1,5 +1,6 @@
 """The direction and the length of a "spectral" step, against the formula written out site by site."""
 
+import itertools
 import math
 
 import pytest
@@ -38,8 +39,9 @@ def test_spectral_orthogonalises_the_momentum_in_fisher_coordinates(weight_decay
     for a, b, sigma_a, sigma_g in sites_of(model, optimizer):
         for name, factor, left, rms in ((a, sigma_g, True, 0.9), (b, sigma_a, False, 0.6)):
             state = optimizer.state[parameters[name]]
-            mean = state["exp_avg"].double() / (1 - 0.6 ** state["step"].item())
-            mixed = 0.6 * mean + 0.4 * gradients[name].double()
+            weight, newest = 1 - 0.6 ** state["step"].item(), gradients[name].double()
+            mean = state["exp_avg"].double() / weight
+            mixed = 0.6 * mean + 0.4 * newest
             scaled = mixed / state["exp_avg_sq"].double().mean(0 if left else 1, keepdim=True).sqrt()
             root = root_of(factor, 0.3, 0.25)
             direction = root @ polar(root @ scaled) if left else polar(scaled @ root) @ root
@@ -49,7 +51,10 @@ def test_spectral_orthogonalises_the_momentum_in_fisher_coordinates(weight_decay
             adam = 1e-2 * mean / (square.sqrt() + 1e-8)  # AdamW's own step at β₁ = 0.6
             share = 1 - (mean * turned).sum() / (mean * adam).sum()
             expected = turned + share.clamp(0, 1) * adam
-            expected *= (max(turned.norm(), adam.norm()) / expected.norm()).clamp(max=1)
+            earlier = (state["exp_avg"].double() - 0.4 * newest) / (weight - 0.4)
+            kept = (2 * (newest * earlier).sum() / earlier.square().sum()).clamp(0, 1)
+            longer, length = max(turned.norm(), adam.norm()), expected.norm()
+            expected *= ((longer + kept * (length - longer)) / length).clamp(max=1)
             moved = before[name].double() * (1 - 1e-2 * weight_decay) - after[name].double()
             torch.testing.assert_close(moved, expected, rtol=0, atol=2e-3 * expected.norm().item())
             shares.append(share.item())
@@ -95,35 +100,72 @@ BASES = {
 }
 
 
-@pytest.mark.parametrize("name", BASES)
-def test_a_spectral_step_takes_what_its_decrease_lacks_of_the_bases_own(monkeypatch, name):
-    """The decrease is to first order, along the average; the whole is no longer than the longer part."""
+def steps_of(monkeypatch, optimizer, passes):
+    """Each matrix's turned step, average, base's step and whole step, of the passes (closures) in order."""
     calls, completed = [], Spectral.completed
 
-    def noted(self, move, average, descent):
+    def noted(self, held, move, average, descent):
         """Keep what the step was made of."""
-        calls.append((move, average, descent, completed(self, move, average, descent)))
-        return calls[-1][-1]
+        whole = completed(self, held, move, average, descent)
+        calls[-1] += zip(move, average.fresh, descent, whole, strict=True)
+        return whole
 
     monkeypatch.setattr(Spectral, "completed", noted)
+    for one in passes:
+        calls.append([])
+        one().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return calls
+
+
+def lengths(turned, average, base):
+    """Norm of the longer of two steps, and that of the turned one with what it lacks of the base's."""
+    share = (1 - torch.sum(average * turned) / torch.sum(average * base)).clamp(0, 1)
+    return max(turned.norm().item(), base.norm().item()), (turned + share * base).norm().item()
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_spectral_step_takes_what_its_decrease_lacks_of_the_bases_own(monkeypatch, name):
+    """The decrease is to first order, along the average. A sum that is longer than both may lose some."""
     kind, settings = BASES[name]
     model = tiny.llama(init_lora_weights=False)
     optimizer = GritOptimizer(kind(tiny.trained(model), **settings), model, kfac_min_samples=1)
-    tiny.train(model, optimizer, 4)
+    passes = [lambda seed=seed: tiny.loss_of(model, seed) for seed in range(4)]
     enough, lacking = 0, 0
-    for move, average, descent, whole in calls:
-        for m, a, d, w in zip(move, average, descent, whole, strict=True):
-            own, turned, ours = (torch.sum(a * step).item() for step in (d, m, w))
-            if turned >= own:
-                assert torch.equal(m, w)
-                enough += 1
-            else:  # all of the base's step where the turned one goes up the average
-                shorter = max(m.norm(), d.norm()) / (m + min(1 - turned / own, 1) * d).norm()
-                assert ours == pytest.approx(min(shorter.item(), 1) * (own + min(turned, 0)), rel=1e-3)
-                assert w.norm() <= max(m.norm(), d.norm()) * (1 + 1e-5)
-                lacking += 1
+    for turned, average, base, whole in itertools.chain(*steps_of(monkeypatch, optimizer, passes)):
+        own, some, ours = (torch.sum(average * step).item() for step in (base, turned, whole))
+        if some >= own:
+            assert torch.equal(turned, whole)
+            enough += 1
+        else:  # all of the base's step where the turned one goes up the average
+            longer, length = lengths(turned, average, base)
+            size = whole.norm().item()
+            assert min(longer, length) * (1 - 1e-5) <= size <= length * (1 + 1e-5)
+            assert ours == pytest.approx(size / length * (own + min(some, 0)), rel=1e-3)
+            lacking += 1
     assert lacking
     assert enough + lacking == 4 * 28
+
+
+@pytest.mark.parametrize("name", [name for name in BASES if "plain" not in name and name != "RMSprop"])
+@pytest.mark.parametrize("agreeing", [True, False])
+def test_a_sum_is_longer_than_its_parts_only_while_gradients_agree(monkeypatch, name, agreeing):
+    """One batch at a learning rate of next to nothing, or that batch with the sign of its loss in turns."""
+    kind, settings = BASES[name]
+    model = tiny.llama(init_lora_weights=False)
+    base = kind(tiny.trained(model), **{**settings, "lr": 1e-7})
+    optimizer = GritOptimizer(base, model, kfac_min_samples=1)
+    signs = [1 if agreeing or step % 2 else -1 for step in range(8)]
+    passes = [lambda sign=sign: sign * tiny.loss_of(model) for sign in signs]
+    longer_sums = 0
+    for turned, average, base_step, whole in itertools.chain(*steps_of(monkeypatch, optimizer, passes)[1:]):
+        if torch.sum(average * turned) >= torch.sum(average * base_step):
+            continue
+        longer, length = lengths(turned, average, base_step)
+        assert whole.norm().item() == pytest.approx(length if agreeing else min(longer, length), rel=1e-3)
+        longer_sums += length > longer
+    assert longer_sums or not agreeing
 
 
 @pytest.mark.parametrize("mode", ["spectral", "steer"])
