@@ -84,26 +84,52 @@ def test_the_lengths_that_were_tried(row_name):
     assert shown(row_name) == expected
 
 
-def test_the_sum_that_is_bounded_and_the_one_that_is_not():
-    folder = RESULTS / "rates_uncapped"
-    losses = {}
-    for run in read_results(folder):
-        one = run["config"]
-        losses.setdefault((one["task"], one["base"], one["lr"]), {})[one["optimizer"]] = run["final_loss"]
-    pairs = {key: (found["adamw"], found["grit"]) for key, found in losses.items() if len(found) == 2}
-    above = {key for key, (adamw, grit) in pairs.items() if grit > adamw}
+BOUNDS = {
+    "the longer part": "no longer than the longer part",
+    "two orthogonal parts": "no longer than two orthogonal parts",
+    "no bound where the newest gradient agrees, else the longer part": (
+        "longer where the newest gradient agrees"
+    ),
+    "no bound where half the slope is left, else the longer part": "longer where half the slope is left",
+    "from the longer part to no bound, by the slope that is left": "longer by the slope that is left",
+    "**from the longer part to no bound, by twice the slope that is left**": (
+        "longer by twice the slope that is left"
+    ),
+}
+COLUMNS = [
+    ("prose", 3.125e-4),
+    ("signature", 3.125e-4),
+    ("prose", 2e-2),
+    ("signature", 2e-2),
+    ("naming", 2e-2),
+    ("naming", 1e-2),
+]
+
+
+def unbounded():
+    """Losses by optimizer, task, base and rate."""
+    runs = ((run["config"], run["final_loss"]) for run in read_results(RESULTS / "rates_uncapped"))
+    return {(one["optimizer"], one["task"], one["base"], one["lr"]): loss for one, loss in runs}
+
+
+def test_where_the_unbounded_sum_is_above_adamw():
+    losses = unbounded()
+    pairs = {key[1:] for key in losses if key[0] == "grit"}
+    above = {key for key in pairs if losses[("grit", *key)] > losses[("adamw", *key)]}
     assert above == {("prose", "embedded", 0.02), ("signature", "embedded", 0.02)}
-    for key in above:
-        adamw, grit = pairs[key]
-        assert f"{grit:.3f} against {adamw:.3f} on `{key[0]}`" in TEXT
+    for label, optimizer in (("AdamW", "adamw"), ("no bound", "grit")):
+        assert shown(label) == [f"{losses[optimizer, task, 'embedded', lr]:.3f}" for task, lr in COLUMNS]
+
+
+@pytest.mark.parametrize("row_name", BOUNDS)
+def test_the_bounds_that_were_tried(row_name):
     tries = [json.loads(line) for line in (RESULTS / "rates_tries" / "tries.jsonl").read_text().splitlines()]
-    bounded = {
+    losses = {
         (one["task"], one["lr"]): one["heldout_loss"]
         for one in tries
-        if one["length"] == "fixed, completed, no longer than the longer part"
+        if one["length"] == f"fixed, completed, {BOUNDS[row_name]}"
     }
-    shown_losses = (bounded["prose", 0.02], bounded["signature", 0.02], bounded["naming", 0.00125])
-    assert "Bounded it has {:.3f} and {:.3f} there, and {:.3f} on `naming`".format(*shown_losses) in TEXT
+    assert shown(row_name) == [f"{losses[key]:.3f}" if key in losses else "–" for key in COLUMNS]
 
 
 def second(**config):
