@@ -74,10 +74,10 @@ def weight_copies(base: Optimizer, group: Group) -> tuple[list[int], list[Tensor
     return [], []
 
 
-def write_copies(copies: Sequence[Tensor], stacked: Tensor) -> None:
-    """Set the tensors to the matrices ``[m, rows, columns]``, in place."""
-    for copy, value in zip(copies, stacked, strict=True):
-        copy.copy_(value.view_as(copy))
+def write_copies(group: Group, copies: Sequence[Tensor], stacked: Tensor) -> None:
+    """Set the copies of a group's parameters to the matrices ``[m, rows, columns]``, in place."""
+    for copy, value in zip(copies, group.split(stacked), strict=True):
+        copy.copy_(value)
 
 
 def set_weights(base: Optimizer, group: Group, stacked: Tensor, changed: Tensor) -> None:
@@ -94,9 +94,9 @@ def set_weights(base: Optimizer, group: Group, stacked: Tensor, changed: Tensor)
     present, copies = weight_copies(base, group)
     if copies:
         part = group.subset(present)
-        values = stacked if part is group else stacked[present]
+        values = stacked if part is group else stacked[group.matrices(present)]
         mixed = part.masked(values, changed) + part.masked(part.stack(copies), ~changed)
-        write_copies(copies, mixed)
+        write_copies(part, copies, mixed)
 
 
 def move_copies(base: Optimizer, groups: Iterable[Group], move: Move) -> None:
@@ -106,7 +106,7 @@ def move_copies(base: Optimizer, groups: Iterable[Group], move: Move) -> None:
         if copies:
             part = group.subset(present)
             operator = move.a_weight if group.side == "A" else move.b_weight
-            write_copies(copies, part.apply(operator, part.stack(copies).to(operator.dtype)))
+            write_copies(part, copies, part.apply(operator, part.stack(copies).to(operator.dtype)))
 
 
 def move_state(
@@ -210,7 +210,7 @@ def _move_averages(
         # Without a bound a moment near the largest number would become infinite, and stay so.
         largest = torch.finfo(tensors[0].dtype).max
         moved = moved.clamp(-largest, largest).to(tensors[0].dtype)
-        torch._foreach_copy_(tensors, [m.view_as(t) for t, m in zip(tensors, moved, strict=True)])
+        torch._foreach_copy_(tensors, part.split(moved))
 
 
 def _stacked(group: Group, tensors: Sequence[Tensor], operator: Tensor) -> Tensor:

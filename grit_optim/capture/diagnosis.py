@@ -98,11 +98,12 @@ def _measure(
     """
     products: list[float | None] = []
     slack = 0.0
-    for weight in (site.a, site.b):
-        if weight.grad is None or not weight.grad.any():  # cleared without set_to_none, it is all zeros
+    for side, weight in (("A", site.a), ("B", site.b)):
+        gradient = None if weight.grad is None else site.part_of(weight.grad.detach(), side)
+        if gradient is None or not gradient.any():  # cleared without set_to_none, it is all zeros
             products.append(None)
             continue
-        w, g = weight.detach().float(), weight.grad.detach().float()
+        w, g = site.part_of(weight.detach(), side).float(), gradient.float()
         products.append(float((w * g).sum()))
         coarsest = max(rounding, torch.finfo(weight.dtype).eps)
         slack = max(slack, 4 * coarsest * float((w * g).norm()), 8 * _FP32_EPS * float(w.norm() * g.norm()))

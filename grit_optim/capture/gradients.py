@@ -56,9 +56,10 @@ def add_gradients(sums: Sums, bucket: Bucket, names: Collection[str]) -> None:
 
 def _chosen(group: Group, slots: Collection[int]) -> Group | None:
     """The members of a group that have a gradient and belong to the sites at ``slots``."""
+    first = group.positions[:: group.experts]  # all experts of a parameter are among the sites, or none is
     there = [
         i
-        for i, (place, parameter) in enumerate(zip(group.positions, group.parameters, strict=True))
+        for i, (place, parameter) in enumerate(zip(first, group.parameters, strict=True))
         if place in slots and parameter.grad is not None
     ]
     return group.subset(there) if there else None

@@ -151,5 +151,6 @@ class GradientMoments:
 
 def _shape(kind: str, site: Site, side: Side) -> tuple[int, ...]:
     """The shape of one matrix's moments."""
-    matrix = (site.a if side == "A" else site.b).flatten(1)
-    return (site.rank, site.rank) if kind == "block_diagonal" else tuple(matrix.shape)
+    if kind == "block_diagonal":
+        return site.rank, site.rank
+    return (site.rank, site.a[0].numel()) if side == "A" else (site.b.shape[0], site.rank)

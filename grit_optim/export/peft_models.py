@@ -37,12 +37,14 @@ class Home(NamedTuple):
 def homes(model: nn.Module, sites: Sequence[Site]) -> list[Home]:
     """The PeftModels that hold sites, in the model's order. Hand-written LoRA among the sites is left out.
 
+    So are pairs that cannot lose directions. PEFT saves them whole.
+
     Raises:
         ValueError: a site is in a PEFT layer, but in no PeftModel of ``model``.
     """
     models = peft_models_in(model)
     found = []
-    wanted = {id(site): site for site in sites if site.in_peft}
+    wanted = {id(site): site for site in sites if site.in_peft and not site.fixed}
     for name, peft_model in models.items():
         layers = layers_of_pairs(peft_model)
         inside = [site for site in wanted.values() if id(site.a_modules) in layers]

@@ -31,26 +31,48 @@ class Group:
 
     Attributes:
         side: which matrix of the pair these are.
-        parameters: the m parameters, in the order of ``index``.
-        index: position of each one's site in the bucket, ``[m]``, on the bucket's device.
+        parameters: the parameters that hold the matrices, in their order: m of them, or m / ``experts``.
+        index: position of each matrix's site in the bucket, ``[m]``, on the bucket's device.
         positions: ``index`` as Python numbers, to be had without waiting for the device.
+        experts: how many matrices each parameter holds, as PEFT stacks those of a layer's experts: an A has
+            their rows one after another, ``[experts·r, d]``, a B their columns in turns, ``[d, r·experts]``.
     """
 
     side: Side
     parameters: list[Tensor]
     index: Tensor
     positions: tuple[int, ...] = ()
+    experts: int = 1
     _subsets: dict[tuple[int, ...], Group] = field(default_factory=dict, repr=False)
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The m tensors as matrices ``[m, rows, columns]``, in fp32 or better."""
+        """The tensors, in the parameters' shape, as matrices ``[m, rows, columns]``, in fp32 or better."""
         stacked = torch.stack([t if t.dim() == 2 else t.flatten(1) for t in tensors]).detach()
+        if self.experts > 1 and self.side == "A":
+            stacked = stacked.view(len(tensors) * self.experts, -1, stacked.shape[-1])
+        elif self.experts > 1:
+            by_expert = stacked.view(*stacked.shape[:2], -1, self.experts).permute(0, 3, 1, 2)
+            stacked = by_expert.flatten(0, 1)
         return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 
-    def unstack(self, stacked: Tensor) -> list[Tensor]:
-        """Views of ``[m, rows, columns]`` in the shape of each parameter, in the parameters' dtype."""
-        stacked = stacked.to(self.parameters[0].dtype)
+    def split(self, stacked: Tensor) -> list[Tensor]:
+        """``[m, rows, columns]`` in the shape of each parameter: undoes :meth:`stack`, but for the dtype."""
+        if self.experts > 1 and self.side == "A":
+            stacked = stacked.reshape(-1, self.experts * stacked.shape[1], stacked.shape[2])
+        elif self.experts > 1:
+            by_expert = stacked.unflatten(0, (-1, self.experts)).permute(0, 2, 3, 1)
+            stacked = by_expert.reshape(*by_expert.shape[:2], -1)
         return [matrix.view_as(parameter) for matrix, parameter in zip(stacked, self.parameters, strict=True)]
+
+    def unstack(self, stacked: Tensor) -> list[Tensor]:
+        """As :meth:`split`, in the parameters' dtype."""
+        return self.split(stacked.to(self.parameters[0].dtype))
+
+    def spread(self, value: Tensor | float) -> Tensor | float:
+        """A number for each parameter ``[…, 1, 1]``, or one for all, as one for each matrix ``[m, 1, 1]``."""
+        if self.experts == 1 or not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        return value.repeat_interleave(self.experts, 0)
 
     def apply(self, operators: Tensor, stacked: Tensor) -> Tensor:
         """Multiply on the rank side by each site's operator ``[S, r, r]``: ``M X`` for A, ``X M`` for B."""
@@ -63,7 +85,7 @@ class Group:
         return torch.where(chosen[:, :, None] if self.side == "A" else chosen[:, None, :], stacked, 0.0)
 
     def subset(self, positions: Sequence[int]) -> Group:
-        """The group of some of its members, given by their positions in ``parameters``, in order.
+        """The group of some of its parameters, given by their positions in ``parameters``, in order.
 
         It is kept: the same few recur in every step, and copying positions to a GPU would wait for it.
         """
@@ -73,10 +95,15 @@ class Group:
         if key not in self._subsets:
             if len(self._subsets) >= _SUBSETS_KEPT:
                 self._subsets.clear()
-            places = tuple(self.positions[i] for i in key)
+            places = tuple(self.positions[i] for i in self.matrices(key))
             index = torch.tensor(places, dtype=torch.int64, device=self.index.device)
-            self._subsets[key] = Group(self.side, [self.parameters[i] for i in key], index, places)
+            chosen = [self.parameters[i] for i in key]
+            self._subsets[key] = Group(self.side, chosen, index, places, self.experts)
         return self._subsets[key]
+
+    def matrices(self, positions: Sequence[int]) -> list[int]:
+        """Places in a stack of the matrices of some parameters, given by their positions."""
+        return [i * self.experts + e for i in positions for e in range(self.experts)]
 
     def by_settings(self, settings: Mapping[int, dict[str, Any]]) -> list[tuple[dict[str, Any], Group]]:
         """The members that share a parameter group of the base, with that group, in order of occurrence.
@@ -134,7 +161,7 @@ class Bucket:
     @cached_property
     def direction_size(self) -> Tensor:
         """Parameters of one direction of each site, a row of A and a column of B: ``[S]``, int64."""
-        sizes = [(site.a.numel() + site.b.numel()) // site.rank for site in self.sites]
+        sizes = [site.parameters // site.rank for site in self.sites]
         return torch.tensor(sizes, dtype=torch.int64, device=self.device)
 
     @cached_property
@@ -164,15 +191,16 @@ def build_buckets(sites: Iterable[Site]) -> list[Bucket]:
 
 
 def _groups(bucket: Bucket, side: Side) -> list[Group]:
-    members: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
+    members: dict[tuple[Any, ...], dict[int, tuple[Tensor, list[int]]]] = {}
     for position, site in enumerate(bucket.sites):
         parameter = site.a if side == "A" else site.b
-        members.setdefault((parameter.shape, parameter.dtype), []).append((position, parameter))
+        alike = members.setdefault((parameter.shape, parameter.dtype, site.experts), {})
+        alike.setdefault(id(parameter), (parameter, []))[1].append(position)
     groups = []
-    for found in members.values():
-        positions = tuple(position for position, _ in found)
+    for (*_, experts), found in members.items():
+        positions = tuple(position for _, places in found.values() for position in places)
         index = torch.tensor(positions, dtype=torch.int64, device=bucket.device)
-        groups.append(Group(side, [parameter for _, parameter in found], index, positions))
+        groups.append(Group(side, [p for p, _ in found.values()], index, positions, experts))
     return groups
 
 
@@ -184,8 +212,8 @@ def check_distinct(sites: Sequence[Site]) -> None:
     """
     for what, keys in (
         ("the same name", [site.name for site in sites]),
-        ("the same A", [id(site.a) for site in sites]),
-        ("the same B", [id(site.b) for site in sites]),
+        ("the same A", [(id(site.a), site.expert) for site in sites]),
+        ("the same B", [(id(site.b), site.expert) for site in sites]),
     ):
         first: dict[object, int] = {}
         for i, key in enumerate(keys):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,11 +17,11 @@ from grit_optim.messages import listed
 
 # Layers whose ``lora_A`` and ``lora_B`` are no pair of one rank.
 _UNUSABLE_LAYERS = {
-    "ParamWrapper": "PEFT stacks the pairs of all experts (`target_parameters`) in one matrix",
     "LoraParallelLinear": "the rank of a tensor-parallel layer is split over processes",
 }
 # Layers that hold ``lora_A`` but never call it as a module on activations: a hook on it would not fire.
 _UNTAPPABLE_LAYERS = {
+    "ParamWrapper": "PEFT reads the weights of `target_parameters` (MoE experts) directly",
     "MultiheadAttention": "PEFT merges the adapter of nn.MultiheadAttention into its weight",
 }
 _EMBEDDING = "an embedding's adapter is looked up, not multiplied"
@@ -73,12 +73,19 @@ def _sites_of(name: str, layer: Any) -> list[Site]:
     """All pairs of a module that is a layer of PEFT's; none of any other."""
     of_a: Any = getattr(layer, "lora_A", None)
     found = [_site_of(name, adapter, layer) for adapter in of_a] if isinstance(of_a, nn.ModuleDict) else []
+    if type(layer).__name__ == "ParamWrapper" and layer.num_experts > 1:
+        found = [each for site in found for each in _experts_of(site, layer.num_experts)]
     for kind, reason in (("lora", _ADALORA), ("lora_embedding", _EMBEDDING)):
         a, b = (getattr(layer, f"{kind}_{side}", None) for side in "AB")
         if isinstance(a, nn.ParameterDict) and isinstance(b, nn.ParameterDict):
             pairs: tuple[Any, Any] = (a, b)
             found += [Site(f"{name}.{one}", one, *pairs, layer.scaling, untapped=reason) for one in a]
     return found
+
+
+def _experts_of(site: Site, experts: int) -> list[Site]:
+    """The pairs of all experts, of the one that holds them stacked."""
+    return [replace(site, name=f"{site.name}.{e}", experts=experts, expert=e) for e in range(experts)]
 
 
 def _embedding_storages(model: nn.Module) -> set[int]:

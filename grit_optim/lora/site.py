@@ -35,6 +35,8 @@ class Site:
             (``bias="lora_only"``); else None.
         untapped: why no module's output is h; None if there is one. The curvature of such a pair comes from
             its gradients.
+        experts: how many pairs share A and B, as PEFT stacks those of a layer's experts.
+        expert: which of them this one is.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Site:
     scalings: Mapping[str, float]
     layer_bias: Tensor | None = None
     untapped: str | None = None
+    experts: int = 1
+    expert: int = 0
 
     @property
     def tap(self) -> nn.Module:
@@ -52,12 +56,12 @@ class Site:
 
     @property
     def a(self) -> Tensor:
-        """A, ``[r, d_in]`` (``[r, c_in, k, k]`` for a convolution)."""
+        """A, ``[r, d_in]`` (``[r, c_in, k, k]`` for a convolution; all experts' rows where they share it)."""
         return weight_of(self.a_modules[self.adapter])
 
     @property
     def b(self) -> Tensor:
-        """B, ``[d_out, r]`` (``[d_out, r, 1, 1]`` for a convolution)."""
+        """B, ``[d_out, r]`` (``[d_out, r, 1, 1]`` for a convolution; all columns where experts share it)."""
         return weight_of(self.b_modules[self.adapter])
 
     @property
@@ -68,12 +72,19 @@ class Site:
     @property
     def rank(self) -> int:
         """r, the number of rows of A."""
-        return self.a.shape[0]
+        return self.a.shape[0] // self.experts
 
     @property
     def parameters(self) -> int:
         """Entries of A and B together."""
-        return self.a.numel() + self.b.numel()
+        return (self.a.numel() + self.b.numel()) // self.experts
+
+    def part_of(self, matrix: Tensor, side: str) -> Tensor:
+        """The pair's own part of a tensor in the shape of A (side "A") or B; all of it where none share it."""
+        if self.experts == 1:
+            return matrix
+        start = self.expert * self.rank
+        return matrix[start : start + self.rank] if side == "A" else matrix[:, self.expert :: self.experts]
 
     @property
     def has_gradient(self) -> bool:

@@ -74,7 +74,7 @@ class Steer(Mode):
         assert held.gradient_norm is not None
         group = held.group
         taken = group.stack(group.parameters)
-        decay = base_settings.decoupled_decay(self.base, self._settings(held), group.parameters)
+        decay = group.spread(base_settings.decoupled_decay(self.base, self._settings(held), group.parameters))
         decayed = held.weights if isinstance(decay, float) and decay == 0 else held.weights * (1 - decay)
         step, average, squares = taken - decayed, self._average(held), self._squares(held)
         moment = self._mixed(held, average) / squares.mean(group.rank_dim, keepdim=True).sqrt()
@@ -145,10 +145,14 @@ class Steer(Mode):
         eps = settings.get("eps", 0.0)
         if not isinstance(eps, int | float) or "betas" not in settings:
             return 0.0
-        weight = base_moments.moment_weight(
-            self.base, held.group.parameters, settings, float(settings["betas"][1])
+        return eps * self._weight(held, float(settings["betas"][1])) ** 0.5
+
+    def _weight(self, held: Held, decay: float) -> Tensor | float:
+        """The sum of the gradients' weights in an average that keeps ``decay`` per step."""
+        group = held.group
+        return group.spread(
+            base_moments.moment_weight(self.base, group.parameters, self._settings(held), decay)
         )
-        return eps * weight**0.5
 
     def _squares(self, held: Held) -> Tensor:
         """The base's average of the squared gradient, ``[m, rows, columns]``; a one if it keeps none."""
@@ -188,11 +192,11 @@ class Steer(Mode):
             newest = self._newest(held)
             return Average(newest, newest, 1.0, 1.0)
         own, decay, wanted = group.stack(known), base_settings.moment_decay(settings), self._momentum(held)
-        weight = base_moments.moment_weight(self.base, group.parameters, settings, wanted)
+        weight = self._weight(held, wanted)
         if wanted == decay:
             return Average(own, own, weight, 1.0)
         fresh = self._freshened(held, own, wanted / decay)
-        before = base_moments.moment_weight(self.base, group.parameters, settings, decay)
+        before = self._weight(held, decay)
         return Average(own, fresh, weight, before / weight)
 
     def _newest_share(self, held: Held) -> float:
@@ -216,7 +220,7 @@ class Steer(Mode):
         if dampening := self._settings(held).get("dampening", 0.0):
             newest = newest * (1 - dampening)
         fresh = torch.lerp(newest, moment, 1 - held.ready.to(moment.dtype) * (1 - ratio))
-        base_moments.set_first_moment(self.base, group.parameters, fresh.unbind())
+        base_moments.set_first_moment(self.base, group.parameters, group.split(fresh))
         return fresh
 
 

@@ -71,11 +71,12 @@ class Turned(Mode):
         held.rotated = group.stack(group.parameters)
         present, copies = transport.weight_copies(self.base, group)
         if copies:
+            part, places = group.subset(present), group.matrices(present)
             # A base that makes its copies in this step makes them of the weights.
             held.copies, held.rotated_copies = held.weights.clone(), held.rotated.clone()
-            held.copies[present] = group.subset(present).stack(copies)
-            transport.write_copies(copies, self.turn(held, held.copies)[present])
-            held.rotated_copies[present] = group.subset(present).stack(copies)
+            held.copies[places] = part.stack(copies)
+            transport.write_copies(part, copies, self.turn(held, held.copies)[places])
+            held.rotated_copies[places] = part.stack(copies)
 
     def after(self, held: Held) -> None:
         """Turn the base's step back and add it to the weights as they were; likewise for the copies."""
@@ -86,17 +87,19 @@ class Turned(Mode):
         group.write(held.weights + step)
         present, copies = transport.weight_copies(self.base, group)
         if copies:
+            part, places = group.subset(present), group.matrices(present)
             # A base that makes its copies in this step makes them of the weights.
             were = held.weights if held.copies is None else held.copies
             turned = held.rotated if held.rotated_copies is None else held.rotated_copies
             now = turned.clone()
-            now[present] = group.subset(present).stack(copies)
-            transport.write_copies(copies, (were + self.turn_back(held, now - turned))[present])
+            now[places] = part.stack(copies)
+            transport.write_copies(part, copies, (were + self.turn_back(held, now - turned))[places])
 
     def abandon(self, held: Held) -> None:
         """Put weights and copies back as they were."""
         if held.weights is not None:
             held.group.write(held.weights)
         if held.copies is not None:
-            present, copies = transport.weight_copies(self.base, held.group)
-            transport.write_copies(copies, held.copies[present])
+            group = held.group
+            present, copies = transport.weight_copies(self.base, group)
+            transport.write_copies(group.subset(present), copies, held.copies[group.matrices(present)])

@@ -169,7 +169,7 @@ class Telemetry:
                     "name": s.name,
                     "adapter": s.adapter,
                     "rank": s.rank,
-                    "parameters": s.a.numel() + s.b.numel(),
+                    "parameters": s.parameters,
                 }
                 for s in sites
             ],

@@ -1,12 +1,15 @@
 """LoRA that no tap sees: each kind is engaged, and lowers the loss. docs/trainers.md has a row for each."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from fused import fuse_all, fuse_each, fuse_mlp, fuse_qkv
-from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
-from tiny import adamw, grit, llama, loss_of, tokens, train, trained
+from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from tiny import adamw, grit, llama, loss_of, tokens, train, trained, weights
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from grit_optim import GritOptimizer, Site
 
@@ -154,6 +157,125 @@ def test_adalora_with_its_mask():
     assert engaged(optimizer) == (4, 4)
     kept = [int((e != 0).sum()) for n, e in model.named_parameters() if "lora_E" in n]
     assert sum(kept) < 16
+
+
+EXPERTS = 4
+
+
+def mixture():
+    """One layer of four experts; both of their matrices are adapted, and the attention's queries."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        vocab_size=48,
+    )
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=targets)
+    return get_peft_model(MixtralForCausalLM(config), lora)
+
+
+@pytest.mark.parametrize("mode", ["spectral", "steer", "inverse", "eigenbasis", "balanced"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_experts(mode):
+    model = mixture()
+    optimizer = grit(model, lr=3e-2, precondition=mode, kfac_update_freq=1)
+    assert falls(on_one_batch(model, optimizer))
+    assert engaged(optimizer) == (1 + 2 * EXPERTS, 2 * EXPERTS)
+
+
+@pytest.mark.parametrize("fisher", ["block_diagonal", "diagonal", "ekfac"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_experts_with_every_fisher(fisher):
+    model = mixture()
+    optimizer = grit(model, lr=3e-2, fisher=fisher)
+    assert falls(on_one_batch(model, optimizer))
+    assert engaged(optimizer) == (1 + 2 * EXPERTS, 2 * EXPERTS)
+
+
+@pytest.mark.parametrize("mode", ["spectral", "steer", "inverse", "eigenbasis", "balanced"])
+@pytest.mark.parametrize("base", ["adamw", "schedule-free"])
+def test_stacked_experts_move_as_each_does_alone(mode, base):
+    """Parameters that hold all experts in PEFT's layout, against a pair of parameters for each."""
+    generator = torch.Generator().manual_seed(0)
+    r, d_in, d_out = 3, 7, 5
+    a = torch.randn(EXPERTS, r, d_in, generator=generator)
+    b = torch.randn(EXPERTS, d_out, r, generator=generator)
+
+    def run(parameters, sites, loss_of_parts):
+        holder = nn.Module()
+        if base == "adamw":
+            inner = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+        else:
+            inner = pytest.importorskip("schedulefree").AdamWScheduleFree(parameters, lr=1e-2)
+            inner.train()
+        optimizer = GritOptimizer(
+            inner, holder, sites=sites, precondition=mode, kfac_min_samples=1, kfac_update_freq=1
+        )
+        for step in range(4):
+            x = torch.randn(EXPERTS, 6, d_in, generator=torch.Generator().manual_seed(step))
+            y = torch.randn(EXPERTS, 6, d_out, generator=torch.Generator().manual_seed(99 + step))
+            loss_of_parts(x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def loss(x, y, of_a, of_b):
+        out = (x @ of_a.mT @ of_b.mT - y).square().mean((1, 2))
+        return out[1:].sum()  # the first expert sees no token
+
+    whole_a = nn.Parameter(a.reshape(EXPERTS * r, d_in).clone())
+    whole_b = nn.Parameter(b.permute(1, 2, 0).reshape(d_out, r * EXPERTS).clone())
+    whole = Site.from_parameters("all", whole_a, whole_b)
+    run(
+        [whole_a, whole_b],
+        [replace(whole, name=f"all.{e}", experts=EXPERTS, expert=e) for e in range(EXPERTS)],
+        lambda x, y: loss(
+            x, y, whole_a.view(EXPERTS, r, d_in), whole_b.view(d_out, r, EXPERTS).permute(2, 0, 1)
+        ),
+    )
+    alone_a, alone_b = ([nn.Parameter(p.clone()) for p in stack] for stack in (a, b))
+    run(
+        [*alone_a, *alone_b],
+        [Site.from_parameters(f"one.{e}", alone_a[e], alone_b[e]) for e in range(EXPERTS)],
+        lambda x, y: loss(x, y, torch.stack(list(alone_a)), torch.stack(list(alone_b))),
+    )
+    for e in range(1, EXPERTS):
+        torch.testing.assert_close(whole_a.view(EXPERTS, r, d_in)[e], alone_a[e], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(whole_b[:, e::EXPERTS], alone_b[e], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_experts_resume_exactly():
+    model = mixture()
+    optimizer = grit(model)
+    train(model, optimizer, 4)
+    kept, saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, 3, 4)
+    other = mixture()
+    other.load_state_dict(kept)
+    again = grit(other)
+    again.load_state_dict(saved)
+    train(other, again, 3, 4)
+    assert all(torch.equal(w, weights(other)[n]) for n, w in weights(model).items())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_experts_are_saved_whole_beside_pairs_that_are_cut(tmp_path):
+    model = mixture()
+    with pytest.warns(UserWarning, match="leaves 8 adapter"):
+        optimizer = grit(
+            model, reprojection="balanced", reprojection_freq=2, rank_budget=0.4, min_lora_rank=1
+        )
+    train(model, optimizer, 6)
+    assert list(optimizer.ranks().values()) == [1]
+    optimizer.save_adapter(tmp_path)
+    fresh = PeftModel.from_pretrained(mixture().unload(), tmp_path)
+    torch.testing.assert_close(loss_of(fresh), loss_of(model))
 
 
 def test_pairs_without_modules():

@@ -8,7 +8,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from tiny import adamw, llama, train, trained, weights
 from torch import nn
 from torch.optim import AdamW
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaForCausalLM
 from twin import warm
 
 from grit_optim import GritOptimizer
@@ -86,21 +86,6 @@ def test_a_frozen_adapter_beside_the_active_one_is_not_tapped():
 # -------------------------------------------------------------------- left to the base, with a reason
 
 
-def experts():
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=2,
-        vocab_size=48,
-    )
-    lora = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
-    return get_peft_model(MixtralForCausalLM(config), lora), 1, "mlp.experts", "target_parameters"
-
-
 def frozen_a():
     model = llama()
     for name, p in model.named_parameters():
@@ -109,7 +94,7 @@ def frozen_a():
     return model, 13, "layers.0.mlp.up_proj.default", "only B is trained"
 
 
-@pytest.mark.parametrize("make", [experts, frozen_a])
+@pytest.mark.parametrize("make", [frozen_a])
 @pytest.mark.parametrize(
     "given", [trained, lambda model: list(model.parameters())], ids=["trained", "all parameters"]
 )
