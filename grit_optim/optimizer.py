@@ -45,7 +45,8 @@ class GritOptimizer(OptimizerWrapper):
         base: any ``torch.optim.Optimizer`` except LBFGS, built on the model's trainable parameters.
         model: the PEFT model, or one that contains such layers, several models in one ``nn.ModuleList`` too.
             It is kept alive. A pair that the base holds but that is frozen is tapped once it is trained.
-        sites: the pairs, where PEFT does not hold them: ``[Site.from_modules(name, a, b, scaling), …]``.
+        sites: the pairs, where PEFT does not hold them: ``[Site.from_modules(name, a, b, scaling), …]``, or
+            ``Site.from_parameters`` where no module does.
 
         {options}
 
@@ -236,8 +237,8 @@ class GritOptimizer(OptimizerWrapper):
 
         Raises:
             TypeError: neither a budget nor a mapping.
-            ValueError: an unknown site, a rank above the site's, a budget that cannot be met, or factors that
-                have not seen ``kfac_min_samples`` tokens yet.
+            ValueError: an unknown site, one that cannot lose directions, a rank above its own, a budget that
+                cannot be met, or factors that have seen too few tokens.
         """
         self._parts.reduce(make_plan(*self._parts.as_settled(), self.options, ranks))
         return self.ranks()
@@ -287,10 +288,9 @@ class GritOptimizer(OptimizerWrapper):
         return save_trained(self._parts, path, adapter, fold_scale, dtype, model)
 
     def telemetry(self, per_site: bool = True) -> dict[str, Any]:
-        """What has been done so far, as plain values; waits for the device. docs/telemetry.md lists them.
+        """What has been done so far, as plain values, ``per_site`` too; waits for the device.
 
-        Args:
-            per_site: also each site's own numbers under ``"per_site"``, by name.
+        docs/telemetry.md lists them.
         """
         return self._telemetry.report(per_site)
 

@@ -80,7 +80,7 @@ class Site:
         return (self.a.numel() + self.b.numel()) // self.experts
 
     def part_of(self, matrix: Tensor, side: str) -> Tensor:
-        """The pair's own part of a tensor in the shape of A (side "A") or B; all of it where none share it."""
+        """The pair's own part of a tensor in the shape of A (side "A") or B; all where no others share it."""
         if self.experts == 1:
             return matrix
         start = self.expert * self.rank
