@@ -288,7 +288,7 @@ class GritOptimizer(OptimizerWrapper):
         return save_trained(self._parts, path, adapter, fold_scale, dtype, model)
 
     def telemetry(self, per_site: bool = True) -> dict[str, Any]:
-        """Totals so far, and each site's own values (``"per_site"``): docs/telemetry.md. Waits for the device."""
+        """Totals so far and, ``per_site``, each site's own: docs/telemetry.md. Waits for the device."""
         return self._telemetry.report(per_site)
 
     def stage_seconds(self) -> dict[str, float]:
