@@ -24,7 +24,7 @@ _LEGEND = (
 )
 
 
-def _title(result: Result) -> str:
+def title(result: Result) -> str:
     """A panel's name: the task, the model where it is not the embedded one, and the number of steps."""
     config = result["config"]
     base, layers = config["base"], config["adapted_layers"]
@@ -32,13 +32,13 @@ def _title(result: Result) -> str:
     return f"{config['task']}{model}, {config['steps']} steps"
 
 
-def _pair(found: Sequence[Method], title: str) -> tuple[Method, Method]:
+def _pair(found: Sequence[Method], name: str) -> tuple[Method, Method]:
     """AdamW and GRIT."""
     reference = [method for method in found if method.optimizer == REFERENCE]
     others = [method for method in found if method.optimizer != REFERENCE]
     if len(reference) != 1 or len(others) != 1:
         names = ", ".join(method.label for method in found)
-        raise BenchmarkError(f"{title}: one adamw and one other optimizer are compared here, found: {names}")
+        raise BenchmarkError(f"{name}: one adamw and one other optimizer are compared here, found: {names}")
     return reference[0], others[0]
 
 
@@ -65,18 +65,18 @@ def _rows(reference: Method, other: Method) -> list[str]:
 
 
 def _section(results: Sequence[Result]) -> str:
-    title = _title(results[0])
-    reference, other = _pair(methods(results), title)
+    name = title(results[0])
+    reference, other = _pair(methods(results), name)
     header = [
         f"| learning rate | ratio | {reference.label} | {other.label} | difference |",
         "| --- | --- | --- | --- | --- |",
     ]
-    return "\n".join([f"### {title}", "", *header, *_rows(reference, other)])
+    return "\n".join([f"### {name}", "", *header, *_rows(reference, other)])
 
 
 def _plot(axis: Axes, results: Sequence[Result]) -> None:
     """Both optimizers over the rates; a point that would press the curves together lies above the axis."""
-    pair = _pair(methods(results), _title(results[0]))
+    pair = _pair(methods(results), title(results[0]))
     low, high = math.inf, -math.inf
     for method, style in zip(pair, styles(), strict=False):
         points = [(cell.lr, cell.loss) for cell in method.cells if cell.loss is not None]
@@ -87,7 +87,7 @@ def _plot(axis: Axes, results: Sequence[Result]) -> None:
     axis.tick_params(axis="x", labelsize=6.5)
     if low < high:
         axis.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
-    axis.set_title(_title(results[0]), fontsize=9)
+    axis.set_title(title(results[0]), fontsize=9)
     axis.set_xlabel("peak learning rate", fontsize=8)
 
 
@@ -106,11 +106,21 @@ def draw(groups: Sequence[Sequence[Result]], path: Path) -> Path:
     return save(figure, path)
 
 
+def panels_of(folder: Path) -> list[list[Result]]:
+    """The folder's results, those of one task, model and length together, in the order of their titles."""
+    groups = [results for _, results in comparable(read_results(folder), loss_setting)]
+    return sorted(groups, key=lambda results: title(results[0]))
+
+
+def text_of(groups: Sequence[Sequence[Result]]) -> str:
+    """The Markdown of all panels."""
+    return "\n\n".join([*map(_section, groups), _LEGEND]) + "\n"
+
+
 def report(folder: Path) -> str:
     """Write `rates.md` and `rates.png` into `folder` and print the table; returns the table."""
-    groups = [results for _, results in comparable(read_results(folder), loss_setting)]
-    groups.sort(key=lambda results: _title(results[0]))
-    text = "\n\n".join([*map(_section, groups), _LEGEND]) + "\n"
+    groups = panels_of(folder)
+    text = text_of(groups)
     write_text(folder / TABLE, text)
     path = draw(groups, folder / FIGURE)
     print(f"{text}\nwritten:\n  {folder / TABLE}\n  {path}")
