@@ -45,6 +45,7 @@ OPTIONS = {
     "mean over all tokens": {"precondition": "inverse", "fisher_decay": None},
     "block_diagonal": {"precondition": "inverse", "fisher": "block_diagonal"},
     "ekfac": {"precondition": "inverse", "fisher": "ekfac"},
+    "from gradients": {"capture": "gradients"},
     "budget": BUDGET,
     "adaptive budget": {**BUDGET, "rank_budget_schedule": "adaptive"},
     "regrowth": {**BUDGET, "rank_budget": (0.4, 0.9)},
@@ -87,7 +88,10 @@ def ended(model, optimizer):
         "products": {site.name: site.b.detach() @ site.a.detach() for site in support.sites(optimizer)},
         "state": optimizer.state_dict(),
         "ranks": dict(optimizer.ranks()),
-        "told": {key: told[key] for key in ("steps", "folds", "dropped_folds", "predicted_cost")},
+        "told": {
+            key: told[key]
+            for key in ("steps", "folds", "dropped_folds", "predicted_cost", "sites_by_gradients")
+        },
         "in force": {key: told[key] for key in ("kfac_update_freq", "reprojection_freq", "kfac_damping")},
         "steps that are still compared": support.parts(optimizer).capture.watch.steps_left,
     }

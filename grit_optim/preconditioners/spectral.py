@@ -21,6 +21,9 @@ DIRECTION_MOMENTUM = 0.6
 _ORTHOGONAL_DAMPING = 0.01
 """Share of the mean squared singular value below which a direction of the momentum is taken for noise."""
 
+_NOTHING = 1e-8
+"""Square of an average over that of a gradient, below which the average is made of rounding errors."""
+
 
 class Spectral(Steer):
     """``"spectral"``: as "steer", to the steepest descent in the spectral norm of Fisher coordinates.
@@ -80,12 +83,13 @@ class Spectral(Steer):
 
         With less it falls to 0, where the newest goes against the earlier. On a quadratic a further step as
         long as those before comes to the lowest point along them where the slope has halved: what is longer
-        goes past it. ``[m, 1, 1]``; 0 where there is no earlier gradient.
+        goes past it. ``[m, 1, 1]``; 0 where there is no earlier gradient, or only rounding errors of one.
         """
-        share = self._newest_share(held)
-        earlier = (average.fresh - share * self._newest(held)) / (average.weight - share)
-        slope = inner_product(self._newest(held), earlier) / inner_product(earlier, earlier)
-        return (2 * slope).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
+        newest, share = self._newest(held), self._newest_share(held)
+        earlier = average.fresh - share * newest  # a sum, of this weight
+        weight, square = average.weight - share, inner_product(earlier, earlier)
+        slope = weight * inner_product(newest, earlier) / square
+        return torch.where(square > _NOTHING * inner_product(newest, newest), (2 * slope).clamp(0, 1), 0.0)
 
     def direction(self, held: Held, moment: Tensor) -> Tensor:
         """``P (X Xᵀ)^(−1/2) X`` for A, ``X (Xᵀ X)^(−1/2) P`` for B."""
