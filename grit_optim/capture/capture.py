@@ -195,9 +195,9 @@ class Capture:
         self.discard()
         self._taps.load_state_dict(state)
         self.watch.load_state_dict(state.get("watch", {}))
-        known = self.by_gradients | frozenset(state.get("by_gradients", ()))
-        names = known if self._options.capture == "auto" else self.by_gradients
-        self._attach(self._taps.sites, self._taps.gathered.buckets, names)
+        if self._options.capture == "auto":
+            self.by_gradients = frozenset(state.get("by_gradients", self.by_gradients))
+        self.attach(self._taps.sites, self._taps.gathered.buckets)
 
 
 def _masks(buckets: Sequence[Bucket], names: Collection[str]) -> list[Tensor]:

@@ -233,6 +233,18 @@ def test_resume_is_exact(capture, saved_at):
     assert again.telemetry()["sites_by_gradients"] == 14
 
 
+def test_a_run_that_goes_back_to_a_checkpoint_has_its_sources():
+    model = llama()
+    optimizer = grit(model)
+    train(model, optimizer, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    all_around(model)
+    train(model, optimizer, 5, 3)
+    assert optimizer.telemetry()["sites_by_gradients"] == 14
+    optimizer.load_state_dict(saved)
+    assert optimizer.telemetry()["sites_by_gradients"] == 0
+
+
 def test_a_copy_knows_the_sources():
     model = all_around(llama())
     optimizer = grit(model)
