@@ -18,7 +18,10 @@ BUDGET = {"reprojection": "balanced", "rank_budget": 0.5, "rank_budget_steps": 4
 CASES = {
     "plain": ({}, {}),
     "watches the model's losses": ({}, {**BUDGET, "rank_budget_schedule": "adaptive"}),
-    "an embedding that cannot be tapped": ({"target_modules": ["q_proj", "embed_tokens"]}, {}),
+    "an embedding that cannot be tapped": (
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"capture": "taps"},
+    ),
     "ranks that cannot be saved": ({"use_dora": True}, BUDGET),
     "options without effect": ({}, {"precondition": "none", "kfac_power": 0.7}),
 }

@@ -170,6 +170,11 @@ class Bucket:
         widths = [min(site.a[0].numel(), site.b.shape[0]) for site in self.sites]
         return torch.tensor(widths, dtype=torch.float32, device=self.device)
 
+    @cached_property
+    def fixed(self) -> Tensor:
+        """The sites whose coordinates cannot be changed, boolean ``[S]``."""
+        return torch.tensor([site.fixed for site in self.sites], dtype=torch.bool, device=self.device)
+
     def names(self) -> list[str]:
         """The sites' names, in the order of every ``[S, …]`` tensor."""
         return [site.name for site in self.sites]

@@ -21,7 +21,10 @@ _START_NORM = 3**-0.5
 
 def coordinates(curvature: BucketCurvature, damping: float) -> Coordinates:
     """The balanced coordinates of the bucket's sites. Nothing is changed."""
-    return balanced_coordinates(curvature.factors, curvature.ranks.in_use, curvature.factors_ready(), damping)
+    free = ~curvature.bucket.fixed
+    activation, gradient = curvature.factors_ready()
+    ready = activation & free, gradient & free
+    return balanced_coordinates(curvature.factors, curvature.ranks.in_use, ready, damping)
 
 
 def predicted_loss(curvature: BucketCurvature, found: Coordinates, rank: Tensor) -> Tensor:

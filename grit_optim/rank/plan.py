@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grit_optim.curvature.bucket import BucketCurvature
+from grit_optim.lora.site import Site
 from grit_optim.messages import listed, nearest
 from grit_optim.options import Options
 from grit_optim.options.checks import budget_value
@@ -72,33 +73,34 @@ def make_plan(
             f"fisher={options.curvature.fisher!r} keeps moments of gradients in the coordinates of A and B, "
             "which change where ranks are given up. Build the optimizer with fisher='kfac'"
         )
-    _check_movable(curvatures)
+    fixed = {site.name: site for c in curvatures for site in c.bucket.sites if site.fixed}
     found = ranks.coordinates(curvatures)
     _check_ready(curvatures, found, options.curvature.kfac_min_samples)
     if isinstance(wanted, Mapping):
+        _check_movable(fixed, wanted)
         return Plan(found, _named(ranks.by_name(), curvatures, wanted))
     budget_value("the rank budget", wanted)
-    origins = ranks.origin.values()
+    # Pairs that cannot lose directions keep theirs, beside the budget of the others.
+    origins = [origin for name, origin in ranks.origin.items() if name not in fixed]
     budget.check("the rank budget", wanted, origins, options.ranks.min_lora_rank)
-    total = torch.tensor(
-        budget.parameters(wanted, budget.full_parameters(origins)), dtype=torch.float64, device="cpu"
-    )
+    beside = sum(site.parameters for site in fixed.values())
+    allowed = budget.parameters(wanted, budget.full_parameters(origins)) + beside
+    total = torch.tensor(allowed, dtype=torch.float64, device="cpu")
     return Plan(found, ranks.within(curvatures, found, total))
 
 
-def _check_movable(curvatures: Sequence[BucketCurvature]) -> None:
-    """Refuse to plan where a pair cannot lose directions.
+def _check_movable(fixed: Mapping[str, Site], wanted: Mapping[str, int]) -> None:
+    """Refuse ranks for pairs that cannot lose directions.
 
     Raises:
-        ValueError: a pair's coordinates belong to its layer.
+        ValueError: one of ``fixed`` is to have another rank than it has.
     """
-    fixed = {site.name: site.untapped for c in curvatures for site in c.bucket.sites if site.fixed}
-    if fixed:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(fixed.items())[:3])
+    asked = {name: site.untapped for name, site in fixed.items() if wanted.get(name, site.rank) != site.rank}
+    if asked:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(asked.items())[:3])
         raise ValueError(
-            f"the directions of {len(fixed)} site(s) cannot be given up one by one ({reasons}). Build the "
-            "optimizer with reprojection='balanced', which leaves such pairs to the base, or leave their "
-            "layers out of the LoraConfig"
+            f"the directions of {len(asked)} site(s) cannot be given up one by one ({reasons}). Leave them "
+            "out of the mapping: they keep their rank"
         )
 
 
@@ -113,7 +115,9 @@ def _check_ready(
     unready = [
         name
         for c, f in zip(curvatures, found, strict=True)
-        for name, ready in zip(c.bucket.names(), (f.usable | (c.ranks.rank == 0)).tolist(), strict=True)
+        for name, ready in zip(
+            c.bucket.names(), (f.usable | c.bucket.fixed | (c.ranks.rank == 0)).tolist(), strict=True
+        )
         if not ready
     ]
     if unready:

@@ -43,6 +43,8 @@ def chosen(optimizer, by_end):
     """The ranks of a case: the longest end of a site's name decides."""
     ranks = {}
     for site in support.sites(optimizer):
+        if site.fixed:
+            continue
         layer = site.name.removesuffix(f".{site.adapter}")
         ends = [end for end in by_end if layer.endswith(end)]
         ranks[site.name] = min(site.rank, by_end[max(ends, key=len)] if ends else site.rank // 2)

@@ -133,7 +133,7 @@ def test_own_state_is_fp32_under_bf16_weights(tmp_path):
     assert {str(t.dtype) for t in tensors_in(own)} == {"torch.float32", "torch.int64", "torch.bool"}
     for name, site in own.items():
         floating = [key for key, value in site.items() if value.is_floating_point()]
-        assert len(floating) == 10
+        assert len(floating) == 11
         assert all(torch.equal(site[key], reloaded[name][key]) for key in floating)
     train(model, optimizer, 2, first=4)
     train(fresh_model, fresh, 2, first=4)
@@ -147,7 +147,7 @@ def test_saved_tensors_own_small_storages(tmp_path, mode):
     train(model, optimizer, 3)
     own = optimizer.state_dict()["grit"]
     found = tensors_in(own)
-    per_site = 13 if mode == "eigenbasis" else 9
+    per_site = 14 if mode == "eigenbasis" else 10
     assert len(found) == 14 * per_site
     assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in found)
     assert len({t.untyped_storage().data_ptr() for t in found}) == len(found)
@@ -163,7 +163,7 @@ def test_saved_state_does_not_change_with_the_run():
     train(model, optimizer, 3, first=3)
     assert own["steps"] == before["steps"] == 3
     pairs = list(zip(tensors_in(own), tensors_in(before), strict=True))
-    assert len(pairs) == 14 * 9
+    assert len(pairs) == 14 * 10
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -275,7 +275,7 @@ def test_a_checkpoint_that_does_not_belong_changes_nothing(spoil, message):
         optimizer.load_state_dict(foreign)
     after = optimizer.state_dict()
     pairs = list(zip(tensors_in(before), tensors_in(after), strict=True))
-    assert len(pairs) == 14 * 9 + 3 * 28
+    assert len(pairs) == 14 * 10 + 3 * 28
     assert all(torch.equal(a, b) for a, b in pairs)
     assert after["grit"]["steps"] == 5
 

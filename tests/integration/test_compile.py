@@ -26,12 +26,12 @@ def test_an_optimizer_built_before_the_first_compiled_call_sees_the_same_factors
     torch.testing.assert_close(factors[0].gradient, factors[1].gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_an_optimizer_built_after_it_says_that_it_sees_nothing():
+def test_an_optimizer_built_after_it_says_that_its_taps_see_nothing():
     model = tiny.llama(layers=1)
     compiled = torch.compile(model, backend="eager")
     tiny.loss_of(compiled).backward()
     model.zero_grad()
-    optimizer = tiny.grit(model)
-    with pytest.warns(UserWarning, match=r"GRIT does nothing for 7 site\(s\).*build the optimizer before"):
-        tiny.train(compiled, optimizer, 2)
+    optimizer = tiny.grit(model, capture="taps")
+    with pytest.warns(UserWarning, match=r"GRIT does nothing for 7 site\(s\).*Leave out capture='taps'"):
+        tiny.train(compiled, optimizer, 3)
     assert optimizer.telemetry()["engaged_sites"] == 0

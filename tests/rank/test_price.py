@@ -34,7 +34,7 @@ def test_the_scored_tokens_are_counted_where_only_they_have_a_gradient():
     optimizer = still(model)
     answer_loss(model, tiny.tokens(batch=4, length=12), prompt=5).backward()
     sums = support.parts(optimizer).capture.collect().sums
-    assert float(loss_tokens(sums)) == 4 * 7
+    assert float(loss_tokens(sums, [torch.zeros(14, dtype=torch.bool)])) == 4 * 7
     # The last token is never an input of anything that is scored.
     assert float(sums[0].tokens.max()) == 4 * 11
 
@@ -71,8 +71,11 @@ def test_tokens_of_a_subsample_count_for_those_left_out():
     assert sums.tokens.tolist() == pytest.approx([44.0] * 14, rel=0.2)
 
 
-def test_loss_tokens_of_nothing_is_nothing():
-    assert loss_tokens([Sums.zeros(2, 3, CPU)]).item() == 0
+@pytest.mark.parametrize("by_gradients", [True, False])
+def test_where_no_tap_saw_a_token_the_loss_counts_as_of_one(by_gradients):
+    sums = Sums.zeros(2, 3, CPU)
+    sums.tokens += float(by_gradients)
+    assert loss_tokens([sums], [torch.full((2,), by_gradients)]).item() == 1
 
 
 def test_the_prediction_is_the_divergence_that_a_cut_causes():
