@@ -43,6 +43,7 @@ OPTIMIZERS: dict[str, Factory] = {
     "grit-balanced": _grit(precondition="balanced"),
     "grit-inverse": _grit(precondition="inverse"),
     "grit-none": _grit(precondition="none"),
+    "grit-gradients": _grit(capture="gradients"),
     "grit-paper": _grit_paper,
     **{name: peer.factory for name, peer in PEERS.items()},
 }
