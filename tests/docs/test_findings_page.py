@@ -132,6 +132,19 @@ def test_the_bounds_that_were_tried(row_name):
     assert shown(row_name) == [f"{losses[key]:.3f}" if key in losses else "–" for key in COLUMNS]
 
 
+@pytest.mark.parametrize(
+    ("label", "optimizer", "capture"),
+    [("none: AdamW", "adamw", None), ("from taps", "grit", None), ("from gradients", "grit", "gradients")],
+)
+def test_what_factors_from_gradients_give(label, optimizer, capture):
+    runs = {
+        run["config"]["task"]: run["final_loss"]
+        for run in read_results(RESULTS / "capture")
+        if (run["config"]["optimizer"], run["config"]["options"].get("capture")) == (optimizer, capture)
+    }
+    assert shown(label) == [f"{runs[task]:.3f}" for task in ("naming", "prose", "signature", "packages")]
+
+
 def second(**config):
     (found,) = [line["heldout_loss"] for line in lines("second_round.jsonl") if line["config"] == config]
     return found
