@@ -19,6 +19,8 @@ from evidence import (
 )
 from pages import page, row, rows, words
 
+from benchmarks.rates import report as rates
+
 PAGE = page("docs/results.md")
 TEXT = words(PAGE)
 GAPS = part("Loss less that of AdamW's best, seed by seed:")
@@ -122,3 +124,35 @@ def test_no_best_rate_lies_at_the_end_of_its_grid():
     assert len(rates.splitlines()) > 20
     assert "end of the rates tried" not in rates
     assert PEERS.joinpath("table.md").read_text(encoding="utf8").count(rates) == 1
+
+
+# ---------------------------------------------------------------- at any learning rate
+
+
+def pairs_of_rates():
+    """(AdamW's loss, GRIT's loss) at each learning rate of each panel."""
+    found = []
+    for results in rates.panels_of(RESULTS / "rates"):
+        losses = {}
+        for result in results:
+            config = result["config"]
+            losses.setdefault(config["lr"], {})[config["optimizer"]] = result["final_loss"]
+        found += [(one["adamw"], one["grit"]) for one in losses.values()]
+    return found
+
+
+def test_the_tables_of_the_rates_are_those_that_were_printed():
+    printed = (RESULTS / "rates" / rates.TABLE).read_text(encoding="utf8")
+    assert printed == rates.text_of(rates.panels_of(RESULTS / "rates"))
+    tables = printed.split("### ")[1:]
+    assert len(tables) >= 5
+    for table in tables:
+        title, _, body = table.partition("\n\n")
+        assert f"### {title}\n\n{body.partition(chr(10) * 2)[0].strip()}" in PAGE
+
+
+def test_grit_is_below_adamw_at_every_rate():
+    pairs = pairs_of_rates()
+    assert all(grit < adamw for adamw, grit in pairs)
+    least = min(adamw - grit for adamw, grit in pairs)
+    assert f"below AdamW in all {len(pairs)} pairs, by {least:.3f} nats or more" in TEXT
