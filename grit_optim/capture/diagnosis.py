@@ -67,10 +67,12 @@ def inspect(
             process see its own tokens, and the gradients are averaged over all processes.
 
     Returns:
-        One report per site.
+        One report per site that has not been deleted.
     """
     measured = [
-        _measure(site, fired, inner, rounding) for site, (fired, inner) in zip(sites, seen, strict=True)
+        _measure(site, fired, inner, rounding)
+        for site, (fired, inner) in zip(sites, seen, strict=True)
+        if not site.deleted
     ]
     ratios = [m.a_inner / m.tap_inner for m, _ in measured if m.a_inner and m.tap_inner]
     ratios = [ratio for ratio in ratios if math.isfinite(ratio)]

@@ -134,7 +134,10 @@ class Bucket:
     @cached_property
     def direction_size(self) -> Tensor:
         """Parameters of one direction of each site, a row of A and a column of B: ``[S]``, int64."""
-        sizes = [(site.a.numel() + site.b.numel()) // site.rank for site in self.sites]
+        sizes = [0] * len(self.sites)
+        for group in self.groups:  # not of the sites: an adapter may have been deleted since
+            for position, parameter in zip(group.positions, group.parameters, strict=True):
+                sizes[position] += parameter.numel() // self.rank
         return torch.tensor(sizes, dtype=torch.int64, device=self.device)
 
     def names(self) -> list[str]:

@@ -6,6 +6,7 @@ PEFT's layers are recognised by their attributes, so that PEFT need not be impor
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,10 @@ def find_sites(
                 sites.append(site)
             else:
                 untapped[site.name] = reason
-    return sites, untapped
+    uses = Counter(id(matrix) for site in sites for matrix in (site.a, site.b))
+    shared = [site for site in sites if uses[id(site.a)] > 1 or uses[id(site.b)] > 1]
+    untapped |= {site.name: "it shares its matrices with another layer" for site in shared}
+    return [site for site in sites if site not in shared], untapped
 
 
 def frozen_pairs(model: nn.Module, parameters: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -146,7 +150,8 @@ def _outside(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[tupl
             if id(parameter) not in inside:
                 shape = list(parameter.shape)
                 place = f"param_groups[{i}]['params'][{j}] {shape}"
-                found.append((group["param_names"][j] if "param_names" in group else place, parameter))
+                names = group.get("param_names", ())  # shorter where somebody has appended to "params"
+                found.append((names[j] if j < len(names) else place, parameter))
     return found
 
 
