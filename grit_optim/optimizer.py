@@ -186,7 +186,7 @@ class GritOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         own, sites = {"options": self.options, KEY: self._parts.state_dict()}, self._parts.sites
-        return {**own, "base": self.base, "sites": sites.all, "given_sites": sites.given}
+        return {**own, "base": self.base, "sites": sites.present(), "given_sites": sites.given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The copy knows its pairs; the model they came from is not copied along.

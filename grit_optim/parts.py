@@ -178,10 +178,9 @@ class Parts:
 
     def follow_groups(self) -> None:
         """Tap pairs that are trained now and were not: unfrozen, or in the base's groups since."""
-        if not self.sites.grown():
-            return
-        with self.all_or_nothing(own_only=True):
-            self.take(self.sites.with_trained())
+        if self.sites.grown():
+            with self.all_or_nothing(own_only=True):
+                self.take(self.sites.with_trained())
 
     # ---------------------------------------------------------------- in a step
 
@@ -260,7 +259,8 @@ class Parts:
                 if with_operators:
                     state.update(self.preconditioning.penalties.pack(curvature.bucket, position))
                 packed[name] = state
-        return packed
+        there = {site.name for site in self.sites.present()}  # another may have a deleted one's name
+        return {name: state for name, state in packed.items() if name in there}
 
     def unpack_sites(self, packed: Mapping[str, SiteState]) -> None:
         """Put saved states back; a pair that has none, or whose rank differs, keeps what it has."""

@@ -13,10 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from grit_optim.integrity.fields import Damaged
+from grit_optim.base.moments import SQUARE_LIKE
+from grit_optim.integrity.fields import Damaged, is_finite
 
 _FACTORED = ("Adafactor", "LBFGS")
 """Optimizers of torch whose state tensors have other shapes than their parameters."""
+_NEVER_NEGATIVE = (*SQUARE_LIKE, "exp_inf", "acc_delta")
+"""State of torch's own optimizers of which they take roots, or by which they divide."""
 
 
 def settings_of(base: Optimizer) -> list[list[str]]:
@@ -57,10 +60,12 @@ def _check_setting(path: str, new: Any, old: Any) -> None:
     elif _is_number(old):
         if not _is_number(new):
             raise Damaged(path, f"is {new!r:.60}, not a number")
-        if math.isfinite(old) and not math.isfinite(new):
-            raise Damaged(path, "is NaN or infinite")
+        if math.isfinite(old) and not is_finite(new):
+            raise Damaged(path, "is NaN, infinite or too large")
     elif isinstance(old, bool) and not (new is None or isinstance(new, bool | int)):
         raise Damaged(path, f"is {new!r:.60}, neither true nor false")
+    elif old is None and isinstance(new, Tensor) and new.numel() != 1:
+        raise Damaged(path, f"is a tensor {list(new.shape)}, where one value belongs")
     elif isinstance(old, str) and not (new is None or isinstance(new, str)):
         raise Damaged(path, f"is {new!r:.60}, not a word as {old!r}")
 
@@ -119,10 +124,8 @@ def _kind(value: Any) -> str:
 def _check_shapes(path: str, state: Mapping[str, Any], parameter: Tensor) -> None:
     for name, value in state.items():
         if name == "step":
-            if (
-                not (_is_number(value) or (isinstance(value, Tensor) and value.numel() == 1))
-                or not value >= 0
-            ):
+            single = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+            if not (single or _is_number(value)) or not is_finite(value) or value < 0:
                 raise Damaged(f"{path}: step", f"is {value!r:.60}, not a count of steps")
         elif isinstance(value, Tensor):
             if value.dim() > 0 and value.shape != parameter.shape:
@@ -131,5 +134,9 @@ def _check_shapes(path: str, state: Mapping[str, Any], parameter: Tensor) -> Non
                 )
             if not (value.is_floating_point() or value.is_complex()):
                 raise Damaged(f"{path}: {name}", f"has dtype {value.dtype}, not a floating point one")
+            if name in _NEVER_NEGATIVE and bool((value < 0).any()):
+                raise Damaged(f"{path}: {name}", "holds a negative number, as no such average has")
+            if any(n > 1 and step == 0 for n, step in zip(value.shape, value.stride(), strict=True)):
+                raise Damaged(f"{path}: {name}", "has entries that share their memory, so no step can write")
         elif not (value is None or isinstance(value, int | float)):
             raise Damaged(f"{path}: {name}", f"is a {type(value).__name__}, not a tensor")

@@ -72,10 +72,12 @@ def inspect(
         by_gradients: names of sites whose curvature comes from their gradients.
 
     Returns:
-        One report per site.
+        One report per site that has not been deleted.
     """
     measured = [
-        _measure(site, fired, inner, rounding) for site, (fired, inner) in zip(sites, seen, strict=True)
+        _measure(site, fired, inner, rounding)
+        for site, (fired, inner) in zip(sites, seen, strict=True)
+        if not site.deleted
     ]
     ratios = [m.a_inner / m.tap_inner for m, _ in measured if m.a_inner and m.tap_inner]
     ratios = [ratio for ratio in ratios if math.isfinite(ratio)]

@@ -67,8 +67,9 @@ def check_state(own: Mapping[str, Any], sites: Sequence[Site]) -> None:
     record(must, may)(KEY, own)
     mode, fisher = MODES[own["precondition"]], own.get("fisher", "kfac")
     with_operators = mode.moments_in_operators or in_operators(fisher)
+    rotations = mode.operators_rotate or in_operators(fisher)
     for site in sites:
-        must, may = _site_fields(site, fisher, with_operators)
+        must, may = _site_fields(site, fisher, with_operators, rotations)
         record(must, may)(f"{KEY}['sites'][{site.name!r}]", saved[site.name])
     alike()(f"{KEY}['sites']", saved)
 
@@ -81,16 +82,17 @@ def _fields(names: Sequence[str]) -> tuple[Fields, Fields]:
     return must, {name: field for name, field in may.items() if name not in must}
 
 
-def _site_fields(site: Site, fisher: str, with_operators: bool) -> tuple[Fields, Fields]:
+def _site_fields(site: Site, fisher: str, with_operators: bool, rotations: bool) -> tuple[Fields, Fields]:
     """What a checkpoint must, and what else it may hold of a pair.
 
     Args:
         site: the pair.
         fisher: the option ``fisher`` of the run that was saved.
         with_operators: whether moments are expressed in the operators, which it then must hold.
+        rotations: whether the operators are eigenvectors.
     """
     known = {
-        **BucketCurvature.saved_fields(fisher, site),
+        **BucketCurvature.saved_fields(fisher, site, rotations),
         **KeptRanks.saved_fields(site.rank),
         **Penalties.saved_fields(site.rank),
     }

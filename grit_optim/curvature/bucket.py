@@ -13,7 +13,7 @@ from grit_optim.base.transport import Move
 from grit_optim.capture.sums import Sums
 from grit_optim.curvature.factors import RANK_AXES, Factors
 from grit_optim.curvature.moments import GradientMoments
-from grit_optim.integrity.fields import Fields, flag, tensor
+from grit_optim.integrity.fields import Fields, flag, rotation, tensor
 from grit_optim.lora.buckets import Bucket, Group
 from grit_optim.lora.kept_ranks import KeptRanks
 from grit_optim.lora.site import Site
@@ -286,9 +286,15 @@ class BucketCurvature:
         return {**RANK_AXES, **operators, **({} if self.moments is None else self.moments.rank_axes())}
 
     @staticmethod
-    def saved_fields(fisher: str, site: Site) -> Fields:
-        """What a checkpoint of this ``fisher`` may hold of ``site``, under the names of :meth:`pack`."""
-        matrix = tensor(site.rank, site.rank)
+    def saved_fields(fisher: str, site: Site, rotations: bool) -> Fields:
+        """What a checkpoint of this ``fisher`` may hold of ``site``, under the names of :meth:`pack`.
+
+        Args:
+            fisher: the option.
+            site: the pair.
+            rotations: whether the operators are eigenvectors.
+        """
+        matrix = rotation(site.rank) if rotations else tensor(site.rank, site.rank)
         operators = dict.fromkeys(_OPERATORS[:2], matrix) | dict.fromkeys(_OPERATORS[2:], flag)
         moments = {} if fisher == "kfac" else GradientMoments.saved_fields(fisher, site)
         return {**Factors.saved_fields(site.rank), **operators, **moments}

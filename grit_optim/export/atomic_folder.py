@@ -88,7 +88,7 @@ def _clear_up(path: Path) -> None:
 
 def _aside(path: Path) -> Path:
     """Where the old folder lies between the two steps of :func:`_swap_in_two_steps`."""
-    return path.with_name(f".{path.name}.previous")
+    return path.with_name(f".{temporary.label(path.name)}.previous")
 
 
 def _must_stay(path: Path) -> bool:
@@ -139,9 +139,8 @@ def _link(source: str, target: str) -> None:
 
 def flush(folder: Path) -> None:
     """Wait until the files are on the disk: after a crash of the machine no file is empty."""
-    for entry in [*folder.iterdir(), folder]:
-        if entry.is_symlink() or (entry.is_dir() and entry != folder):
-            continue
+    files = (entry for entry in folder.iterdir() if entry.is_file() and not entry.is_symlink())
+    for entry in [*files, folder]:  # opening a pipe would wait for its writer
         handle = os.open(entry, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -152,8 +151,14 @@ def flush(folder: Path) -> None:
 def take_the_place(new: Path, path: Path) -> None:
     """Put ``new`` where ``path`` is; an old folder is removed, or stands where ``new`` was."""
     if not path.exists():
-        new.rename(path)
-    elif not exchange(new, path):
+        try:
+            new.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise  # else another process has been first
+        else:
+            return
+    if not exchange(new, path):
         _swap_in_two_steps(new, path)
 
 

@@ -41,7 +41,7 @@ def shrink(parts: Parts, model: nn.Module | None) -> None:
             f"reprojection={parts.options.ranks.reprojection!r} gives no rank up for good, so there is "
             "nothing to shrink. Build the optimizer with reprojection='balanced' or 'none'"
         )
-    sites = parts.sites.all
+    sites = parts.sites.present()
     found = check(parts.known_model(model), sites)
     layers = {key: pair for home in found for key, pair in layers_of_pairs(home.peft_model).items()}
     configs = [config for home in found for config in home.peft_model.peft_config.values()]

@@ -24,18 +24,26 @@ except ImportError:  # Windows: no locks, so nothing is ever removed
 
 _DAY = 24 * 3600
 """Seconds without a change after which another machine's folder is abandoned: it may not see our locks."""
+_LONGEST = 180
+"""Bytes of a name to which ours add up to 60; file systems allow 255."""
 
 
 @contextmanager
 def folder(place: Path, name: str) -> Iterator[Path]:
     """A new, empty, locked folder in ``place``, hidden and named after ``name``; removed at the end."""
-    new, lock = _locked(place, name)
+    new, lock = _locked(place, label(name))
     try:
         yield new
     finally:
         shutil.rmtree(new, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def label(name: str) -> str:
+    """``name``, or where it is so long that nothing could be added to it, a short one made of it."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= _LONGEST else hashlib.sha256(encoded).hexdigest()[:32]
 
 
 def _locked(place: Path, name: str) -> tuple[Path, int | None]:
@@ -61,7 +69,7 @@ def remove_abandoned(place: Path, name: str) -> bool:
     Returns:
         Whether there is one whose process may be at work.
     """
-    pattern = re.compile(rf"\.{re.escape(name)}\.(?:([0-9a-f]{{8}})-)?[0-9a-f]{{32}}\.tmp")
+    pattern = re.compile(rf"\.{re.escape(label(name))}\.(?:([0-9a-f]{{8}})-)?[0-9a-f]{{32}}\.tmp")
     at_work = False
     for entry in place.iterdir():
         found = pattern.fullmatch(entry.name)

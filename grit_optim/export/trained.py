@@ -59,7 +59,7 @@ def _chosen(model: nn.Module, parts: Parts, adapter: str | None) -> list[tuple[H
         ValueError: no such adapter, one that is not trained here, several without a name, or nothing is
             trained yet.
     """
-    found = homes(model, parts.sites.all)
+    found = homes(model, parts.sites.present())
     if not found and not peft_models_in(model):
         raise ValueError(no_peft_model_message(model))
     if not found:

@@ -105,6 +105,8 @@ def number(low: float = -math.inf, high: float = math.inf, finite: bool = True) 
         single = isinstance(value, Tensor) and value.numel() == 1 and value.dim() == 0
         if not (single or isinstance(value, int | float)) or isinstance(value, bool):
             raise Damaged(path, f"is {value!r:.60}, not a number")
+        if isinstance(value, int) and not is_finite(value):
+            raise Damaged(path, "is too large")
         _in_range(path, float(value), low, high, finite)
 
     return check
@@ -172,6 +174,22 @@ def factor(rank: int) -> Check:
     return check
 
 
+def rotation(rank: int) -> Check:
+    """An orthogonal matrix ``[rank, rank]``, up to rounding."""
+    plain = tensor(rank, rank)
+
+    def check(path: str, value: Any) -> None:
+        plain(path, value)
+        if value.device.type == "meta":
+            return
+        value = value.detach().float()
+        eye = torch.eye(rank, dtype=value.dtype, device=value.device)
+        if not float((value @ value.mT - eye).abs().max()) < _ROUNDING:
+            raise Damaged(path, "is not orthogonal, as eigenvectors are")
+
+    return check
+
+
 def counted(low: int, high: int) -> Check:
     """A tensor of one whole number from ``low`` to ``high``."""
 
@@ -195,6 +213,15 @@ def flag(path: str, value: Any) -> None:
 _ROUNDING = 1e-3
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a number, or a tensor of one, is finite as a float; a whole number may be too large for one."""
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        finite = False
+    return finite
+
+
 def _is_dict(path: str, value: Any) -> None:
     if not isinstance(value, Mapping):
         raise Damaged(path, f"is a {type(value).__name__}, not a dict")
@@ -203,6 +230,8 @@ def _is_dict(path: str, value: Any) -> None:
 def _is_tensor(path: str, value: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(value, Tensor):
         raise Damaged(path, f"is a {type(value).__name__}, not a tensor")
+    if value.layout is not torch.strided:
+        raise Damaged(path, f"is stored as {value.layout}, not entry by entry")
     if tuple(value.shape) != shape:
         raise Damaged(path, f"has shape {list(value.shape)}, not {list(shape)}")
 

@@ -161,7 +161,11 @@ class Bucket:
     @cached_property
     def direction_size(self) -> Tensor:
         """Parameters of one direction of each site, a row of A and a column of B: ``[S]``, int64."""
-        sizes = [site.parameters // site.rank for site in self.sites]
+        sizes = [0] * len(self.sites)
+        for group in self.groups:  # not of the sites: an adapter may have been deleted since
+            for place, position in enumerate(group.positions):
+                entries = group.parameters[place // group.experts].numel() // group.experts
+                sizes[position] += entries // self.rank
         return torch.tensor(sizes, dtype=torch.int64, device=self.device)
 
     @cached_property

@@ -6,6 +6,7 @@ PEFT's layers are recognised by their attributes, so that PEFT need not be impor
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -129,7 +130,10 @@ def find_sites(
                 sites.append(site)
             else:
                 unusable[site.name] = reason
-    return sites, unusable
+    uses = Counter((id(matrix), site.expert) for site in sites for matrix in (site.a, site.b))
+    shared = [site for site in sites if any(uses[id(matrix), site.expert] > 1 for matrix in (site.a, site.b))]
+    unusable |= {site.name: "it shares its matrices with another layer" for site in shared}
+    return [site for site in sites if site not in shared], unusable
 
 
 def frozen_pairs(model: nn.Module, parameters: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -170,7 +174,8 @@ def _outside(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[tupl
             if id(parameter) not in inside:
                 shape = list(parameter.shape)
                 place = f"param_groups[{i}]['params'][{j}] {shape}"
-                found.append((group["param_names"][j] if "param_names" in group else place, parameter))
+                names = group.get("param_names", ())  # shorter where somebody has appended to "params"
+                found.append((names[j] if j < len(names) else place, parameter))
     return found
 
 

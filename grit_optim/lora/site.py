@@ -137,10 +137,14 @@ class Site:
                 if hasattr(module, name):
                     setattr(module, name, rank)
 
+    @property
+    def deleted(self) -> bool:
+        """Whether PEFT has deleted the adapter. Nothing but the name can be asked then."""
+        return self.adapter not in self.a_modules or self.adapter not in self.b_modules
+
     def holds(self, a: Tensor, b: Tensor) -> bool:
         """Whether ``a`` and ``b`` are still the pair's weights; PEFT may replace or delete the adapter."""
-        there = self.adapter in self.a_modules and self.adapter in self.b_modules
-        return there and self.a is a and self.b is b
+        return not self.deleted and self.a is a and self.b is b
 
     @classmethod
     def from_modules(cls, name: str, a: nn.Module, b: nn.Module, scaling: float = 1.0) -> Site:

@@ -73,12 +73,13 @@ class SiteSet:
         parameters = self._parameters()
         found, untapped = self._find(model)
         self._seen = {id(p): p for p in parameters}
-        tapped = {id(site.a) for site in self.all}
+        known = self.present()
+        tapped = {id(site.a) for site in known}
         self._frozen = [(a, b) for a, b in frozen_pairs(model, parameters) if id(a) not in tapped]
         self._warn_of_untapped(untapped)
         self._warn_of_elsewhere(model)
-        names = {site.name for site in self.all}
-        return [*self.all, *(site for site in found if site.name not in names)]
+        names = {site.name for site in known}
+        return [*known, *(site for site in found if site.name not in names)]
 
     def _find(self, model: nn.Module, frozen_too: bool = False) -> tuple[list[Site], dict[str, str]]:
         """The model's trained pairs, and those that are left to the base, name to reason."""
@@ -127,18 +128,19 @@ class SiteSet:
     def held(self) -> set[str]:
         """Names of the sites whose matrices the base holds now. A parameter may leave its groups."""
         ids = {id(p) for p in self._parameters()}
-        return {site.name for site in self.all if id(site.a) in ids and id(site.b) in ids}
+        return {site.name for site in self.present() if id(site.a) in ids and id(site.b) in ids}
 
     def with_named(self, names: Collection[str]) -> list[Site] | None:
         """The sites worked on, and others among ``names``, of which a checkpoint has state, frozen or not.
 
-        None where all names are worked on already, or sites are not looked for.
+        Without those that are gone. None where nothing is to change, as where sites are not looked for.
         """
-        missing = set(names) - {site.name for site in self.all}
+        present = self.present()
+        missing = set(names) - {site.name for site in present}
         if self.model is None or self.given or not missing:
-            return None
+            return None if len(present) == len(self.all) else present
         found, _ = self._find(self.model, frozen_too=True)
-        return [*self.all, *(site for site in found if site.name in missing)]
+        return [*present, *(site for site in found if site.name in missing)]
 
     def take(self, sites: list[Site]) -> list[Bucket]:
         """Work on ``sites`` from now on.
@@ -167,6 +169,14 @@ class SiteSet:
         self._weights = [(site.a, site.b, site.a.device) for site in sites]
         return buckets
 
+    def present(self) -> list[Site]:
+        """The sites whose weights are still those that were taken: neither replaced nor deleted since.
+
+        Of a deleted adapter nothing else may be asked: its modules are gone.
+        """
+        taken = zip(self.all, self._weights, strict=True)
+        return [site for site, (a, b, _) in taken if site.holds(a, b)]
+
     def remaining(self) -> list[Site] | None:
         """The sites that are still in the model; None if none was replaced, deleted or moved.
 
@@ -176,20 +186,21 @@ class SiteSet:
         Raises:
             NotImplementedError: a matrix has been partitioned over processes.
         """
-        same = [site.holds(a, b) for site, (a, b, _) in zip(self.all, self._weights, strict=True)]
+        present = self.present()
         moved = any(a.device != device for a, _, device in self._weights)
         if any(a.dim() < 2 for a, _, _ in self._weights):
-            check_whole({site.name: site.a for site in self.all})
-        if all(same) and not moved:
+            check_whole({site.name: site.a for site in present})
+        if len(present) == len(self.all) and not moved:
             return None
-        replaced = [site.name for site, is_same in zip(self.all, same, strict=True) if not is_same]
+        there = {id(site) for site in present}
+        replaced = [site.name for site in self.all if id(site) not in there]
         if replaced:
             warn(
                 f"the weights of {len(replaced)} LoRA site(s) ({listed(replaced)}) were replaced or deleted "
                 "after the optimizer was built. The base optimizer does not hold the new ones, so they are "
                 "not trained. Build a new optimizer after changing adapters"
             )
-        return [site for site, is_same in zip(self.all, same, strict=True) if is_same]
+        return present
 
     def weight_versions(self) -> list[int]:
         """How often each A has been changed in place, by torch's count.

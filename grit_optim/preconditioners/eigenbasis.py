@@ -23,6 +23,7 @@ class Eigenbasis(Turned):
     """``"eigenbasis"``: the base works in the eigenbases of the K-FAC factors, as SOAP (Vyas et al. 2024)."""
 
     name = "eigenbasis"
+    operators_rotate = True
     defaults: ClassVar[dict[str, Any]] = {**Mode.defaults, "kfac_update_freq": 2}
     uses = Mode.uses - {"kfac_damping"}
 

@@ -27,6 +27,7 @@ class Mode:
             stacked.
         moments_in_operators: whether the base's moments are expressed in the operators, so that a checkpoint
             needs those.
+        operators_rotate: whether the operators are orthogonal, which a checkpoint's then have to be.
         defaults: of the options that are None until a mode says what they are.
         uses: which of the options that are up to the mode (``options.effect.OF_THE_MODE``) it uses. A user
             is told of others.
@@ -36,6 +37,7 @@ class Mode:
     changes_coordinates: ClassVar[bool] = False
     holds_gradients: ClassVar[bool] = True
     moments_in_operators: ClassVar[bool] = False
+    operators_rotate: ClassVar[bool] = False
     defaults: ClassVar[dict[str, Any]] = {
         "kfac_update_freq": 1,
         "kfac_damping": 0.03,

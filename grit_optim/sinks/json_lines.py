@@ -94,18 +94,29 @@ def _check_log(path: Path) -> None:
     """Refuse a file that is no log.
 
     Raises:
-        ValueError: its first line is neither a record nor the beginning of one.
+        ValueError: its first line is no record, or its last one neither that nor the beginning of one.
     """
     if not path.is_file():
         return
     with path.open("rb") as file:
-        first = file.readline()
-    longest = max(map(len, _BEGINNINGS))
-    if not any(start.startswith(first[:longest]) or first.startswith(start) for start in _BEGINNINGS):
+        last = first = file.readline()
+        for line in file:
+            last = line
+    sound_start = _begins_as_a_record(first) and (_is_whole(first) or not first.endswith(b"\n"))
+    empty = not last.strip(b"\0")  # what a machine that lost its power may leave behind the last line
+    sound_end = last.endswith(b"\n") or _begins_as_a_record(last) or _is_whole(last) or empty
+    if not (sound_start and sound_end):
+        where, line = ("ends", last) if sound_start else ("begins", first)
         raise ValueError(
-            f"{path} exists and is no log of GRIT's: it begins with {first[:40]!r}. Nothing was written; log "
+            f"{path} exists and is no log of GRIT's: it {where} with {line[:40]!r}. Nothing was written; log "
             "to another file"
         )
+
+
+def _begins_as_a_record(line: bytes) -> bool:
+    """Whether a line is a record, or may be what a killed process or machine has left of one."""
+    start = line.rstrip(b"\0")
+    return not line or any(start and known.startswith(start[: len(known)]) for known in _BEGINNINGS)
 
 
 def _end_last_line(path: Path) -> None:

@@ -172,12 +172,13 @@ class Telemetry:
                     "parameters": s.parameters,
                 }
                 for s in sites
+                if not s.deleted
             ],
         }
 
     def _rate(self) -> float | Tensor | None:
         """The learning rate of the first pair; of the base's first group where it holds none."""
-        base, sites = self._parts.base, self._parts.sites.all
+        base, sites = self._parts.base, self._parts.sites.present()
         settings = group_by_parameter(base)
         of_pairs = (settings[id(site.a)] for site in sites if id(site.a) in settings)
         group = next(of_pairs, None) or next(iter(base.param_groups), {})

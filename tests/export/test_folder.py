@@ -1,6 +1,7 @@
 """A folder is replaced as a whole: at every moment the old content or the new, however the process ends."""
 
 import os
+import socket
 
 import pytest
 
@@ -137,3 +138,39 @@ def test_a_process_whose_working_directory_is_gone_can_save(tmp_path, monkeypatc
     with atomic_folder.replaced(tmp_path / "adapter") as new:
         (new / "weights").write_text("new")
     assert (tmp_path / "adapter" / "weights").read_text() == "new"
+
+
+def test_pipes_and_sockets_in_the_folder_are_carried_over(old):
+    os.mkfifo(old / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(old / "socket"))
+        with atomic_folder.replaced(old) as new:
+            (new / "weights").write_text("new")
+    assert {"pipe", "socket", "weights"} <= set(os.listdir(old))
+
+
+def test_the_longest_of_names_can_be_saved_to_twice(tmp_path):
+    path = tmp_path / ("ü" * 127)
+    for text in ("old", "new"):
+        with atomic_folder.replaced(path) as new:
+            (new / "weights").write_text(text)
+    assert (path / "weights").read_text() == "new"
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_two_first_saves_at_once(tmp_path):
+    """The other one ends between the look whether there is a folder, and the renaming."""
+
+    class Late(type(tmp_path)):
+        def exists(self):
+            found = super().exists()
+            if not found:
+                self.mkdir()
+                (self / "weights").write_text("other")
+            return found
+
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / "weights").write_text("mine")
+    atomic_folder.take_the_place(new, Late(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "weights").read_text() == "mine"

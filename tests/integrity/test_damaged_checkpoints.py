@@ -138,6 +138,26 @@ NAMED = {
     "no rate": (lambda s: s["param_groups"][0].pop("lr"), "lacks 'lr', which AdamW needs"),
     "a rate that is NaN": (lambda s: s["param_groups"][0].update(lr=torch.nan), r"\['lr'\] is NaN"),
     "one β of two": (lambda s: s["param_groups"][0].update(betas=(0.9,)), r"\['betas'\] is \(0.9,\)"),
+    "a negative average of squares": (
+        lambda s: s["state"][1]["exp_avg_sq"].neg_(),
+        "parameter 1 of group 0: exp_avg_sq holds a negative",
+    ),
+    "averages in each other's place": (
+        lambda s: s["state"][1].update(exp_avg_sq=s["state"][1]["exp_avg"]),
+        "exp_avg_sq holds a negative",
+    ),
+    "a step that is infinite": (
+        lambda s: s["state"][1].update(step=torch.tensor(torch.inf)),
+        "step is tensor\\(inf\\), not a count",
+    ),
+    "entries that share their memory": (
+        lambda s: s["state"][1].update(exp_avg=s["state"][1]["exp_avg"][:1].expand(8, -1)),
+        "share their memory",
+    ),
+    "a rate beyond all floats": (lambda s: s["param_groups"][0].update(eps=10**400), "too large"),
+    "a pace beyond all floats": (lambda s: s["grit"]["pace"].update(period_scale=10**400), "too large"),
+    "a sparse factor": (grit_part("activation", lambda t: t.to_sparse()), "is stored as torch.sparse_coo"),
+    "eigenvectors that are none": (grit_part("a_operator", lambda t: t * 1e6), "is not orthogonal"),
     "not a dict at all": (lambda s: s.update(grit=[1]), "grit is a list, not a dict"),
 }
 

@@ -64,6 +64,23 @@ def test_a_file_that_is_no_log_is_left_as_it_is(text):
         assert path.read_bytes() == text
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"kind": "start",\n "a": 1\n}',
+        b'{"kind": "start"}\nmy own notes',
+        b'{"kind": "start"} and so on\n',
+        b'{"kind": "start"}\n{"name": "me"',
+    ],
+)
+def test_a_file_that_only_begins_or_ends_as_a_log_is_left_as_it_is(tmp_path, text):
+    path = tmp_path / "file"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=r"is no log of GRIT's"):
+        sinks.JsonLines(path)
+    assert path.read_bytes() == text
+
+
 @pytest.mark.parametrize("end", [b"", b"\n"])
 def test_whole_records_are_kept_whether_their_last_line_ends_or_not(tmp_path, end):
     path, records = tmp_path / "grit.jsonl", [b'{"kind": "start", "step": 0}', b'{"kind": "end", "step": 3}']
