@@ -74,19 +74,14 @@ def _sites_of(name: str, layer: Any) -> list[Site]:
     """All pairs of a module that is a layer of PEFT's; none of any other."""
     of_a: Any = getattr(layer, "lora_A", None)
     found = [_site_of(name, adapter, layer) for adapter in of_a] if isinstance(of_a, nn.ModuleDict) else []
-    if type(layer).__name__ == "ParamWrapper" and layer.num_experts > 1:
-        found = [each for site in found for each in _experts_of(site, layer.num_experts)]
+    if type(layer).__name__ == "ParamWrapper" and (n := layer.num_experts) > 1:
+        found = [replace(s, name=f"{s.name}.{e}", experts=n, expert=e) for s in found for e in range(n)]
     for kind, reason in (("lora", _ADALORA), ("lora_embedding", _EMBEDDING)):
         a, b = (getattr(layer, f"{kind}_{side}", None) for side in "AB")
         if isinstance(a, nn.ParameterDict) and isinstance(b, nn.ParameterDict):
             pairs: tuple[Any, Any] = (a, b)
             found += [Site(f"{name}.{one}", one, *pairs, layer.scaling, untapped=reason) for one in a]
     return found
-
-
-def _experts_of(site: Site, experts: int) -> list[Site]:
-    """The pairs of all experts, of the one that holds them stacked."""
-    return [replace(site, name=f"{site.name}.{e}", experts=experts, expert=e) for e in range(experts)]
 
 
 def _embedding_storages(model: nn.Module) -> set[int]:
