@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from evidence import RESULTS, final, finals, loss, main_table, read_results, sizes, truncation
+from evidence import RESULTS, cost_report, final, finals, loss, main_table, read_results, sizes, truncation
 from pages import page, row, rows, words
 
 PAGE = page("docs/findings.md")
@@ -143,6 +143,13 @@ def test_what_factors_from_gradients_give(label, optimizer, capture):
         if (run["config"]["optimizer"], run["config"]["options"].get("capture")) == (optimizer, capture)
     }
     assert shown(label) == [f"{runs[task]:.3f}" for task in ("naming", "prose", "signature", "packages")]
+
+
+def test_what_a_step_costs_with_factors_from_gradients():
+    costs = {one["optimizer"]: one["ratio"] for one in cost_report.read(RESULTS / "capture_cost", "cost")}
+    ours, taps = costs["grit-gradients"], costs["grit"]
+    assert "{median:.3f}× AdamW's from gradients (quartiles {q1:.3f} to {q3:.3f})".format(**ours) in TEXT
+    assert "{median:.3f}× from taps ({q1:.3f} to {q3:.3f})".format(**taps) in TEXT
 
 
 def second(**config):
