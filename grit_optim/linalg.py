@@ -33,9 +33,13 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu")
 def full_precision() -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Switch the caller's autocast off, which would compute our products in bf16 or fp16.
 
-    Gives a function whose context is the caller's again, for what is not ours to compute.
+    Gives a function whose context is the caller's again, for what is not ours to compute. Inference mode is
+    off there too: what is made in it could not be written outside it.
     """
     with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())  # leaving inference mode enables gradients
         found = [
             (device, torch.get_autocast_dtype(device))
             for device in _AUTOCAST_DEVICES
@@ -291,9 +295,7 @@ def balance(activation: Tensor, gradient: Tensor, mask: Tensor) -> tuple[Tensor,
     activation = block(activation.double(), mask)
     gradient = torch.where(mask[:, :, None] & mask[:, None, :], gradient.double(), 0.0)
     lower = _cholesky(activation)
-    # Given-up coordinates have eigenvalue 0 and so come last.
-    squared, rotation = descending_eigh(lower.mT @ gradient @ lower)
-    rotation = block(rotation, mask)
+    squared, rotation = _leading_eigh(lower.mT @ gradient @ lower, mask)
     # What lies below rounding, negative eigenvalues too, is zero. It counts as the rounding, to bound T.
     floor = squared[:, :1].clamp_min(torch.finfo(squared.dtype).tiny / _ROUNDING**2) * _ROUNDING**2
     spectrum = torch.where(mask, torch.maximum(squared, floor).sqrt(), 1.0)
@@ -303,6 +305,19 @@ def balance(activation: Tensor, gradient: Tensor, mask: Tensor) -> tuple[Tensor,
     transform = scale[:, :, None] * torch.linalg.solve_triangular(lower.mT, rotation, upper=True).mT
     inverse = (lower @ rotation) / scale[:, None, :]
     return block(transform, mask), block(inverse, mask), spectrum * mask
+
+
+def _leading_eigh(matrix: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of a matrix that is zero outside the mask; there these are the identity.
+
+    The coordinates outside come last, whatever the eigenvalues inside are.
+    """
+    matrix = torch.where(torch.isfinite(matrix).all(-1).all(-1)[:, None, None], matrix, 0.0)
+    # Below every eigenvalue inside: rounding leaves some of these at zero or slightly negative.
+    size = matrix.abs().amax((1, 2)) * matrix.shape[-1]
+    below = -2 * torch.where(size > 0, size, 1.0)[:, None, None]
+    values, vectors = descending_eigh(matrix + below * eye_like(matrix) * ~mask[:, None, :])
+    return values, block(vectors, mask)
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

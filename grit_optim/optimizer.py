@@ -167,7 +167,8 @@ class GritOptimizer(OptimizerWrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and what the taps gathered with them."""
         super().zero_grad(set_to_none)
-        self._parts.capture.discard()
+        with full_precision():
+            self._parts.capture.discard()
 
     def close(self) -> None:
         """Remove every hook, end the logging, and leave the base with plain moments: it can go on alone."""

@@ -149,7 +149,7 @@ class Parts:
             sites: the LoRA pairs.
             known: saved state by site name; by default the present state.
         """
-        with self.all_or_nothing(own_only=True):
+        with full_precision(), self.all_or_nothing(own_only=True):
             known = self.pack_sites(with_operators=True) if known is None else known
             buckets = self.sites.take(sites)
             self._start_anew(buckets)

@@ -245,3 +245,34 @@ def test_balance_is_bounded_where_an_eigenvalue_is_slightly_negative(seed, below
     assert (torch.linalg.matrix_norm(transform) * torch.linalg.matrix_norm(inverse) < 1e7).all()
     torch.testing.assert_close(transform @ inverse, torch.eye(4).double().expand(2, 4, 4), rtol=0, atol=1e-8)
     assert (spectrum >= 0).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    kept=st.integers(1, 4),
+    spectra=st.tuples(
+        *[st.lists(st.sampled_from([1.0, 1e-4, 1e-12, 0.0, -1e-8, -0.3]), min_size=4, max_size=4)] * 2
+    ),
+    scales=st.tuples(*[st.sampled_from([1e-30, 1e-8, 1.0, 1e8, 1e30])] * 2),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 1000),
+)
+def test_balance_is_bounded_and_leaves_given_up_coordinates_whatever_the_factors_are(
+    kept, spectra, scales, dtype, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    pair = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
+    for matrix, spectrum, scale in zip(pair[:, 0], spectra, scales, strict=True):
+        basis = torch.linalg.qr(torch.randn(kept, kept, generator=generator, dtype=torch.float64))[0]
+        matrix[:kept, :kept] = scale * (basis * torch.tensor(spectrum[:kept], dtype=torch.float64)) @ basis.mT
+    activation, gradient = linalg.symmetric(pair).to(dtype)
+    mask = torch.arange(4)[None] < kept
+    transform, inverse, spectrum = linalg.balance(activation, gradient, mask)
+    identity = torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(transform[0] @ inverse[0], identity, rtol=0, atol=1e-3)
+    for matrix in (transform[0], inverse[0]):
+        assert torch.equal(matrix[kept:], identity[kept:])
+        assert torch.equal(matrix[:, kept:], identity[:, kept:])
+    assert spectrum.isfinite().all()
+    assert (spectrum.diff() <= 0).all()
+    assert (spectrum[0, kept:] == 0).all()

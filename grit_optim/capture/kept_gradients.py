@@ -21,22 +21,27 @@ class Left(NamedTuple):
 
     Attributes:
         gradient: the tensor; None where the pass ended without one, since a hook has taken it away.
-        version: how often it had been changed in place.
+        version: how often it had been changed in place; None where torch does not count, as of tensors made
+            in inference mode.
     """
 
     gradient: TensorWeakRef | None
-    version: int
+    version: int | None
 
     @classmethod
     def of(cls, parameter: Tensor) -> Left:
         """The gradient as it is now."""
         gradient = parameter.grad
-        return cls(None, 0) if gradient is None else cls(TensorWeakRef(gradient), gradient._version)
+        return cls(None, 0) if gradient is None else cls(TensorWeakRef(gradient), _version(gradient))
 
     def unchanged(self, gradient: Tensor) -> bool:
-        """Whether ``gradient`` is that tensor, with the values of then."""
+        """Whether ``gradient`` is that tensor, with the values of then, as far as torch counts changes."""
         known = self.gradient() if self.gradient is not None else None
-        return known is gradient and gradient._version == self.version
+        return known is gradient and self.version is not None and _version(gradient) == self.version
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 class KeptGradients:

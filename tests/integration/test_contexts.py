@@ -1,7 +1,7 @@
 """The caller's autocast, default dtype, default device and gradient mode change no bit of what we compute."""
 
 import ast
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,7 @@ CONTEXTS = {
     "default fp64": lambda: default_dtype(torch.float64),
     "meta": lambda: torch.device("meta"),
     "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
 }
 
 
@@ -100,6 +101,55 @@ def test_no_context_of_the_callers_changes_a_bit(mode, tmp_path):
     plain = run(mode, lambda: default_dtype(torch.float32), tmp_path / "plain")
     for name, context in CONTEXTS.items():
         assert_same(run(mode, context, tmp_path / name), plain, name)
+
+
+CALLS = ("build", "backward", "step", "zero_grad", "state_dict", "load", "reduce", "shrink", "close")
+
+
+def one_call_in(context, chosen, mode):
+    """As `run`, with a single kind of call in the context, and sums that backward passes make."""
+    often = {"reprojection": "balanced", "reprojection_freq": 2, "reprojection_k": 2}
+    model = network()
+
+    def around(call):
+        return context() if call == chosen else nullcontext()
+
+    def steps(seeds):
+        for seed in seeds:
+            loss = loss_of(model, seed)
+            with around("backward"):
+                loss.backward()
+            with around("step"):
+                optimizer.step()
+            with around("zero_grad"):
+                optimizer.zero_grad()
+
+    with around("build"):
+        optimizer = wrapped(model, torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9}, precondition=mode, **often)
+    steps(range(3))
+    with around("state_dict"):
+        state = optimizer.state_dict()
+    with around("load"):
+        optimizer.load_state_dict(state)
+    steps(range(3, 5))
+    with around("reduce"):
+        optimizer.reduce_ranks_(0.5)
+    with around("shrink"):
+        optimizer.shrink_()
+    steps(range(5, 7))
+    with around("close"):
+        optimizer.close()
+    return everything(model, optimizer)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("mode", ["spectral", "balanced"])
+def test_a_context_around_one_call_is_gone_with_it(mode, call, monkeypatch):
+    """What is made in inference mode cannot be written outside it, so nothing of ours is made in it."""
+    monkeypatch.setattr(gathered, "PENDING_LIMIT", 0)
+    plain = one_call_in(nullcontext, call, mode)
+    for name in ("inference", "no_grad", "default fp64"):
+        assert_same(one_call_in(CONTEXTS[name], call, mode), plain, name)
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
