@@ -170,5 +170,9 @@ def norm(stacked: Tensor) -> Tensor:
 
 
 def inner_product(left: Tensor, right: Tensor) -> Tensor:
-    """Inner product of the matrices of two stacks: ``[m, rows, columns]`` twice to ``[m, 1, 1]``."""
-    return torch.linalg.vecdot(left.flatten(1), right.flatten(1))[:, None, None]
+    """Inner product of the matrices of two stacks: ``[m, rows, columns]`` twice to ``[m, 1, 1]``.
+
+    In the higher of their precisions: a base's average may be in another than the gradient.
+    """
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    return torch.linalg.vecdot(left.flatten(1).to(dtype), right.flatten(1).to(dtype))[:, None, None]

@@ -219,7 +219,9 @@ class Steer(Mode):
         group, newest = held.group, self._newest(held)
         if dampening := self._settings(held).get("dampening", 0.0):
             newest = newest * (1 - dampening)
-        fresh = torch.lerp(newest, moment, 1 - held.ready.to(moment.dtype) * (1 - ratio))
+        dtype = torch.promote_types(newest.dtype, moment.dtype)  # a base may keep its average in another
+        share = 1 - held.ready.to(dtype) * (1 - ratio)
+        fresh = torch.lerp(newest.to(dtype), moment.to(dtype), share)
         base_moments.set_first_moment(self.base, group.parameters, group.split(fresh))
         return fresh
 

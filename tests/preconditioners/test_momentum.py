@@ -193,3 +193,41 @@ def test_a_trainers_factory_still_hands_sgd_its_own_momentum():
     optimizer = for_trainer(model, base=torch.optim.SGD, lr=0.1, momentum=0.9, direction_momentum=0.5)
     assert optimizer.defaults["momentum"] == 0.9
     assert optimizer.options.preconditioning.direction_momentum == 0.5
+
+
+class ApartAdam(torch.optim.Optimizer):
+    """Adam that keeps its averages in a dtype of its own, as optimizers for bf16 weights do."""
+
+    def __init__(self, params, dtype, lr=1e-2):
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99), "eps": 1e-8})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[p]
+            if not state:
+                state["step"] = 0
+                state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=self.dtype) for _ in "12")
+            state["step"] += 1
+            gradient = p.grad.to(self.dtype)
+            state["exp_avg"].lerp_(gradient, 0.1)
+            state["exp_avg_sq"].mul_(0.99).addcmul_(gradient, gradient, value=0.01)
+            corrected = [1 - b ** state["step"] for b in (0.9, 0.99)]
+            denominator = (state["exp_avg_sq"] / corrected[1]).sqrt() + 1e-8
+            p.sub_((1e-2 / corrected[0] * state["exp_avg"] / denominator).to(p.dtype))
+
+
+@pytest.mark.parametrize("mode", ["spectral", "steer", "eigenbasis", "balanced", "inverse"])
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+def test_averages_in_another_dtype_than_the_weights(weights, kept, mode):
+    model = started().to(weights)
+    optimizer = GritOptimizer(
+        ApartAdam(tiny.trained(model), kept), model, kfac_min_samples=1, precondition=mode
+    )
+    before = float(tiny.loss_of(model))
+    tiny.train(model, optimizer, STEPS)
+    averages = [optimizer.state[p]["exp_avg"] for p in tiny.trained(model)]
+    assert all(average.dtype == kept and average.isfinite().all() for average in averages)
+    assert float(tiny.loss_of(model)) < before
