@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grit_optim.base.checks import check_base
-from grit_optim.base.wrapper import OptimizerWrapper, evaluate, step_within
+from grit_optim.base.wrapper import OptimizerWrapper, evaluate
 from grit_optim.capture.diagnosis import SiteReport
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.export.shrink import shrink
@@ -154,9 +154,7 @@ class GritOptimizer(OptimizerWrapper):
             parts.follow_groups()  # not before: new taps forget what the old ones gathered
             if statistics is not None:
                 parts.refresh_if_due()
-            around = parts.preconditioning.around_step(parts.curvature, parts.schedule)
-            with around, parts.times("base"), as_called():
-                step_within(parts.base)
+            parts.preconditioning.step(parts.curvature, parts.schedule, as_called)
             parts.ranks.clear_given_up(parts.curvature.buckets)
             if statistics is not None:
                 parts.reproject_if_due()

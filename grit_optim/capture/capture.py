@@ -72,7 +72,8 @@ class Capture:
         self.by_gradients = by_gradients
         self._masks = _masks(buckets, by_gradients)
         if any(bucket.device.type == "meta" for bucket in buckets):
-            self.watch.stop()  # there are no values to compare
+            self.watch.stop()  # there are no values to compare, or to be zero
+            self._begun = True
 
     def collect(self) -> Statistics | None:
         """The statistics gathered since the last step; None if there are none in any process."""

@@ -15,7 +15,7 @@ import torch
 
 from grit_optim.capture.sums import Sums
 from grit_optim.linalg import full_precision, mean_eigenvalue
-from grit_optim.lora.buckets import Bucket, Group
+from grit_optim.lora.buckets import Bucket, Group, in_pieces
 
 
 @full_precision()
@@ -33,10 +33,8 @@ def add_gradients(sums: Sums, bucket: Bucket, names: Collection[str]) -> None:
     """
     slots = {place for place, site in enumerate(bucket.sites) if site.name in names}
     of_a, of_b, between = (torch.zeros_like(sums.gradient) for _ in range(3))
-    for group in bucket.groups:
-        part = _chosen(group, slots)
-        if part is None:
-            continue
+    chosen = [part for group in bucket.groups if (part := _chosen(group, slots)) is not None]
+    for part in in_pieces(chosen):
         gradients = part.stack(part.gradients())
         if part.side == "A":
             of_a.index_copy_(0, part.index, (gradients @ gradients.mT).float())

@@ -14,7 +14,7 @@ from grit_optim.capture.sums import Sums
 from grit_optim.curvature.factors import RANK_AXES, Factors
 from grit_optim.curvature.moments import GradientMoments
 from grit_optim.integrity.fields import Fields, flag, rotation, tensor
-from grit_optim.lora.buckets import Bucket, Group
+from grit_optim.lora.buckets import Bucket, Group, in_pieces
 from grit_optim.lora.kept_ranks import KeptRanks
 from grit_optim.lora.site import Site
 from grit_optim.options import CurvatureOptions
@@ -103,12 +103,12 @@ class BucketCurvature:
         self.factors.fold(sums, accept, decay, gradient_unit, loss_tokens, by_gradients)
         if self.moments is None or moment_unit is None:
             return
-        for group in self.bucket.groups:
-            if (part := group.with_gradient()) is not None:
-                gradients = part.stack(part.gradients()) / moment_unit.sqrt()
-                if self.moments.kind == "ekfac":
-                    gradients = self.to_eigenbasis(part, gradients)
-                self.moments.fold(part, gradients, (sums.rows > 0) & accept, self._options.fisher_decay)
+        found = [part for group in self.bucket.groups if (part := group.with_gradient()) is not None]
+        for part in in_pieces(found):
+            gradients = part.stack(part.gradients()) / moment_unit.sqrt()
+            if self.moments.kind == "ekfac":
+                gradients = self.to_eigenbasis(part, gradients)
+            self.moments.fold(part, gradients, (sums.rows > 0) & accept, self._options.fisher_decay)
 
     def operator(self, side: str) -> Tensor:
         """The operator of one side, ``[S, r, r]``."""

@@ -22,6 +22,10 @@ from grit_optim.lora.site import Site
 Side = Literal["A", "B"]
 SIDES: tuple[Side, Side] = ("A", "B")
 
+STACKS = 9
+"""Stacks of what is worked on together that a step makes at most beside it."""
+MEMORY = 64 * 10**6
+"""Bytes that these may take up beyond one stack of everything, which AdamW's own step makes on a GPU."""
 _SUBSETS_KEPT = 64
 
 
@@ -87,7 +91,8 @@ class Group:
     def subset(self, positions: Sequence[int]) -> Group:
         """The group of some of its parameters, given by their positions in ``parameters``, in order.
 
-        It is kept: the same few recur in every step, and copying positions to a GPU would wait for it.
+        It is kept: the same few recur in every step, and copying positions to a GPU would wait for it. A run
+        of members needs no copy.
         """
         key = tuple(positions)
         if len(key) == len(self.parameters):
@@ -96,10 +101,25 @@ class Group:
             if len(self._subsets) >= _SUBSETS_KEPT:
                 self._subsets.clear()
             places = tuple(self.positions[i] for i in self.matrices(key))
-            index = torch.tensor(places, dtype=torch.int64, device=self.index.device)
+            first = self.matrices(key[:1])[0] if key else 0
+            if places == self.positions[first : first + len(places)]:
+                index = self.index[first : first + len(places)]
+            else:
+                index = torch.tensor(places, dtype=torch.int64, device=self.index.device)
             chosen = [self.parameters[i] for i in key]
             self._subsets[key] = Group(self.side, chosen, index, places, self.experts)
         return self._subsets[key]
+
+    def pieces(self, most: int) -> list[Group]:
+        """The group in runs of members whose stacks take up at most so many bytes, or of one member."""
+        count = len(self.parameters)
+        size = max(1, most * count // self.bytes)
+        return [self.subset(range(i, min(i + size, count))) for i in range(0, count, size)]
+
+    @property
+    def bytes(self) -> int:
+        """What a stack of the matrices takes up."""
+        return sum(p.numel() * max(4, p.element_size()) for p in self.parameters)
 
     def matrices(self, positions: Sequence[int]) -> list[int]:
         """Places in a stack of the matrices of some parameters, given by their positions."""
@@ -182,6 +202,20 @@ class Bucket:
     def names(self) -> list[str]:
         """The sites' names, in the order of every ``[S, …]`` tensor."""
         return [site.name for site in self.sites]
+
+
+def most_at_once(groups: Iterable[Group]) -> int:
+    """Bytes of stacked matrices of these groups that are worked on together: all while they are few.
+
+    So a step's own memory and the number of its kernels are bounded, whatever the size.
+    """
+    return max(1, (MEMORY + sum(group.bytes for group in groups)) // STACKS)
+
+
+def in_pieces(groups: Sequence[Group]) -> list[Group]:
+    """The groups in pieces of as much as is worked on together, in order."""
+    most = most_at_once(groups)
+    return [piece for group in groups for piece in group.pieces(most)]
 
 
 def build_buckets(sites: Iterable[Site]) -> list[Bucket]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from grit_optim.base.rounds import put_back
 from grit_optim.curvature.bucket import BucketCurvature
-from grit_optim.lora.buckets import Group
+from grit_optim.lora.buckets import Group, most_at_once
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,42 +98,83 @@ class Held:
         return Outcome(bucket, self.group.side, self.group.positions, self.gradient_norm.flatten(), *others)
 
 
-def hold_gradients(
-    curvatures: Iterable[BucketCurvature], settings: Mapping[int, dict[str, Any]]
-) -> list[Held]:
-    """Stack the gradients of all groups; all of them become zero if any one of them is not finite.
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Matrices that are worked on together: one group's, or some of it.
 
-    A zero gradient is the one answer that costs no read-back and poisons neither weights nor moments.
+    Attributes:
+        curvature: of the bucket that the group belongs to.
+        settings: the base's parameter group that holds them in this step.
+        group: the parameters, all with a gradient.
+    """
+
+    curvature: BucketCurvature
+    settings: dict[str, Any]
+    group: Group
+
+    def gradient(self) -> Tensor:
+        """The gradients ``[m, rows, columns]``."""
+        return self.group.stack(self.group.gradients())
+
+    def hold(self, finite: Tensor | bool) -> Held:
+        """Stack the gradients; zeros if not ``finite``.
+
+        A zero gradient is the one answer that costs no read-back and poisons neither weights nor moments.
+        """
+        gradient = self.gradient()
+        held = Held(self.curvature, self.group, self.settings, self.group.gradients(), gradient, gradient)
+        if finite is not True:
+            held.gradient = torch.where(_on(finite, gradient), gradient, torch.zeros_like(gradient))
+            held.loss_gradient = None
+        return held
+
+
+def _on(finite: Tensor | bool, like: Tensor) -> Tensor:
+    return torch.as_tensor(finite, device=like.device)
+
+
+def units_with_gradient(
+    curvatures: Iterable[BucketCurvature], settings: Mapping[int, dict[str, Any]]
+) -> list[Unit]:
+    """The matrices of all groups that have a gradient, as far as the base steps them.
 
     Args:
         curvatures: of the buckets.
         settings: ``id(parameter)`` to the base's parameter group that holds it now.
     """
-    held = []
+    units = []
     for curvature in curvatures:
         together = [found for group in curvature.bucket.groups for found in group.by_settings(settings)]
         # In the model's order, whatever the order of the parameter groups is.
         for its, group in sorted(together, key=lambda found: (found[1].side, found[1].positions[0])):
             part = group.with_gradient()
             if part is not None:
-                stacked = part.stack(part.gradients())
-                held.append(Held(curvature, part, its, part.gradients(), stacked, stacked))
-    finite = all_finite([h.gradient for h in held])
-    if finite.device.type == "cpu" and finite:  # the usual case; looking costs nothing on the host
-        return held
-    for h in held:
-        h.gradient = torch.where(finite.to(h.gradient.device), h.gradient, torch.zeros_like(h.gradient))
-        h.loss_gradient = None
-    return held
+                units.append(Unit(curvature, its, part))
+    return units
 
 
-def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether no entry of any tensor is infinite or NaN: a boolean scalar on the first tensor's device."""
-    if not tensors:
-        return torch.ones((), dtype=torch.bool, device="cpu")
+def in_rounds(units: Sequence[Unit]) -> list[list[Unit]]:
+    """The units in pieces, and these in lists of what is worked on together."""
+    rounds: list[list[Unit]] = []
+    most, room = most_at_once(unit.group for unit in units), 0
+    for piece in (replace(unit, group=part) for unit in units for part in unit.group.pieces(most)):
+        if piece.group.bytes > room:
+            rounds.append([])
+            room = most
+        rounds[-1].append(piece)
+        room -= piece.group.bytes
+    return rounds
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor | bool:
+    """Whether no entry of any tensor is infinite or NaN: True, or a boolean scalar on a tensor's device."""
     # The largest entry shows it in one pass: it is NaN if any entry is.
-    largest = [torch.linalg.vector_norm(t, torch.inf).to(tensors[0].device) for t in tensors]
-    return torch.stack(largest).isfinite().all()
+    largest = [torch.linalg.vector_norm(t, torch.inf) for t in tensors]
+    if not largest:
+        return True
+    finite = torch.stack([one.to(largest[0].device) for one in largest]).isfinite().all()
+    # The usual case; looking costs nothing on the host.
+    return finite if finite.device.type != "cpu" else True if finite else finite
 
 
 def clip(held: Sequence[Held], max_norm: float) -> None:
@@ -157,11 +199,8 @@ def hand_over(held: Iterable[Held]) -> None:
 
 def give_back(held: Iterable[Held]) -> None:
     """Restore the parameters' own gradients."""
-    for h in held:
-        if not h.changed:
-            continue
-        for parameter, original in zip(h.group.parameters, h.originals, strict=True):
-            parameter.grad = original
+    changed = [h for h in held if h.changed]
+    put_back([pair for h in changed for pair in zip(h.group.parameters, h.originals, strict=True)])
 
 
 def norm(stacked: Tensor) -> Tensor:

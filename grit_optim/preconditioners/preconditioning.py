@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
+from grit_optim.base.rounds import steps_each_alone, without_gradients
 from grit_optim.base.settings import group_by_parameter
+from grit_optim.base.wrapper import step_within
 from grit_optim.curvature.curvature import Curvature
 from grit_optim.integrity.fields import Fields, text, whole
 from grit_optim.linalg import full_precision
@@ -16,11 +19,14 @@ from grit_optim.options import Options
 from grit_optim.preconditioners.held_gradients import (
     Held,
     Outcome,
+    Unit,
+    all_finite,
     clip,
     give_back,
     hand_over,
-    hold_gradients,
+    in_rounds,
     norm,
+    units_with_gradient,
 )
 from grit_optim.preconditioners.mode import Mode
 from grit_optim.preconditioners.modes import MODES, mode_named
@@ -93,11 +99,19 @@ class Preconditioning:
         for one in curvature.buckets:
             self.mode.to_plain_coordinates(one)
 
-    @contextmanager
-    def around_step(self, curvature: Curvature, schedule: Schedule) -> Iterator[None]:
-        """Replace the pairs' gradients while the body steps the base. Then change that step.
+    def step(
+        self, curvature: Curvature, schedule: Schedule, as_called: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """Step the base while the pairs' gradients are replaced. Then change that step.
 
-        The parameters' own gradients are back afterwards. Where the body fails, so are the weights.
+        A base that steps each parameter alone does it in rounds of few matrices, so that what is held beside
+        weights and state does not grow with the model. The parameters' own gradients are back afterwards.
+        Where the base fails, a matrix is as it was, or has taken the whole step.
+
+        Args:
+            curvature: of all pairs.
+            schedule: the step.
+            as_called: the context in which the caller has the base stepped.
         """
         mode = self._idle if schedule.warming_up else self.mode
         penalty = self.penalties.share(schedule.steps)
@@ -105,15 +119,52 @@ class Preconditioning:
         # warm-up too.
         needed = self.mode.holds_gradients or self._max_grad_norm is not None or penalty > 0
         with self._times("precondition"):
-            held = self._hold(curvature) if needed else []
+            settings = group_by_parameter(self._base)
+            units = units_with_gradient(curvature.buckets, settings) if needed else []
+            rounds = self._rounds(units)
+            finite = all_finite(unit.gradient() for some in rounds for unit in some)
+        places = {id(one): i for i, one in enumerate(curvature.buckets)}
+        outcomes: list[Outcome] = []
+        for some, others in zip(rounds, self._others(rounds), strict=True):
+            with without_gradients(others):
+                held = self._around(mode, some, finite, penalty, as_called)
+            outcomes += [one.outcome(places[id(one.curvature)]) for one in held]
+            del held  # not beside the next round's
+        self.outcomes = outcomes
+
+    def _rounds(self, units: list[Unit]) -> list[list[Unit]]:
+        """What is worked on together: everything with ``max_grad_norm``, since a joint norm is of all."""
+        alone = self._max_grad_norm is None and steps_each_alone(self._base)
+        return (in_rounds(units) if alone else []) or [units]
+
+    def _others(self, rounds: list[list[Unit]]) -> Iterator[list[Tensor]]:
+        """The parameters that are not to be stepped in each round; those of no unit are, in the first."""
+        held = {id(p): p for group in self._base.param_groups for p in group["params"]}
+        in_turn = [{id(p) for unit in some for p in unit.group.parameters} for some in rounds]
+        for i, now in enumerate(in_turn):
+            later = in_turn[1:] if i == 0 else [held.keys() - now]
+            yield [held[key] for keys in later for key in keys]
+
+    def _around(
+        self,
+        mode: Mode,
+        units: list[Unit],
+        finite: Tensor | bool,
+        penalty: float,
+        as_called: Callable[[], AbstractContextManager[None]],
+    ) -> list[Held]:
+        """Replace the gradients of one round, step the base, and change its step."""
+        held: list[Held] = []
         try:
             with self._times("precondition"):
-                for one in held:
+                for unit in units:
+                    held.append(one := unit.hold(finite))
                     self._prepare(mode, one, penalty)
                 if self._max_grad_norm is not None:
                     clip(held, self._max_grad_norm)
                 hand_over(held)
-            yield
+            with self._times("base"), as_called():
+                step_within(self._base)
             with self._times("precondition"):
                 for one in held:
                     mode.after(one)
@@ -123,11 +174,7 @@ class Preconditioning:
             raise
         finally:
             give_back(held)
-        places = {id(one): i for i, one in enumerate(curvature.buckets)}
-        self.outcomes = [one.outcome(places[id(one.curvature)]) for one in held]
-
-    def _hold(self, curvature: Curvature) -> list[Held]:
-        return hold_gradients(curvature.buckets, group_by_parameter(self._base))
+        return held
 
     def _prepare(self, mode: Mode, held: Held, penalty: float) -> None:
         """Precondition one group's gradient, and add what the penalties give."""

@@ -73,10 +73,11 @@ class Spectral(Steer):
         """
         wanted = inner_product(average.fresh, descent)
         lacking = (1 - inner_product(average.fresh, move) / wanted).clamp(0, 1)
-        whole = move + torch.where(wanted > 0, lacking, 0.0) * descent
-        longest, length = torch.maximum(norm(move), norm(descent)), norm(whole)
+        longest = torch.maximum(norm(move), norm(descent))
+        whole = move.add_(descent.mul_(torch.where(wanted > 0, lacking, 0.0)))
+        length = norm(whole)
         limit = longest + self._slope_left(held, average) * (length - longest)
-        return torch.where(length > longest, limit / length, 1.0) * whole
+        return whole.mul_(torch.where(length > longest, limit / length, 1.0))
 
     def _slope_left(self, held: Held, average: Average) -> Tensor:
         """1 while the newest gradient goes half as far along the earlier ones as they did, or farther.

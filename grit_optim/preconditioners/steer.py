@@ -20,13 +20,12 @@ class Average:
     """A base's average of the gradient, m matrices stacked.
 
     Attributes:
-        own: as the base made it, ``[m, rows, columns]``.
-        fresh: as ``direction_momentum`` has it; the same tensor where it says nothing else.
+        fresh: as ``direction_momentum`` has it, ``[m, rows, columns]``.
         weight: the sum of the gradients' weights in ``fresh``.
-        correction: that sum in ``own``, as the base's bias correction takes it to be, over ``weight``.
+        correction: that sum in the average as the base made it, as its bias correction takes it to be, over
+            ``weight``.
     """
 
-    own: Tensor
     fresh: Tensor
     weight: Tensor | float
     correction: Tensor | float
@@ -69,30 +68,54 @@ class Steer(Mode):
         held.weights = held.group.stack(held.group.parameters)
 
     def after(self, held: Held) -> None:
-        """Turn the step that the base took."""
-        assert held.weights is not None
+        """Turn the step that the base took.
+
+        Stacks as large as the gradient are let go, or written into, as soon as they can be: how many there
+        are at a time is what a step needs of memory.
+        """
         assert held.gradient_norm is not None
-        group = held.group
-        taken = group.stack(group.parameters)
-        decay = group.spread(base_settings.decoupled_decay(self.base, self._settings(held), group.parameters))
-        decayed = held.weights if isinstance(decay, float) and decay == 0 else held.weights * (1 - decay)
-        step, average, squares = taken - decayed, self._average(held), self._squares(held)
-        moment = self._mixed(held, average) / squares.mean(group.rank_dim, keepdim=True).sqrt()
+        step_size, descent, average, moment = self._taken(held)
         direction = self._cautious(held, self.direction(held, moment))
-        step_size = norm(step)
-        descent = self._descent(held, step, step_size, average, squares)
+        del moment
         size = norm(direction)
         length = self._length(held, step_size, descent) / size
-        move = self.completed(held, length * direction, average, descent)
-        move_size = norm(move)
+        direction *= length
+        move = self.completed(held, direction, average, descent)
+        del direction, descent, average
         # Without a gradient (an expert that saw no token) the base's step fades out as its average does; so
         # must this one.
         turned = held.ready & length.isfinite() & size.isfinite() & (held.gradient_norm > 0)
+        taken, decayed = self._weights(held)
+        move_size = norm(move)
         # A step that stays as it is has not been turned.
-        cosine = -inner_product(step, move) / (step_size * move_size)
+        cosine = -inner_product(taken - decayed, move) / (step_size * move_size)
         held.cosine = torch.where(turned | cosine.isnan(), cosine, 1.0)
         held.without, held.turned = step_size, torch.where(turned, move_size, step_size)
-        group.write(torch.where(turned, decayed - move, taken))
+        held.group.write(torch.where(turned, decayed - move, taken))
+
+    def _weights(self, held: Held) -> tuple[Tensor, Tensor]:
+        """The weights that the base left, and what they would be by its decoupled decay alone."""
+        assert held.weights is not None
+        group = held.group
+        decay = group.spread(base_settings.decoupled_decay(self.base, self._settings(held), group.parameters))
+        unchanged = isinstance(decay, float) and decay == 0
+        return group.stack(group.parameters), held.weights if unchanged else held.weights * (1 - decay)
+
+    def _taken(self, held: Held) -> tuple[Tensor, Tensor, Average, Tensor]:
+        """The norm of the base's step, what it descends by the fresh average, that, and ``m / c`` of it."""
+        taken, decayed = self._weights(held)
+        step = taken.sub_(decayed)
+        del taken, decayed
+        step_size = norm(step)
+        own, average = self._averages(held)
+        squares = self._squares(held)
+        moment = self._mixed(held, average) / squares.mean(held.group.rank_dim, keepdim=True).sqrt()
+        if average.fresh is own:
+            return step_size, step.neg_(), average, moment
+        del step
+        root = squares.sqrt_() + self._floor(held)
+        del squares
+        return step_size, self._descent(step_size, own, average, root), average, moment
 
     def direction(self, held: Held, moment: Tensor) -> Tensor:
         """What the step is turned to, from ``m / c``: ``[m, rows, columns]`` twice."""
@@ -104,16 +127,17 @@ class Steer(Mode):
             return direction
         against = direction * self._newest(held) < 0
         share = torch.ones_like(against, dtype=torch.float32)
-        return share.masked_fill(against, 1 - self.caution) * direction
+        return direction.mul_(share.masked_fill_(against, 1 - self.caution))
 
     def completed(self, held: Held, move: Tensor, average: Average, descent: Tensor) -> Tensor:
         """What is taken off the weights, ``[m, rows, columns]`` like all that it is made of.
 
         Args:
             held: the matrices.
-            move: the turned step.
+            move: the turned step; may be written into.
             average: the base's average of the gradient.
-            descent: what the base itself takes off the weights, had it the fresh average.
+            descent: what the base itself takes off the weights, had it the fresh average; may be written
+                into.
         """
         return move
 
@@ -127,17 +151,13 @@ class Steer(Mode):
         rms = _number(options.step_length) * base_settings.rate(self._settings(held))
         return ratio * rms * entries.sqrt()[:, None, None] * (step_size > 0)
 
-    def _descent(
-        self, held: Held, step: Tensor, step_size: Tensor, average: Average, squares: Tensor
-    ) -> Tensor:
+    def _descent(self, step_size: Tensor, own: Tensor, average: Average, root: Tensor) -> Tensor:
         """What the base would have taken off the weights, had its average been the fresh one.
 
         An Adam divides its average by the root of the squares, up to a factor that its own step tells.
         """
-        if average.fresh is average.own:
-            return -step
-        root = squares.sqrt() + self._floor(held)
-        return step_size / norm(average.own / root) * average.correction * (average.fresh / root)
+        factor = step_size / norm(own / root) * average.correction
+        return (average.fresh / root).mul_(factor)
 
     def _floor(self, held: Held) -> Tensor | float:
         """What Adam adds to that root: ε, less its bias correction. It keeps rounding errors from steps."""
@@ -162,7 +182,7 @@ class Steer(Mode):
         if len(known) < len(squares):
             return held.gradient.new_ones(1, 1, 1)
         stacked = group.stack(known)
-        return stacked.clamp_min(torch.finfo(stacked.dtype).tiny)
+        return stacked.clamp_min_(torch.finfo(stacked.dtype).tiny)
 
     def _settings(self, held: Held) -> dict[str, Any]:
         """The base's parameter group."""
@@ -180,24 +200,25 @@ class Steer(Mode):
         own, wanted = base_settings.moment_decay(self._settings(held)), self.options.direction_momentum
         return own if wanted == "base" or own == 0 else _number(wanted)
 
-    def _average(self, held: Held) -> Average:
-        """The base's average of the gradient, before and after it forgets as ``direction_momentum`` says.
+    def _averages(self, held: Held) -> tuple[Tensor, Average]:
+        """The base's average of the gradient ``[m, rows, columns]``, and as ``direction_momentum`` has it.
 
-        What it becomes is also written back. A base that keeps none gets the newest gradient.
+        What it becomes is also written back; the same tensor where it stays. A base that keeps none gets the
+        newest gradient.
         """
         group, settings = held.group, self._settings(held)
         moments = [base_moments.first_moment(self.base, p) for p in group.parameters]
         known = [m for m in moments if m is not None]
         if len(known) < len(moments):
             newest = self._newest(held)
-            return Average(newest, newest, 1.0, 1.0)
+            return newest, Average(newest, 1.0, 1.0)
         own, decay, wanted = group.stack(known), base_settings.moment_decay(settings), self._momentum(held)
         weight = self._weight(held, wanted)
         if wanted == decay:
-            return Average(own, own, weight, 1.0)
+            return own, Average(own, weight, 1.0)
         fresh = self._freshened(held, own, wanted / decay)
         before = self._weight(held, decay)
-        return Average(own, fresh, weight, before / weight)
+        return own, Average(fresh, weight, before / weight)
 
     def _newest_share(self, held: Held) -> float:
         """The weight of the newest gradient in the fresh average."""
@@ -209,7 +230,7 @@ class Steer(Mode):
         if self.gradient_share == 0:
             return average.fresh
         share = self.gradient_share
-        return (1 - share) * (average.fresh / average.weight) + share * self._newest(held)
+        return (average.fresh / average.weight).mul_(1 - share).add_(share * self._newest(held))
 
     def _freshened(self, held: Held, moment: Tensor, ratio: float) -> Tensor:
         """The base's average had it kept ``ratio`` times as much of its past, also written back.
