@@ -125,9 +125,15 @@ def _data(arguments: argparse.Namespace) -> DataOptions | None:
     return None
 
 
+def given(arguments: argparse.Namespace) -> Given:
+    """Base model and data, as the command line names them."""
+    examples = arguments.train_examples, arguments.eval_examples
+    return Given(_source(arguments), _data(arguments), *examples)
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Carry out every run of the grid that the folder does not hold yet."""
-    given = Given(_source(arguments), _data(arguments), arguments.train_examples, arguments.eval_examples)
-    check_source(given.source)
+    found = given(arguments)
+    check_source(found.source)
     runs = plan(_template(arguments), arguments.optimizers, arguments.lrs, arguments.seeds or [0])
-    run_all(runs, arguments.out, arguments.jobs, arguments.threads, given)
+    run_all(runs, arguments.out, arguments.jobs, arguments.threads, found)

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..core.files import write_text
 from ..core.results import read_results
 from .figures import draw
-from .summary import Cell, Method, Result, Row, comparable, methods, reference_cell, rows, sections
+from .summary import (
+    Cell,
+    Method,
+    Result,
+    Row,
+    comparable,
+    described_model,
+    methods,
+    reference_cell,
+    rows,
+    sections,
+)
 
 _HEADER = (
     "optimizer",
@@ -92,17 +102,12 @@ def _origin(results: Sequence[Result]) -> str:
         if any((result.get("code") or {}).get("dirty") for result in results)
         else ""
     )
+    base = described_model(config["base"], config["adapted_layers"])
     return (
         f"{len(results)} runs of {config['steps']} steps of {config['batch_size']} examples, task "
-        f"{config['task']}, {_model(config)}, data {first['fingerprint'][:12]}; {device}; commit "
+        f"{config['task']}, {base}, data {first['fingerprint'][:12]}; {device}; commit "
         f"{', '.join(name[:12] for name in code)}{dirty}."
     )
-
-
-def _model(config: dict[str, Any]) -> str:
-    """The base model and, where not all are, how many of its layers are adapted."""
-    layers = config["adapted_layers"]
-    return f"base model {config['base']}" + (f" (its last {layers} layers)" if layers else "")
 
 
 def table(results: Sequence[Result]) -> str:

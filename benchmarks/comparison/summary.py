@@ -224,3 +224,8 @@ def rows(found: Sequence[Method]) -> list[Row]:
         times = best.mean("step_seconds_median") / reference.mean("step_seconds_median")
         made.append(Row(method, best, reach[0], reach[1], times))
     return made
+
+
+def described_model(base: str, layers: int | None) -> str:
+    """The base model and, where not all are, how many of its layers are adapted."""
+    return f"base model {base}" + (f" (its last {layers} layers)" if layers else "")

@@ -1,4 +1,4 @@
-"""What an optimizer's step costs on the embedded model against plain AdamW, in turns on equal batches."""
+"""What an optimizer's step costs on a task against plain AdamW, in turns on equal batches."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..base_model.load import load_tokenizer
 from ..core.files import BenchmarkError
 from ..core.results import RunConfig, finite
 from ..core.settings import REFERENCE
-from ..tasks.registry import check_task, load_task
+from ..tasks.registry import PLAIN, Given
 from ..tasks.task import Task
 from ..training.optimizers import check_optimizer, state_bytes
 from ..training.train import Run
@@ -18,7 +17,6 @@ from . import results
 from .stages import stage_seconds
 from .timing import abba, prepare, quartiles
 
-EMBEDDED = "embedded"
 BLOCK = (
     5  # steps in a row; blocks alternate as ABBA, so that a drift of the machine's speed falls on both alike
 )
@@ -26,13 +24,14 @@ PLAIN_LR = 5e-3  # AdamW's own: at another method's rate it may diverge, and the
 WARMUP = 10  # untimed steps of each: first allocations, and the samples that curvature waits for
 
 
-def measure(config: RunConfig, task: Task, steps: int) -> dict[str, Any]:
+def measure(config: RunConfig, task: Task, steps: int, given: Given = PLAIN) -> dict[str, Any]:
     """Time `steps` full training steps of AdamW and of the optimizer: forward, backward, update."""
     plain = replace(
         config, optimizer=REFERENCE, lr=PLAIN_LR, beta1=RunConfig.beta1, beta2=RunConfig.beta2, options={}
     )
-    lanes = [Run(plain, task), Run(config, task)]
+    lanes = [Run(plain, task, given), Run(config, task, given)]
     for lane in lanes:
+        lane.prepare()
         for _ in range(WARMUP):
             lane.train_step()
     before = stage_seconds(lanes[1].optimizer)
@@ -64,23 +63,28 @@ def measure(config: RunConfig, task: Task, steps: int) -> dict[str, Any]:
 
 
 def cost(
-    config: RunConfig, steps: int, path: Path, threads: int | None = None, **about: Any
+    config: RunConfig,
+    steps: int,
+    path: Path,
+    threads: int | None = None,
+    given: Given = PLAIN,
+    **about: Any,
 ) -> dict[str, Any]:
     """Time `steps` steps of an optimizer and of plain AdamW; write the result and print a table.
 
     `config` gives task, optimizer and its settings; its length is not used. `threads` is torch's, by default
-    all cores; `about` is written into the result as it is.
+    all cores; `given` is base model and data; `about` is written into the result as it is.
     """
-    load = prepare(threads)
+    load, task = prepare(threads), given.task(config.task)
     result = {
-        "model": EMBEDDED,
-        "task": check_task(config.task),
+        "model": config.base,
+        "task": config.task,
         "optimizer": check_optimizer(config.optimizer),
         "betas": [config.beta1, config.beta2],
         "options": config.options,
         "timed_steps": steps,
         "learning_rate": config.lr,
-        **measure(replace(config, steps=steps + WARMUP), load_task(config.task, load_tokenizer()), steps),
+        **measure(replace(config, steps=steps + WARMUP), task, steps, given),
         **results.surroundings(config.optimizer, config.device, load),
         **about,
     }

@@ -6,11 +6,15 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
+from ..base_model.source import check_source
+from ..comparison import grid
 from ..core import arguments as read
 from ..core.environment import resolve_device
 from ..core.files import BenchmarkError
+from ..tasks.external import check_data
 from ..tasks.registry import TASKS
 from .contenders import (
+    EXAMPLES,
     PHASES,
     QUICK_CONTENDERS,
     QUICK_SETTINGS,
@@ -39,10 +43,7 @@ _SUITE_SETTINGS = {
     "cost_steps": (read.positive_int, "timed steps of a contender, and as many of AdamW"),
 }
 _SUITE_ONLY = ("contenders", "tasks", "quick", "phases", *_SUITE_SETTINGS)
-_PLAIN_ONLY = (
-    "task", "data", "max_length", "optimizers", "lrs", "beta1", "beta2", "option", "base", "adapted_layers",
-    "train_examples", "eval_examples", "cache",
-)  # fmt: skip
+_PLAIN_ONLY = ("task", "optimizers", "lrs", "beta1", "beta2", "option")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +98,9 @@ def _phases(given: list[str] | None) -> list[str]:
 
 def settings(arguments: argparse.Namespace) -> SuiteSettings:
     """The suite's sizes, with what the command line says on top."""
-    given: dict[str, Any] = {name: getattr(arguments, name) for name in (*RUN_SETTINGS, *_SUITE_SETTINGS)}
+    names = (*RUN_SETTINGS, *_SUITE_SETTINGS, *EXAMPLES)
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    given["base"] = grid.given(arguments).source.name
     given = {name: value for name, value in given.items() if value is not None}
     if "rank" in given:
         given.setdefault("alpha", given["rank"])
@@ -111,8 +114,16 @@ def settings(arguments: argparse.Namespace) -> SuiteSettings:
 
 def run(arguments: argparse.Namespace) -> None:
     """Carry out the suite that the command line asks for."""
-    quick = arguments.quick
-    labels = arguments.contenders or (QUICK_CONTENDERS if quick else None)
-    tasks = arguments.tasks or list(TASKS)[: QUICK_TASKS if quick else None]
-    suite = Suite(settings(arguments), tuple(tasks), choose(arguments.suite, labels))
-    run_suite(arguments.out, suite, _phases(arguments.phases), arguments.jobs, arguments.threads)
+    given = grid.given(arguments)
+    check_source(given.source)
+    labels = arguments.contenders or (QUICK_CONTENDERS if arguments.quick else None)
+    suite = Suite(settings(arguments), _tasks(arguments), choose(arguments.suite, labels))
+    run_suite(arguments.out, suite, _phases(arguments.phases), arguments.jobs, arguments.threads, given)
+
+
+def _tasks(arguments: argparse.Namespace) -> tuple[str, ...]:
+    if arguments.data and arguments.tasks:
+        raise BenchmarkError("--data and --tasks name different data: one call for each, with the same --out")
+    if arguments.data:
+        return (check_data(arguments.data[0]),)
+    return tuple(arguments.tasks or list(TASKS)[: QUICK_TASKS if arguments.quick else None])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..base_model.source import EMBEDDED
 from ..core.files import BenchmarkError
 from ..peers.registry import LR_CENTRES
 
@@ -52,6 +53,10 @@ class SuiteSettings:
     cost_steps: int = 40  # timed steps of each of the two that take turns
     device: str = "cpu"
     precision: str = "bf16"
+    base: str = EMBEDDED  # the base model's name
+    adapted_layers: int | None = None  # of the last decoder layers; None: all
+    train_examples: int | None = None  # drawn of each task's; None: all
+    eval_examples: int | None = None
 
     def budgets(self) -> list[int]:
         """The grid of budgets in steps, rising, with the full budget in it; none ends within the warm-up."""
@@ -70,9 +75,13 @@ class SuiteSettings:
 
 
 # Those that a suite's runs share with plain ones.
-RUN_SETTINGS = ("steps", "batch_size", "rank", "alpha", "weight_decay", "warmup", "eval_every", "precision")
+RUN_SETTINGS = (
+    "steps", "batch_size", "rank", "alpha", "weight_decay", "warmup", "eval_every", "precision",
+    "adapted_layers",
+)  # fmt: skip
 # What two stays in one folder must share; the rest only says how far the search goes.
-FIXED_SETTINGS = (*RUN_SETTINGS, "explore_steps", "device")
+EXAMPLES = ("train_examples", "eval_examples")
+FIXED_SETTINGS = (*RUN_SETTINGS, "explore_steps", "device", "base", *EXAMPLES)
 # One seed, so exploring at the full budget is cheapest: the runs are then those that the narrowing needs.
 QUICK_SETTINGS = SuiteSettings(batch_size=16, seeds=(0,), budget_grid=0.1, cost_steps=20)
 

@@ -13,7 +13,7 @@ from ..core.files import BenchmarkError, write_json
 from ..core.results import RunConfig
 from ..core.settings import REFERENCE
 from ..cost import on_task
-from ..tasks.registry import check_task
+from ..tasks.registry import PLAIN, Given, check_task
 from ..training import runner
 from ..training.optimizers import check_optimizer
 from .contenders import check_settings, cost_name
@@ -50,6 +50,7 @@ class Stay:
     phases: Collection[str]
     jobs: int
     threads: int | None
+    given: Given
 
     def trials(self, failures: Mapping[str, str]) -> tuple[list[Trial], dict[str, float | None]]:
         """The trials that were asked for, and the targets that AdamW's runs in the folder set."""
@@ -87,13 +88,13 @@ def _train(stay: Stay) -> dict[str, str]:
         if not planned:
             _say_where_no_target_is(stay, target)
             return failures
-        runs = runner.pending(planned, stay.folder)
+        runs = runner.pending(planned, stay.folder, stay.given)
         if not runs:
             raise BenchmarkError(
                 f"{stay.folder} changed while it was being read; start the same command again"
             )
         print(outlook(trials, runs, stay.phases, target, stay.jobs))
-        found = runner.execute_all(runs, stay.folder, stay.jobs, stay.threads)
+        found = runner.execute_all(runs, stay.folder, stay.jobs, stay.threads, stay.given)
         failures |= found
         _note_failures(stay.folder, runs, found)
 
@@ -107,7 +108,8 @@ def _time_steps(stay: Stay) -> dict[str, str]:
             continue
         config = trial.config(trial.best, trial.settings.seeds[0], trial.settings.steps)
         try:
-            runner.in_process(_cost, config, trial.settings.cost_steps, path, trial.contender.label)
+            steps, label = trial.settings.cost_steps, trial.contender.label
+            runner.in_process(_cost, config, steps, path, label, stay.given)
         except Exception as error:  # whatever the contender does wrong; the others are still to be timed
             failures[path.name] = f"{type(error).__name__}: {error}"
             print(f"failed: {path.name}: {failures[path.name]}", file=sys.stderr)
@@ -119,21 +121,27 @@ def _time_steps(stay: Stay) -> dict[str, str]:
     return failures
 
 
-def _cost(config: RunConfig, steps: int, path: Path, label: str) -> None:
-    on_task.cost(config, steps, path, contender=label)
+def _cost(config: RunConfig, steps: int, path: Path, label: str, given: Given) -> None:
+    on_task.cost(config, steps, path, given=given, contender=label)
 
 
 def run_suite(
-    folder: Path, suite: Suite, phases: Collection[str], jobs: int = 1, threads: int | None = None
+    folder: Path,
+    suite: Suite,
+    phases: Collection[str],
+    jobs: int = 1,
+    threads: int | None = None,
+    given: Given = PLAIN,
 ) -> None:
     """Run what the suite still needs in these phases; an error at the end that names the runs that failed."""
     suite = replace(suite, settings=check_settings(suite.settings))
     for contender in suite.contenders:
         check_optimizer(contender.optimizer)
     for task in suite.tasks:
-        runner.fingerprint(check_task(task))  # makes the data once, before several processes want them
+        # Makes the data once, before several processes want them.
+        runner.fingerprint(task if given.data else check_task(task), given)
     _check_surroundings(list(read_ledger(folder).results.values()), conditions(suite.settings.device))
-    stay = Stay(folder, suite, open_suite(folder, suite), phases, jobs, threads)
+    stay = Stay(folder, suite, open_suite(folder, suite), phases, jobs, threads, given)
     failures = _train(stay)
     if "cost" in phases:
         failures |= _time_steps(stay)

@@ -128,7 +128,10 @@ class Trial:
 
     def config(self, place: int, seed: int, steps: int) -> RunConfig:
         """The run at a place of the grid of rates."""
-        shared = ("batch_size", "rank", "alpha", "weight_decay", "warmup", "device", "precision")
+        shared = (
+            "batch_size", "rank", "alpha", "weight_decay", "warmup", "device", "precision", "base",
+            "adapted_layers",
+        )  # fmt: skip
         who, sizes = self.contender, self.settings
         return RunConfig(
             self.task,

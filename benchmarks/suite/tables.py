@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..comparison.summary import Result
+from ..comparison.summary import Result, described_model
 from ..core.bootstrap import RESAMPLES, Interval
 from ..peers.registry import PEERS
 from .folder import Suite
@@ -227,7 +227,7 @@ def _origin(suite: Suite, results: Sequence[Result]) -> str:
     data = {result["config"]["task"]: result["fingerprint"][:12] for result in results}
     return (
         f"{len(results)} runs; full budget {sizes.steps} steps of {sizes.batch_size} examples, seeds "
-        f"{', '.join(map(str, sizes.seeds))}; data "
+        f"{', '.join(map(str, sizes.seeds))}; {described_model(sizes.base, sizes.adapted_layers)}; data "
         f"{', '.join(f'{task} {name}' for task, name in sorted(data.items()))}; {sizes.precision} on "
         f"{' and '.join(machines)}; commit {', '.join(name[:12] for name in commits)}{dirty}; torch "
         f"{results[0]['versions'].get('torch')}{peers}."

@@ -31,7 +31,7 @@ def pretend(monkeypatch, made_up_result):
     def install(loss=usual, **changes):
         done = []
 
-        def execute_all(runs, folder, jobs, threads=None):
+        def execute_all(runs, folder, jobs, threads=None, given=None):
             failures = {}
             for run in runs:
                 done.append(run)
@@ -46,7 +46,7 @@ def pretend(monkeypatch, made_up_result):
                 write_result(folder, result)
             return failures
 
-        def timed(call, config, steps, path, label):
+        def timed(call, config, steps, path, label, given):
             ratio = {"q1": 1.1, "median": 1.2, "q3": 1.3}
             write_json(
                 path,

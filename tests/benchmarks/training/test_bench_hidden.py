@@ -1,6 +1,7 @@
 """Frozen layers that are computed once: equal to the whole model, kept in files, shared, refused if wrong."""
 
 import dataclasses
+import json
 import multiprocessing
 
 import pytest
@@ -12,6 +13,8 @@ from benchmarks.__main__ import main
 from benchmarks.base_model.source import Source, load_weights
 from benchmarks.core.files import BenchmarkError, locked
 from benchmarks.core.results import RunConfig, read_results
+from benchmarks.cost import on_task
+from benchmarks.suite.contenders import cost_name
 from benchmarks.tasks.external import DataOptions
 from benchmarks.tasks.objective import answer_loss, collate, evaluate
 from benchmarks.tasks.registry import Given, load_task
@@ -188,3 +191,30 @@ def test_the_command_on_a_folder_and_its_report(model, data, tmp_path, monkeypat
     assert "2 of 2 runs are in" in capsys.readouterr().out
     assert main([*command[:-2], "--eval-examples", "3", "--out", str(tmp_path / "out")]) == 2
     assert "other data or another base model" in capsys.readouterr().err
+
+
+def test_a_suite_on_a_folder_and_public_data(model, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "in_process", lambda call, *arguments: call(*arguments))
+    monkeypatch.setattr(on_task, "WARMUP", 1)
+    base = ["--base", str(model), "--adapted-layers", "2", "--train-examples", "6", "--eval-examples", "2"]
+    public = ["--data", f"gsm8k={data}", "--max-length", "150", "--cache", str(tmp_path / "cache")]
+    sizes = [
+        "--steps", "2", "--explore-steps", "2", "--batch-size", "2", "--warmup", "1", "--seeds", "0",
+        "--extensions", "0", "--budget-grid", "0.5", "--shortest-budget", "0.5", "--cost-steps", "1",
+    ]  # fmt: skip
+    where = ["--device", "cpu", "--threads", "1", "--out", str(tmp_path / "out")]
+    command = ["run", "--suite", "peers", "--contenders", "adamw,grit", *base, *public, *sizes, *where]
+    assert main(command) == 0, capsys.readouterr().err
+    results = read_results(tmp_path / "out")
+    assert {(r["config"]["task"], r["config"]["base"], r["config"]["adapted_layers"]) for r in results} == {
+        ("gsm8k", "tiny", 2)
+    }
+    timed = json.loads((tmp_path / "out" / cost_name("gsm8k", "grit")).read_text())
+    assert (timed["model"], timed["task"]) == ("tiny", "gsm8k")
+    assert main(["report", str(tmp_path / "out")]) == 0
+    assert "base model tiny (its last 2 layers)" in capsys.readouterr().out
+    assert main([*command, "--tasks", "naming"]) == 2
+    assert "--data and --tasks name different data" in capsys.readouterr().err
+    for other, name in ((["--eval-examples", "1"], "eval_examples 2"), (["--base", "embedded"], "base tiny")):
+        assert main([*command, *other]) == 2
+        assert f"holds a suite with {name}" in capsys.readouterr().err
