@@ -25,7 +25,7 @@ from grit_optim.options import Options
 from grit_optim.preconditioners.preconditioning import Preconditioning
 from grit_optim.profiling import StageTimes
 from grit_optim.rank.adaptation import Ranks
-from grit_optim.rank.budget import Origin
+from grit_optim.rank.origin import Origin
 from grit_optim.rank.plan import Plan
 from grit_optim.schedules import Schedule
 

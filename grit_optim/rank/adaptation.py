@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from grit_optim.curvature.bucket import BucketCurvature
-from grit_optim.integrity.fields import Fields, by_name, number, record, several, text, whole
+from grit_optim.integrity.fields import Fields, by_name, number, record, text, whole
 from grit_optim.linalg import full_precision
 from grit_optim.lora.buckets import Bucket
 from grit_optim.lora.kept_ranks import KeptRanks
@@ -20,8 +20,9 @@ from grit_optim.options import RankOptions
 from grit_optim.options.declared import PAPER_PROJECTIONS, REPROJECTIONS
 from grit_optim.profiling import StageTimes
 from grit_optim.rank import moves
-from grit_optim.rank.budget import BudgetSchedule, Origin, make_schedule, unmet
+from grit_optim.rank.budget import BudgetSchedule, make_schedule, unmet
 from grit_optim.rank.coordinates import BALANCING_DAMPING, Coordinates
+from grit_optim.rank.origin import Origin, check_saved, origins_of, remembered, saved
 from grit_optim.rank.report import RankReport, SiteRank, effective_ranks, known
 from grit_optim.rank.selection import Bids, RankPolicy, ranks_within
 
@@ -64,7 +65,7 @@ class Ranks:
         Raises:
             ValueError: the budget cannot be met, or could not by so many parameters.
         """
-        self.origin = {**{site.name: Origin(site.rank, site.parameters) for site in sites}, **origin}
+        self.origin = remembered(sites, origin)
         before = self.budget.state() if self.budget is not None else {}
         self._unmet = unmet(self._options, self.origin.values(), largest)
         self.budget = make_schedule(self._options, self.origin.values())
@@ -284,9 +285,8 @@ class Ranks:
             rank, size = kept[name], origin.parameters // origin.rank
             loss = known(dropped[name] + costs.get(name, 0.0))
             entropy, count = effective.get(name, (None, None))
-            sites.append(
-                SiteRank(name, rank, origin.rank, entropy, count, rank * size, origin.parameters, loss)
-            )
+            known_of = rank * size, origin.parameters, loss, origin.modality
+            sites.append(SiteRank(name, rank, origin.rank, entropy, count, *known_of))
         return RankReport(sites, threshold)
 
     # ---------------------------------------------------------------- saving and loading
@@ -296,7 +296,7 @@ class Ranks:
         return {
             "reprojection": self._options.reprojection,
             "reprojections": self.reprojections,
-            "origin": {name: list(origin) for name, origin in self.origin.items()},
+            "origin": saved(self.origin),
             "removed": dict(self.removed),
             "budget": {} if self.budget is None else self.budget.state(),
         }
@@ -308,7 +308,7 @@ class Ranks:
         return {
             "reprojection": text(REPROJECTIONS),
             "reprojections": whole(),
-            "origin": by_name(several(whole(1), 2), sites),
+            "origin": by_name(check_saved, sites),
             "removed": by_name(number(low=0, finite=False)),
             "budget": lambda path, value: budget(path, value) if value != {} else None,
         }
@@ -336,8 +336,3 @@ class Ranks:
         if before in PAPER_PROJECTIONS and self.gives_up:
             for ranks in self.kept:
                 ranks.keep_all()
-
-
-def origins_of(state: Mapping[str, Any]) -> dict[str, Origin]:
-    """What each site was when the optimizer was first built, from a checkpoint; empty in older ones."""
-    return {name: Origin(*values) for name, values in state.get("origin", {}).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +12,7 @@ from torch import Tensor
 from grit_optim.integrity.fields import Fields, tensor, whole
 from grit_optim.messages import warn
 from grit_optim.options import RankOptions
-
-
-class Origin(NamedTuple):
-    """What a site was when the optimizer was first built: its rank, and the parameters of A and B."""
-
-    rank: int
-    parameters: int
+from grit_optim.rank.origin import Origin
 
 
 def parameters(budget: float, total: int) -> float:
