@@ -77,6 +77,7 @@ class GritOptimizer(OptimizerWrapper):
         fisher: str = "kfac",
         pairing: str = "kfac",
         fisher_decay: float | None = 0.9,
+        modality_weights: str | Mapping[str, float] | None = None,
         kfac_min_samples: int = 64,
         kfac_damping: float | None = None,
         damping: str = "relative",
@@ -109,8 +110,8 @@ class GritOptimizer(OptimizerWrapper):
             raise TypeError(
                 f"the second argument must be the model (an nn.Module), got {type(model).__name__}"
             )
-        recording, ranks = options.recording, options.ranks
-        found = SiteSet(base, model, sites, recording.taps_only, ranks.moves, modality_of)
+        taps_only, moves = options.recording.taps_only, options.ranks.moves
+        found = SiteSet(base, model, sites, taps_only, moves, modality_of)
         self._assemble(base, options, found, found.first(model))
 
     def _assemble(
@@ -304,6 +305,14 @@ class GritOptimizer(OptimizerWrapper):
         ``loss``. A copy does not know the model.
         """
         self._parts.losses.observe(loss)
+
+    def observe_tokens(self, mask: Tensor) -> None:
+        """Tell which tokens of the next forward pass stand for pictures, boolean ``[batch, tokens]``.
+
+        It is for ``modality_weights``. Not needed where the model gets ``input_ids``: its configuration names
+        the ids of pictures. The forward pass refuses a mask of another shape than its input's.
+        """
+        self._parts.capture.tell_tokens(mask)
 
     def log_to(
         self,

@@ -22,6 +22,11 @@ INVALID = [
     ("fisher_decay", 1.0, ValueError, r"in \[0, 1\)"),
     ("fisher_decay", -0.1, ValueError, "running mean"),
     ("fisher_decay", "0.9", TypeError, "must be a number"),
+    ("modality_weights", "eqaul", TypeError, "did you mean 'equal'"),
+    ("modality_weights", {"visual": 1}, ValueError, "did you mean 'vision'"),
+    ("modality_weights", {"text": -1}, ValueError, "the share of 'text' in modality_weights"),
+    ("modality_weights", {"text": 0}, ValueError, "leaves no token anything"),
+    ("modality_weights", "equal", ValueError, "found no vision part in PeftModel"),
     ("kfac_update_freq", 0, ValueError, "at least 1"),
     ("kfac_update_freq", 2.5, TypeError, "whole number"),
     ("kfac_update_freq", True, TypeError, "whole number"),
@@ -90,12 +95,12 @@ def test_every_option_has_an_invalid_value_in_the_table():
 
 
 def test_the_signature_agrees_with_what_is_declared():
-    """Names, their order, defaults and types; one option more than 31 has to take the place of another."""
+    """Names, their order, defaults and types; one option more than 33 has to take the place of another."""
     parameters = inspect.signature(GritOptimizer.__init__).parameters.values()
     keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("sites", "modality_of")]
     told = {p.name: (p.default, p.annotation) for p in keywords}
     assert told == {name: (known.default, known.type) for name, known in DECLARED.items()}
-    assert len(told) <= 31
+    assert len(told) <= 33
 
 
 def test_every_option_is_documented():

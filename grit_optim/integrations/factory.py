@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from grit_optim.lora.by_modality import modality_groups
-from grit_optim.lora.modality import MODALITIES
 from grit_optim.messages import nearest
 from grit_optim.optimizer import GritOptimizer
 from grit_optim.options import DECLARED
+from grit_optim.options.declared import MODALITIES
 from grit_optim.options.former import FORMER
 
 OPTIONS = {*DECLARED, *FORMER, "modality_of"}

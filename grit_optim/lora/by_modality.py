@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from grit_optim.lora.modality import MODALITIES, check_modality, find_modalities
+from grit_optim.lora.modality import check_modality, find_modalities
 from grit_optim.lora.names import plain_name
 from grit_optim.lora.site import Site
 from grit_optim.messages import listed, nearest
+from grit_optim.options.declared import MODALITIES
 
 ModalityOf = Callable[[str], "str | None"] | Mapping[str, str]
 """What overrides the structure: a function of a layer's name, or parts of names to modalities."""

@@ -20,8 +20,9 @@ from torch import nn
 
 from grit_optim.lora.names import plain_name
 from grit_optim.messages import listed, nearest
+from grit_optim.options.declared import MODALITIES
 
-VISION, AUDIO, CROSS_MODAL, TEXT = MODALITIES = ("vision", "audio", "cross_modal", "text")
+VISION, AUDIO, CROSS_MODAL, TEXT = MODALITIES
 
 # What only the configuration of an encoder of pictures, or of sound, has; then parts of its name in the
 # configuration of the whole.
@@ -140,7 +141,7 @@ def _aside(encoder: str, blocks: str) -> str:
     return next((place for place in around if not _within(blocks, place)), encoder)
 
 
-def _parts_of(config: Any) -> dict[str, Any]:
+def parts_of(config: Any) -> dict[str, Any]:
     """The configurations in a configuration, by name."""
     return {key: value for key, value in getattr(config, "__dict__", {}).items() if hasattr(value, "to_dict")}
 
@@ -158,7 +159,7 @@ def _encoders(modules: _Modules) -> dict[str, str]:
     configs = {name: c for name, m in modules.items() if (c := getattr(m, "config", None)) is not None}
     found: dict[str, str] = {}
     for whole, config in configs.items():
-        for key, part in _parts_of(config).items():
+        for key, part in parts_of(config).items():
             if (kind := _kind(key, part)) is not None:
                 found |= dict.fromkeys(_having(configs, whole, part), kind)
     above = {name: [c for n, c in configs.items() if name != n and _within(name, n)] for name in configs}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,3 +111,26 @@ def budget(name: str, value: Any) -> None:
         budget_value(f"the end of {name}", value[1])
     elif value is not None:
         budget_value(name, value)
+
+
+def shares_of(kinds: tuple[str, ...]) -> Check:
+    """A check for None, "equal", or a mapping of some of ``kinds`` to shares, not all of them 0."""
+
+    def check(name: str, value: Any) -> None:
+        """Refuse anything else."""
+        if value is None or (isinstance(value, str) and value == "equal"):
+            return
+        if not isinstance(value, Mapping):
+            raise TypeError(
+                f"{name} must be None, 'equal', or shares such as {{'text': 1, 'vision': 1}}, got {value!r}"
+                f"{_hint(value, ['equal'])}"
+            )
+        for kind, share in value.items():
+            one_of(kinds)(f"a kind of token in {name}", kind)
+            real("from 0 up", lambda x: x >= 0)(f"the share of {kind!r} in {name}", share)
+        if not any(value.values()):
+            raise ValueError(
+                f"{name}={value!r} leaves no token anything; give at least one kind a share above 0"
+            )
+
+    return check

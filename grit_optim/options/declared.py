@@ -5,10 +5,11 @@ The signature of GritOptimizer, its documentation and docs/options.md come from 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from grit_optim.options.checks import Check, budget, device, flag, one_of, real, whole, word
+from grit_optim.options.checks import Check, budget, device, flag, one_of, real, shares_of, whole, word
 
 PAIRINGS = ("kfac", "paper")
 FISHERS = ("kfac", "diagonal", "block_diagonal", "ekfac")
@@ -17,6 +18,8 @@ PAPER_PROJECTIONS = ("two_sided", "one_sided")
 CAPTURES = ("auto", "taps", "gradients")
 REPROJECTIONS = ("none", "balanced", *PAPER_PROJECTIONS)
 BUDGET_SCHEDULES = ("linear", "cosine", "adaptive")
+MODALITIES = ("vision", "audio", "cross_modal", "text")
+TOKEN_KINDS = ("text", "vision", "audio")
 
 
 def option(default: Any, check: Check, meaning: str) -> Any:
@@ -103,6 +106,14 @@ class CurvatureOptions(Group):
         real("in [0, 1), or None for the running mean", lambda x: 0 <= x < 1, besides=(None,)),
         """Weight in [0, 1) that the factors' past keeps per recorded step. None: the mean over all
         tokens.""",
+    )
+    modality_weights: str | Mapping[str, float] | None = option(
+        None,
+        shares_of(TOKEN_KINDS),
+        """Shares of text, pictures ("vision") and sound ("audio") in the factors of a multimodal language
+        model, as in {"text": 1, "vision": 1}; "equal" for equal shares. The factors of each kind of token are
+        kept apart then. None: as they come, so that pictures, which have most tokens, decide. What a cut is
+        predicted to cost counts tokens with these shares too.""",
     )
     kfac_min_samples: int = option(64, whole(0), """Tokens that a factor must have seen before it is used.""")
     kfac_damping: float | None = option(

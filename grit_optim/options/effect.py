@@ -40,6 +40,13 @@ def _refreshes(options: Options, uses: Collection[str]) -> bool:
     return "kfac_update_freq" in uses or options.penalties.any
 
 
+def _weighs_tokens(options: Options, uses: Collection[str]) -> bool:
+    """Whether factors of tokens are in use, whose kinds can be told apart."""
+    in_step = _refreshes(options, uses) and options.curvature.fisher in ("kfac", "ekfac")
+    used = in_step or options.penalties.any or _reprojects(options)
+    return used and options.recording.capture != "gradients"
+
+
 _NEEDS: dict[str, tuple[Callable[[Options, Collection[str]], bool], str]] = {
     "kfac_update_freq": (
         _refreshes,
@@ -62,6 +69,11 @@ _NEEDS: dict[str, tuple[Callable[[Options, Collection[str]], bool], str]] = {
     "rank_adaptation_start_step": (
         lambda options, _: options.ranks.adapts,
         "neither rank_adaptation_threshold nor rank_budget is set",
+    ),
+    "modality_weights": (
+        _weighs_tokens,
+        "no factors of tokens are in use: precondition is 'none' without a reprojection, capture is "
+        "'gradients', or fisher is made of gradients",
     ),
     "regularizer_warmup_steps": (
         lambda options, _: options.penalties.any,

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from grit_optim.integrity.fields import several, text, whole
-from grit_optim.lora.modality import MODALITIES
 from grit_optim.lora.site import Site
+from grit_optim.options.declared import MODALITIES
 
 
 class Origin(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grit_optim import linalg
-from grit_optim.lora.modality import MODALITIES
+from grit_optim.options.declared import MODALITIES
 from grit_optim.rank.selection import rank_for_energy
 
 FILE_NAME = "grit_ranks.json"
@@ -115,21 +115,22 @@ class RankReport(dict[str, int]):
             "predicted loss",
         )
         rows = [_cells(site) for site in self.sites]
-        parts = [report._total(f"{name}: ") for name, report in self.by_modality().items()]
-        return _aligned([header, *rows, *parts, self._total()])
+        parts = [_total(report, f"{name}: ") for name, report in self.by_modality().items()]
+        return _aligned([header, *rows, *parts, _total(self)])
 
-    def _total(self, name: str = "") -> tuple[str, ...]:
-        """The line of all sites together."""
-        return (
-            f"{name}{len(self.sites)} sites",
-            str(sum(self.values())),
-            str(sum(site.rank_before for site in self.sites)),
-            "",
-            "",
-            f"{self.parameters:,}",
-            f"{self.parameters_before:,}",
-            _loss(self.predicted_loss),
-        )
+
+def _total(report: RankReport, name: str = "") -> tuple[str, ...]:
+    """The line of all sites together."""
+    return (
+        f"{name}{len(report.sites)} sites",
+        str(sum(report.values())),
+        str(sum(site.rank_before for site in report.sites)),
+        "",
+        "",
+        f"{report.parameters:,}",
+        f"{report.parameters_before:,}",
+        _loss(report.predicted_loss),
+    )
 
 
 def _plain(site: SiteRank) -> dict[str, Any]:

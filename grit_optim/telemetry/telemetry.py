@@ -15,8 +15,8 @@ from torch import Tensor
 from grit_optim.base.settings import group_by_parameter
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.linalg import full_precision
-from grit_optim.lora.modality import MODALITIES
 from grit_optim.options.checks import whole
+from grit_optim.options.declared import MODALITIES
 from grit_optim.parts import Parts
 from grit_optim.preconditioners.held_gradients import Outcome
 from grit_optim.rank.report import known
