@@ -95,7 +95,8 @@ class GritOptimizer(OptimizerWrapper):
         rank_adaptation_threshold: float | None = None,
         min_lora_rank: int = 4,
         rank_adaptation_start_step: int = 0,
-        rank_budget: float | tuple[float, float] | None = None,
+        rank_budget: float | tuple[float, float] | Mapping[str, Any] | str | None = None,
+        effective_rank_factor: float = 1.2,
         rank_budget_schedule: str = "linear",
         rank_budget_steps: int = 0,
         lambda_kfac: float = 0.0,
@@ -223,7 +224,7 @@ class GritOptimizer(OptimizerWrapper):
         ranks, buckets = self._parts.as_settled()
         return ranks.report(buckets, ranks.by_name(), ranks.coordinates(buckets), {})
 
-    def plan_ranks(self, ranks: float | Mapping[str, int]) -> RankReport:
+    def plan_ranks(self, ranks: float | str | Mapping[str, Any]) -> RankReport:
         """What :meth:`reduce_ranks_` would do, and what that is predicted to cost; changes nothing."""
         known, buckets = self._parts.as_settled()
         plan = make_plan(known, buckets, self.options, ranks)
@@ -231,7 +232,7 @@ class GritOptimizer(OptimizerWrapper):
         return known.report(buckets, kept, plan.found, plan.costs(buckets))
 
     @torch.no_grad()
-    def reduce_ranks_(self, ranks: float | Mapping[str, int]) -> RankReport:
+    def reduce_ranks_(self, ranks: float | str | Mapping[str, Any]) -> RankReport:
         """Give up ranks now, for good, as the reprojection ``"balanced"`` does; returns what is left.
 
         Args:

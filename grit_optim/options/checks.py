@@ -96,7 +96,7 @@ def budget_value(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
             f"{name} must be a float in (0, 1], a share of the adapter's parameters, or a whole number of "
-            f"them, got {value!r}"
+            f"them, got {value!r}{_hint(value, [EFFECTIVE])}"
         )
     if isinstance(value, float):
         real("in (0, 1] where it is a float, a share of the parameters", lambda x: 0 < x <= 1)(name, value)
@@ -104,12 +104,35 @@ def budget_value(name: str, value: Any) -> None:
         whole(1)(name, value)
 
 
-def budget(name: str, value: Any) -> None:
-    """Refuse what is no budget, no pair of budgets and not None."""
+EFFECTIVE = "effective"
+"""The budget that sizes itself."""
+
+
+def budget_of(parts: tuple[str, ...]) -> Check:
+    """A check for a budget or a pair of them, either for each of some parts, :data:`EFFECTIVE`, or None."""
+
+    def check(name: str, value: Any) -> None:
+        """Refuse anything else."""
+        if value is None or (isinstance(value, str) and value == EFFECTIVE):
+            return
+        if isinstance(value, Mapping):
+            if not value:
+                raise ValueError(f"{name} is an empty mapping; give budgets as in {{'vision': 0.5}}, or None")
+            for part, own in value.items():
+                one_of(parts)(f"a part in {name}", part)
+                course(f"{name}[{part!r}]", own)
+        else:
+            course(name, value)
+
+    return check
+
+
+def course(name: str, value: Any) -> None:
+    """Refuse what is neither a budget nor a pair of budgets, its start and its end."""
     if isinstance(value, tuple | list) and len(value) == 2:
         budget_value(f"the start of {name}", value[0])
         budget_value(f"the end of {name}", value[1])
-    elif value is not None:
+    else:
         budget_value(name, value)
 
 

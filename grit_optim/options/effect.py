@@ -62,6 +62,10 @@ _NEEDS: dict[str, tuple[Callable[[Options, Collection[str]], bool], str]] = {
         lambda options, _: options.ranks.gives_up or options.ranks.adapts,
         "the paper's projections give no rank up, and rank_adaptation_threshold is not set",
     ),
+    "effective_rank_factor": (
+        lambda options, _: options.ranks.gives_up,
+        "the paper's projections give no rank up",
+    ),
     "kfac_inversion_device": (
         lambda options, uses: "kfac_inversion_device" in uses and options.curvature.fisher != "diagonal",
         "no factor is inverted or decomposed in 'balanced' and 'none', nor with fisher='diagonal'",
