@@ -86,7 +86,7 @@ def make_plan(
         return Plan(found, _named(ranks.by_name(), curvatures, wanted))
     if wanted == EFFECTIVE:
         return Plan(found, on_the_way(curvatures, effective_sizes(curvatures, found, options.ranks), 0.0))
-    by_part = wanted if isinstance(wanted, Mapping) else {"": wanted}
+    by_part: Mapping[str, Any] = wanted if isinstance(wanted, Mapping) else {"": wanted}
     allowed = {part: _allowed(ranks, fixed, options, part, own) for part, own in by_part.items()}
     return Plan(found, ranks_of_parts(curvatures, found, allowed, options.ranks.min_lora_rank))
 
