@@ -12,6 +12,8 @@ from hf import assert_same
 from support import sites
 
 from grit_optim import GritOptimizer, Site
+from grit_optim.capture import processes
+from grit_optim.capture.sums import Sums
 from grit_optim.options.declared import TOKEN_KINDS
 
 WATCHED = "base_model.model.model.language_model.layers.0.self_attn.v_proj"
@@ -401,3 +403,19 @@ def test_hand_written_pairs_of_known_modality_are_weighed_too():
     model(torch.randn(1, 3, 6)).square().mean().backward()
     optimizer.step()
     assert optimizer.curvature[0].kinds.share[1].tolist() == pytest.approx([2 / 3, 1 / 3, 0])
+
+
+def test_sums_by_kind_are_added_up_over_processes(monkeypatch):
+    """Two processes that have seen the same: twice the tokens, and δ of the mean loss, half as large."""
+    sums = [Sums.zeros(2, 3, torch.device("cpu"), kinds=3), Sums.zeros(1, 2, torch.device("cpu"), kinds=3)]
+    for number, tensor in enumerate(t for s in sums for t in s.tensors()):
+        tensor += number + 1
+    monkeypatch.setattr(processes, "size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda buffer: buffer.mul_(2))
+    together = processes.add_up(sums, [1, 1, 1], [None] * 3).sums
+    for ours, before in zip(together, sums, strict=True):
+        assert ours.kinds is not None
+        for name, factor in (("activation", 2), ("gradient", 0.5), ("rows", 2)):
+            assert torch.equal(getattr(ours, name), factor * getattr(before, name))
+            assert torch.equal(getattr(ours.kinds, name), factor * getattr(before.kinds, name))
+        assert torch.equal(ours.tokens, 2 * before.tokens)
