@@ -79,10 +79,32 @@ def table(path: Path) -> dict[str, formats.Row]:
     Raises:
         BenchmarkError: The file cannot be read, or has no rows.
     """
-    rows = read_jsonl(path, _NEEDED)
+    rows = _parquet(path) if path.suffix == ".parquet" else read_jsonl(path, _NEEDED)
     if not rows:
         raise BenchmarkError(f"{path} has no rows; {_NEEDED}")
     return rows
+
+
+def _parquet(path: Path) -> dict[str, formats.Row]:
+    """The rows of a parquet file, as the hub keeps its data; columns of images are bytes and a name.
+
+    Raises:
+        BenchmarkError: pyarrow is missing, or the file is none.
+    """
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise BenchmarkError("parquet files need pyarrow: pip install -e '.[data]'") from error
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, ArrowInvalid) as error:
+        raise BenchmarkError(f"cannot read {path} ({error}); {_NEEDED}, or a parquet file") from error
+    return {f"{path}:{number}": _without_none(row) for number, row in enumerate(rows, 1)}
+
+
+def _without_none(row: formats.Row) -> formats.Row:
+    """The row without the columns that it leaves empty."""
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def form_of(row: formats.Row, place: str) -> tuple[str, ...]:

@@ -109,6 +109,19 @@ def test_what_the_hubs_image_columns_hold_is_read_too(data):
     assert len(set(found)) == 1
 
 
+def test_a_parquet_file_of_the_hub_is_read_with_its_image_column(data):
+    datasets = pytest.importorskip("datasets")
+    files = [str(data.with_name(f"p{i}.png")) for i in range(3)]
+    columns = {"image": files, "prompt": ["w1"] * 3, "completion": ["w2", "w3", "w4"]}
+    path = data.with_name("train.parquet")
+    datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).to_parquet(str(path))
+    turns = pictures.read(path, vlm.processor())
+    assert [turn.pictures[0].open().size for turn in turns] == [(9, 11)] * 3
+    path.write_bytes(b"no parquet")
+    with pytest.raises(BenchmarkError, match=r"cannot read .*train\.parquet"):
+        pictures.read(path, vlm.processor())
+
+
 WRONG = {
     "missing": (
         {"image": "nowhere.png"},
