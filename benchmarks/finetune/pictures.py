@@ -35,8 +35,10 @@ class Picture:
 
     def open(self) -> Image:
         """The picture in RGB."""
-        from PIL import Image
-
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise BenchmarkError("rows with pictures need Pillow: pip install -e '.[finetune]'") from error
         return Image.open(io.BytesIO(self.data)).convert("RGB")
 
     @property
