@@ -419,3 +419,19 @@ def test_sums_by_kind_are_added_up_over_processes(monkeypatch):
             assert torch.equal(getattr(ours, name), factor * getattr(before, name))
             assert torch.equal(getattr(ours.kinds, name), factor * getattr(before.kinds, name))
         assert torch.equal(ours.tokens, 2 * before.tokens)
+
+
+def test_copies_of_model_and_optimizer_are_told_and_leave_the_first_alone():
+    """A copied model's hooks do nothing; its optimizer does not know the model, and is told the tokens."""
+    model = vlm.adapted()
+    optimizer = grit(model)
+    train(model, optimizer, 1)
+    other_model, other = deepcopy((model, optimizer))
+    batch = vlm.batch(seed=5)
+    other.observe_tokens(batch["input_ids"] == vlm.IMAGE)
+    other_model(**batch).loss.backward()
+    other.step()
+    model(**batch).loss.backward()
+    optimizer.step()
+    assert torch.equal(other.curvature[0].kinds.share, optimizer.curvature[0].kinds.share)
+    assert torch.equal(other.curvature[0].factors.gradient, optimizer.curvature[0].factors.gradient)
