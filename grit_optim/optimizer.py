@@ -19,14 +19,14 @@ from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.export.shrink import shrink
 from grit_optim.export.trained import save_trained, warn_of_ranks_that_stay
 from grit_optim.linalg import full_precision
+from grit_optim.lora.by_modality import ModalityOf
 from grit_optim.lora.site import Site
-from grit_optim.lora.site_set import SiteSet, given_sites
+from grit_optim.lora.site_set import SiteSet
 from grit_optim.options import DECLARED, Options
 from grit_optim.options.documentation import arguments
 from grit_optim.parts import KEY, Parts
 from grit_optim.preconditioners.resolution import resolve
-from grit_optim.rank.adaptation import origins_of
-from grit_optim.rank.budget import Origin
+from grit_optim.rank.origin import Origin, origins_of
 from grit_optim.rank.plan import make_plan
 from grit_optim.rank.report import RankReport
 from grit_optim.sinks import Record
@@ -47,6 +47,8 @@ class GritOptimizer(OptimizerWrapper):
             It is kept alive. A pair that the base holds but that is frozen is tapped once it is trained.
         sites: the pairs, where PEFT does not hold them: ``[Site.from_modules(name, a, b, scaling), …]``, or
             ``Site.from_parameters`` where no module does.
+        modality_of: a pair's modality ("vision", "audio", "cross_modal", "text") where the model's structure
+            does not show it: a function of its name, or a mapping, as ``{"vision_tower": "vision"}``.
 
         {options}
 
@@ -66,6 +68,7 @@ class GritOptimizer(OptimizerWrapper):
         model: nn.Module,
         *,
         sites: Sequence[Site] | None = None,
+        modality_of: ModalityOf | None = None,
         precondition: str = "spectral",
         kfac_power: float | None = None,
         direction_momentum: float | str | None = None,
@@ -74,6 +77,7 @@ class GritOptimizer(OptimizerWrapper):
         fisher: str = "kfac",
         pairing: str = "kfac",
         fisher_decay: float | None = 0.9,
+        modality_weights: str | Mapping[str, float] | None = None,
         kfac_min_samples: int = 64,
         kfac_damping: float | None = None,
         damping: str = "relative",
@@ -91,7 +95,8 @@ class GritOptimizer(OptimizerWrapper):
         rank_adaptation_threshold: float | None = None,
         min_lora_rank: int = 4,
         rank_adaptation_start_step: int = 0,
-        rank_budget: float | tuple[float, float] | None = None,
+        rank_budget: float | tuple[float, float] | Mapping[str, Any] | str | None = None,
+        effective_rank_factor: float = 1.2,
         rank_budget_schedule: str = "linear",
         rank_budget_steps: int = 0,
         lambda_kfac: float = 0.0,
@@ -106,8 +111,9 @@ class GritOptimizer(OptimizerWrapper):
             raise TypeError(
                 f"the second argument must be the model (an nn.Module), got {type(model).__name__}"
             )
-        found = SiteSet(base, model, sites, options.recording.taps_only, options.ranks.moves)
-        self._assemble(base, options, found, found.first(model) if sites is None else given_sites(sites))
+        taps_only, moves = options.recording.taps_only, options.ranks.moves
+        found = SiteSet(base, model, sites, taps_only, moves, modality_of)
+        self._assemble(base, options, found, found.first(model))
 
     def _assemble(
         self,
@@ -216,19 +222,15 @@ class GritOptimizer(OptimizerWrapper):
         ranks, buckets = self._parts.as_settled()
         return ranks.report(buckets, ranks.by_name(), ranks.coordinates(buckets), {})
 
-    def plan_ranks(self, ranks: float | Mapping[str, int]) -> RankReport:
-        """What :meth:`reduce_ranks_` would do, and what that is predicted to cost; changes nothing.
-
-        Args:
-            ranks: a budget as ``rank_budget`` takes it, or site name to rank; other sites keep theirs.
-        """
+    def plan_ranks(self, ranks: float | str | Mapping[str, Any]) -> RankReport:
+        """What :meth:`reduce_ranks_` would do, and what that is predicted to cost; changes nothing."""
         known, buckets = self._parts.as_settled()
         plan = make_plan(known, buckets, self.options, ranks)
         kept = {**known.by_name(), **plan.ranks(buckets)}
         return known.report(buckets, kept, plan.found, plan.costs(buckets))
 
     @torch.no_grad()
-    def reduce_ranks_(self, ranks: float | Mapping[str, int]) -> RankReport:
+    def reduce_ranks_(self, ranks: float | str | Mapping[str, Any]) -> RankReport:
         """Give up ranks now, for good, as the reprojection ``"balanced"`` does; returns what is left.
 
         Args:
@@ -267,7 +269,7 @@ class GritOptimizer(OptimizerWrapper):
         dtype: torch.dtype | None = None,
         model: nn.Module | None = None,
     ) -> RankReport:
-        """Save the adapter with the ranks that are kept and no others, for ``PeftModel.from_pretrained``.
+        """Save the adapter with the ranks kept, for ``PeftModel.from_pretrained``; returns the ranks.
 
         Args:
             path: the folder, with the old adapter or the new one at every moment; of several PeftModels a
@@ -276,9 +278,6 @@ class GritOptimizer(OptimizerWrapper):
             fold_scale: all layers at one rank, the scale in B: for llama.cpp, vLLM, … (docs/adapters.md).
             dtype: ``torch.bfloat16`` or ``torch.float16`` for half the bytes of fp32; None: as it is.
             model: the model, where the optimizer does not know it any more (after unpickling).
-
-        Returns:
-            The ranks by site name, as in :meth:`ranks`.
 
         Raises:
             ValueError: no such adapter, one that this optimizer does not train, one that cannot be exported
@@ -295,22 +294,24 @@ class GritOptimizer(OptimizerWrapper):
         return dict(self._parts.times.seconds)
 
     def final_ranks(self, path: str | Path | None = None) -> dict[str, dict[str, Any]]:
-        """Ranks and parameter counts per site, by name, as the tables of a paper need them.
-
-        Args:
-            path: also write them there as JSON, with the totals.
-        """
+        """Ranks and parameter counts per site, by name; also in the file ``path``, as JSON."""
         return self._telemetry.final_ranks(path)
 
     def observe(self, loss: Tensor | float) -> None:
-        """Tell the loss of the coming step; several calls before a step are averaged.
+        """Tell the loss of the coming step, a number or a tensor of one value, which is not read back here.
 
-        Not needed with a closure, or where the model's output has a ``loss``. A copy does not know the model.
-
-        Args:
-            loss: a number, or a tensor of one value, which is not read back here.
+        Several calls before a step are averaged. Not needed with a closure, or where the model's output has a
+        ``loss``. A copy does not know the model.
         """
         self._parts.losses.observe(loss)
+
+    def observe_tokens(self, mask: Tensor) -> None:
+        """Tell which tokens of the next forward pass stand for pictures, boolean ``[batch, tokens]``.
+
+        It is for ``modality_weights``. Not needed where the model gets ``input_ids``: its configuration names
+        the ids of pictures. The forward pass refuses a mask of another shape than its input's.
+        """
+        self._parts.capture.tell_tokens(mask)
 
     def log_to(
         self,

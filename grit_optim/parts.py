@@ -25,7 +25,7 @@ from grit_optim.options import Options
 from grit_optim.preconditioners.preconditioning import Preconditioning
 from grit_optim.profiling import StageTimes
 from grit_optim.rank.adaptation import Ranks
-from grit_optim.rank.budget import Origin
+from grit_optim.rank.origin import Origin
 from grit_optim.rank.plan import Plan
 from grit_optim.schedules import Schedule
 
@@ -63,7 +63,8 @@ class Parts:
         self.times = StageTimes()
         self.losses = Losses()
         self.schedule = Schedule(options.schedule)
-        self.capture = Capture(options.recording, self.times)
+        weights = options.curvature.modality_weights
+        self.capture = Capture(options.recording, self.times, weights)
         self.curvature = Curvature(options.curvature, self.times)
         self.ranks = Ranks(base, options.ranks, self.times)
         self.preconditioning = Preconditioning(base, options, self.times)
@@ -123,10 +124,11 @@ class Parts:
         """Work on these sites, of which ``origin`` tells what they were at first.
 
         Raises:
-            ValueError: two sites share a name or a matrix, the base does not hold one, or a budget that
-                cannot be met.
+            ValueError: two sites share a name or a matrix, the base does not hold one, a budget that cannot
+                be met, or ``modality_weights`` that do not fit the model.
         """
         self.ranks.remember(sites, origin or {}, largest_adapter(self.sites.model))
+        self.capture.watch_tokens(self.sites.model, sites)
         self.attach(sites)
         if self.follows_loss:
             self.losses.attach(self.sites.model)
@@ -185,11 +187,7 @@ class Parts:
     # ---------------------------------------------------------------- in a step
 
     def take_loss(self, returned: Any) -> Tensor | float | None:
-        """The loss of the step, if somebody has told it; the mean over processes where a schedule needs it.
-
-        Args:
-            returned: what the closure returned.
-        """
+        """The loss of the step, told or ``returned``; the mean over processes where a schedule needs it."""
         loss = self.losses.take(returned, self.curvature.device if self.follows_loss else None)
         self.ranks.observe(loss)
         return loss

@@ -22,6 +22,11 @@ INVALID = [
     ("fisher_decay", 1.0, ValueError, r"in \[0, 1\)"),
     ("fisher_decay", -0.1, ValueError, "running mean"),
     ("fisher_decay", "0.9", TypeError, "must be a number"),
+    ("modality_weights", "eqaul", TypeError, "did you mean 'equal'"),
+    ("modality_weights", {"visual": 1}, ValueError, "is not one of 'text', 'vision'"),
+    ("modality_weights", {"text": -1}, ValueError, "the share of 'text' in modality_weights"),
+    ("modality_weights", {"text": 0}, ValueError, "leaves no token anything"),
+    ("modality_weights", "equal", ValueError, "found no vision part in PeftModel"),
     ("kfac_update_freq", 0, ValueError, "at least 1"),
     ("kfac_update_freq", 2.5, TypeError, "whole number"),
     ("kfac_update_freq", True, TypeError, "whole number"),
@@ -62,6 +67,11 @@ INVALID = [
     ("rank_budget", (1.5, 0.5), ValueError, r"the start of rank_budget must be in \(0, 1\]"),
     ("rank_budget", (0.5, 0), ValueError, "the end of rank_budget must be at least 1"),
     ("rank_budget", (0.9, 0.7, 0.5), TypeError, "a whole number of them"),
+    ("rank_budget", {}, ValueError, "an empty mapping"),
+    ("rank_budget", {"visoin": 0.5}, ValueError, "did you mean 'vision'"),
+    ("rank_budget", {"vision": 1.5}, ValueError, r"rank_budget\['vision'\] must be in"),
+    ("rank_budget", "efective", TypeError, "did you mean 'effective'"),
+    ("effective_rank_factor", 0, ValueError, "above 0"),
     ("rank_budget_schedule", "cosinus", ValueError, "did you mean 'cosine'"),
     ("rank_budget_steps", -1, ValueError, "at least 0"),
     ("lambda_kfac", -1e-5, ValueError, "from 0 up"),
@@ -90,19 +100,19 @@ def test_every_option_has_an_invalid_value_in_the_table():
 
 
 def test_the_signature_agrees_with_what_is_declared():
-    """Names, their order, defaults and types; one option more than 31 has to take the place of another."""
+    """Names, their order, defaults and types; one option more than 33 has to take the place of another."""
     parameters = inspect.signature(GritOptimizer.__init__).parameters.values()
-    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "sites"]
+    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("sites", "modality_of")]
     told = {p.name: (p.default, p.annotation) for p in keywords}
     assert told == {name: (known.default, known.type) for name, known in DECLARED.items()}
-    assert len(told) <= 31
+    assert len(told) <= 33
 
 
 def test_every_option_is_documented():
     assert all(len(known.metadata["meaning"]) > 20 for known in DECLARED.values())
     documentation = GritOptimizer.__doc__.split("\nArgs:\n")[1].split("\nRaises:\n")[0]
     described = [line.split(":")[0].strip() for line in documentation.splitlines() if line[4:5].strip()]
-    assert described == ["base", "model", "sites", *DECLARED]
+    assert described == ["base", "model", "sites", "modality_of", *DECLARED]
     words = " ".join(documentation.split())
     assert all(f"{name}: {known.metadata['meaning']}" in words for name, known in DECLARED.items())
 

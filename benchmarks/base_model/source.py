@@ -103,7 +103,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 def load_weights(source: Source, **keywords: Any) -> PreTrainedModel:
     """The model alone, with these keywords for `from_pretrained`."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar per run is enough
@@ -111,9 +111,27 @@ def load_weights(source: Source, **keywords: Any) -> PreTrainedModel:
     if source.is_embedded:
         keywords["attn_implementation"] = "eager"  # at its size the plain products are faster on a CPU
     try:
-        return AutoModelForCausalLM.from_pretrained(source.folder or source.model, **keywords)
+        kind = AutoModelForImageTextToText if reads_pictures(source) else AutoModelForCausalLM
+        return kind.from_pretrained(source.folder or source.model, **keywords)
     except (OSError, ValueError, ImportError) as error:
         raise _unavailable(source, "model", error) from error
+
+
+def reads_pictures(source: Source) -> bool:
+    """Whether the model is a vision-language model, which has a processor beside its tokenizer."""
+    return not source.is_embedded and getattr(load_config(source), "vision_config", None) is not None
+
+
+def load_processor(source: Source) -> Any:
+    """The processor of a vision-language model; None for any other."""
+    if not reads_pictures(source):
+        return None
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(source.folder or source.model, **source.keywords())
+    except (OSError, ValueError, ImportError) as error:
+        raise _unavailable(source, "processor", error) from error
 
 
 def load_config(source: Source) -> PreTrainedConfig:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..base_model.source import Source, load_tokenizer, model_fingerprint, positions
+from ..base_model.source import Source, load_processor, load_tokenizer, model_fingerprint, positions
 from ..core import environment, memory
 from ..core.files import BenchmarkError, write_json
 from ..training.optimizers import check_base, check_optimizer, package_version, state_bytes
@@ -80,7 +80,8 @@ def finetune(config: FinetuneConfig, order: Order) -> Path:
     tokenizer = load_tokenizer(order.source)
     length, limit = _length(order)
     config = replace(config, max_length=length)
-    data = load(order.origin, tokenizer, config)
+    processor = load_processor(order.source)
+    data = load(order.origin, tokenizer, config, processor)
     print(data.task.note)
     config = (
         replace(config, steps=steps_of(order.epochs, len(data.task.train), config))
@@ -90,25 +91,26 @@ def finetune(config: FinetuneConfig, order: Order) -> Path:
     check(config)
     next(data.task.batches(config.seed, config.batch_size))  # refuses a batch that is larger than the data
     code = environment.commit()  # as it is now, not when the run ends
-    session, checkpoint, fingerprints = _start(config, order, tokenizer, data, limit)
+    session, checkpoint, fingerprints = _start(config, order, (tokenizer, processor), data, limit)
     if output.is_finished(order.out):
         print(f"{order.out} holds this very run, finished; nothing is left to do")
         return order.out / output.METRICS
     _train(session, order, checkpoint)
-    return _finish(session, order, tokenizer, {"code": code, "fingerprints": fingerprints})
+    return _finish(session, order, processor or tokenizer, {"code": code, "fingerprints": fingerprints})
 
 
 def _start(
     config: FinetuneConfig,
     order: Order,
-    tokenizer: PreTrainedTokenizerBase,
+    readers: tuple[PreTrainedTokenizerBase, Any],
     data: FinetuneData,
     limit: int | None,
 ) -> tuple[Session, Path | None, dict[str, str]]:
     """The session, the checkpoint that it goes on from, and what identifies data and model."""
     model = load_model(order.source, config)
     fingerprints = {"data": data.task.fingerprint, "model": model_fingerprint(order.source, model.config)}
-    session = Session(model, tokenizer, data, config, limit)
+    tokenizer, processor = readers
+    session = Session(model, tokenizer, data, config, limit, processor)
     if order.overwrite and order.out.exists():
         output.clear(order.out)
     order.out.mkdir(parents=True, exist_ok=True)
@@ -157,10 +159,8 @@ def _trainer(name: str) -> Callable[[Session, Path, int, Path | None], None]:
     return hf.train
 
 
-def _finish(
-    session: Session, order: Order, tokenizer: PreTrainedTokenizerBase, known: dict[str, Any]
-) -> Path:
-    """Write adapter, tokenizer, card and, last, the metrics, of which some are `known` already."""
+def _finish(session: Session, order: Order, reader: PreTrainedTokenizerBase, known: dict[str, Any]) -> Path:
+    """Write adapter, tokenizer or processor, card, and last the metrics; some are `known` already."""
     metrics = {**_metrics(session, order), **known}
     path = order.out / output.METRICS
     if session.record.diverged:
@@ -170,7 +170,7 @@ def _finish(
             f"lower --lr, raise --warmup, or lower --clip. What was measured until then: {path}"
         )
     _save_adapter(session, order.out)
-    tokenizer.save_pretrained(order.out)
+    reader.save_pretrained(order.out)
     card.write(order.out, metrics, session.config)
     if hasattr(session.optimizer, "close"):
         session.optimizer.close()

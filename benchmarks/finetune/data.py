@@ -6,14 +6,15 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from ..core.files import BenchmarkError
+from ..core.files import BenchmarkError, sha256
 from ..tasks.external import DATA, Text, fingerprint, in_words, read_splits, split_off, without_prompts_of
 from ..tasks.task import Example, Task
 from ..tasks.words import ModelTokenizer
+from . import pictures
 from .config import FinetuneConfig
 from .rows import Turn, read
 
@@ -95,11 +96,18 @@ def parse_origin(dataset: str, heldout: Path | None) -> Origin:
     return Origin(Path(dataset).stem, file=Path(dataset), heldout=heldout)
 
 
-def _splits(origin: Origin, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Text], list[Text]]:
+def _splits(
+    origin: Origin, tokenizer: PreTrainedTokenizerBase, processor: Any
+) -> tuple[list[Text], list[Text]]:
     if origin.file is None:
         return read_splits(origin.name, origin.folder, "--dataset")
-    train = read(origin.file, tokenizer)
-    return (train, read(origin.heldout, tokenizer)) if origin.heldout else split_off(train)
+
+    def read_file(path: Path) -> list[Text]:
+        """The texts of a file, with pictures where it has some."""
+        return [*pictures.read(path, processor)] if pictures.has_pictures(path) else read(path, tokenizer)
+
+    train = read_file(origin.file)
+    return (train, read_file(origin.heldout)) if origin.heldout else split_off(train)
 
 
 class Encoder:
@@ -109,15 +117,18 @@ class Encoder:
     template is not changed.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.words = ModelTokenizer(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, processor: Any = None) -> None:
+        self.words, self._processor = ModelTokenizer(tokenizer), processor
 
     def __call__(self, texts: Sequence[Text]) -> list[Example]:
         """One example per text; the first token of a text without any prompt is given, not asked for."""
-        made, words = [], self.words
+        made, words = list[Example](), self.words
         for text, asked, said in zip(
             texts, words.ids([t.prompt for t in texts]), words.ids([t.answer for t in texts]), strict=True
         ):
+            if isinstance(text, pictures.PictureTurn):
+                made.append(pictures.encoded(text, said, self._processor))
+                continue
             raw = isinstance(text, Turn)
             prompt, answer = (*(() if raw else words.begin), *asked), (*said, *(() if raw else (words.end,)))
             if not prompt:
@@ -158,14 +169,22 @@ def _chosen(
     return examples, kept, [f"{count:,} {what}" for what, count in counts.items() if count]
 
 
-def load(origin: Origin, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig) -> FinetuneData:
+def load(
+    origin: Origin, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig, processor: Any = None
+) -> FinetuneData:
     """Load the data of an origin; the task's note says what was left out.
+
+    Args:
+        origin: where the data are.
+        tokenizer: the model's.
+        config: of the run.
+        processor: of a model that reads pictures; else None.
 
     Raises:
         BenchmarkError: Data that cannot be had or read, or of which nothing fits in `max_length` tokens.
     """
-    encoder = Encoder(tokenizer)
-    train, test = _splits(origin, tokenizer)
+    encoder = Encoder(tokenizer, processor)
+    train, test = _splits(origin, tokenizer, processor)
     apart = without_prompts_of(test, train)
     training, _, left = _chosen(apart, encoder, config.train_examples, config.max_length, "training examples")
     heldout, texts, left_of_test = _chosen(
@@ -184,5 +203,7 @@ def load(origin: Origin, tokenizer: PreTrainedTokenizerBase, config: FinetuneCon
     labels = tuple(encoder.label(text) for text in source.labels) if source else ()
     judged = Heldout(tuple(text.answer for text in texts), labels, bool(source and origin.name == "gsm8k"))
     found = fingerprint({"train": training, "heldout": heldout})
+    if seen := [*pictures.digests(training), *pictures.digests(heldout)]:
+        found = sha256([found, *seen])
     metric = "accuracy" if labels else "exact match of the final number" if judged.is_number else None
     return FinetuneData(Task(origin.name, tuple(training), tuple(heldout), found, metric, note), judged)

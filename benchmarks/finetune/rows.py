@@ -65,17 +65,49 @@ def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
     Raises:
         BenchmarkError: A row lacks a field, or a field holds something else than text; names file and line.
     """
-    rows = read_jsonl(path, _NEEDED)
-    if not rows:
-        raise BenchmarkError(f"{path} has no rows; {_NEEDED}")
+    rows = table(path)
     first = next(iter(rows))
     if MESSAGES in rows[first]:
         return [turn for place, row in rows.items() for turn in _turns(row, place, tokenizer)]
-    form = _form(rows[first], first)
-    return [_checked(row, place, form) for place, row in rows.items()]
+    form = form_of(rows[first], first)
+    return [checked(row, place, form) for place, row in rows.items()]
 
 
-def _form(row: formats.Row, place: str) -> tuple[str, ...]:
+def table(path: Path) -> dict[str, formats.Row]:
+    """The rows of a file by `file:line`.
+
+    Raises:
+        BenchmarkError: The file cannot be read, or has no rows.
+    """
+    rows = _parquet(path) if path.suffix == ".parquet" else read_jsonl(path, _NEEDED)
+    if not rows:
+        raise BenchmarkError(f"{path} has no rows; {_NEEDED}")
+    return rows
+
+
+def _parquet(path: Path) -> dict[str, formats.Row]:
+    """The rows of a parquet file, as the hub keeps its data; columns of images are bytes and a name.
+
+    Raises:
+        BenchmarkError: pyarrow is missing, or the file is none.
+    """
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise BenchmarkError("parquet files need pyarrow: pip install -e '.[data]'") from error
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, ArrowInvalid) as error:
+        raise BenchmarkError(f"cannot read {path} ({error}); {_NEEDED}, or a parquet file") from error
+    return {f"{path}:{number}": _without_none(row) for number, row in enumerate(rows, 1)}
+
+
+def _without_none(row: formats.Row) -> formats.Row:
+    """The row without the columns that it leaves empty."""
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def form_of(row: formats.Row, place: str) -> tuple[str, ...]:
     """The fields of the first form of which the row has at least one field."""
     for fields in FORMS:
         if any(field in row for field in fields):
@@ -84,7 +116,8 @@ def _form(row: formats.Row, place: str) -> tuple[str, ...]:
     raise BenchmarkError(f"{place} has the fields {', '.join(row) or 'none'}; a row needs one of: {known}")
 
 
-def _checked(row: formats.Row, place: str, fields: tuple[str, ...]) -> Text:
+def checked(row: formats.Row, place: str, fields: tuple[str, ...]) -> Text:
+    """The row as prompt and answer, by the fields of its form."""
     missing = [field for field in fields if field not in row]
     if missing:
         raise BenchmarkError(
@@ -96,7 +129,7 @@ def _checked(row: formats.Row, place: str, fields: tuple[str, ...]) -> Text:
     return FORMS[fields](row)
 
 
-def _messages(row: formats.Row, place: str) -> list[dict[str, Any]]:
+def messages_of(row: formats.Row, place: str) -> list[dict[str, Any]]:
     """The row's messages, each with a role and a content."""
     messages = row.get(MESSAGES)
     if not isinstance(messages, list) or not messages:
@@ -119,7 +152,7 @@ def _turns(row: formats.Row, place: str, tokenizer: PreTrainedTokenizerBase) -> 
             f"{place} has {MESSAGES}, but the model's tokenizer has no chat template; use a chat model, or "
             "rows with prompt and completion"
         )
-    messages, opening = _messages(row, place), ""
+    messages, opening = messages_of(row, place), ""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue

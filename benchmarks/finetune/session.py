@@ -24,6 +24,7 @@ from .config import SCHEDULES, FinetuneConfig
 from .data import FinetuneData
 from .evaluate import Evaluator
 from .output import RECORD
+from .pictures import PictureCollator
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -85,6 +86,7 @@ class Session:
         data: FinetuneData,
         config: FinetuneConfig,
         limit: int | None = None,
+        processor: Any = None,
     ) -> None:
         from transformers import get_scheduler
 
@@ -98,6 +100,8 @@ class Session:
         )
         pad: Any = tokenizer.pad_token_id
         self.collator = collator(model, pad)
+        if processor is not None:
+            self.collator = PictureCollator(pad, self.collator.narrow, processor)
         self.evaluator = Evaluator(model, tokenizer, data, config, self.collator, limit)
         self.record = Record()
         self._bar: tqdm[Any] = tqdm(disable=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grit_optim.capture import processes
@@ -15,6 +15,7 @@ from grit_optim.capture.diagnosis import SiteReport, TapWatch, inspect, tell_of,
 from grit_optim.capture.gradients import add_gradients
 from grit_optim.capture.sums import Sums
 from grit_optim.capture.taps import Taps
+from grit_optim.capture.token_kinds import TokenKinds
 from grit_optim.integrity.fields import Fields, record, several, some_text
 from grit_optim.lora.buckets import Bucket
 from grit_optim.lora.site import Site
@@ -52,12 +53,15 @@ class Capture:
         by_gradients: names of the sites whose curvature comes from their gradients.
     """
 
-    def __init__(self, options: CaptureOptions, times: StageTimes) -> None:
+    def __init__(
+        self, options: CaptureOptions, times: StageTimes, weights: str | Mapping[str, float] | None = None
+    ) -> None:
         self.watch = TapWatch()
         self.by_gradients: frozenset[str] = frozenset()
         self._options = options
         self._times = times
-        self._taps = Taps(options.max_tokens, times)
+        self._kinds = None if weights is None else TokenKinds(weights)
+        self._taps = Taps(options.max_tokens, times, self._kinds)
         self._masks: list[Tensor] = []
         self._begun = False
 
@@ -74,6 +78,29 @@ class Capture:
         if any(bucket.device.type == "meta" for bucket in buckets):
             self.watch.stop()  # there are no values to compare, or to be zero
             self._begun = True
+
+    def watch_tokens(self, model: nn.Module | None, sites: Sequence[Site]) -> None:
+        """Tell the kinds of the tokens of ``model`` apart from now on, where ``modality_weights`` needs it.
+
+        Raises:
+            ValueError: the model has no tokens of several kinds, or one whose share is not given.
+        """
+        if self._kinds is not None:
+            self._kinds.attach(model, sites)
+
+    def tell_tokens(self, mask: Tensor) -> None:
+        """Take the user's word for the tokens of the coming pass; see :meth:`TokenKinds.tell`.
+
+        Raises:
+            TypeError: it is no boolean tensor.
+            ValueError: it has another number of dimensions, or kinds of tokens are not told apart.
+        """
+        if self._kinds is None:
+            raise ValueError(
+                "observe_tokens() tells pictures' tokens from text for modality_weights, which is not set; "
+                "build the optimizer with modality_weights='equal' or shares, or leave the call out"
+            )
+        self._kinds.tell(mask)
 
     def collect(self) -> Statistics | None:
         """The statistics gathered since the last step; None if there are none in any process."""
@@ -177,8 +204,10 @@ class Capture:
         self._taps.record_next(capture_due(step, self._options.cov_update_freq))
 
     def close(self) -> None:
-        """Remove the taps."""
+        """Remove the taps, and what watches the kinds of tokens."""
         self._taps.close()
+        if self._kinds is not None:
+            self._kinds.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """What decides which tokens of the next step are taken, and from where."""

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grit_optim.capture.sums import Sums
+from grit_optim.capture.sums import KindSums, Sums
 from grit_optim.linalg import full_precision
 from grit_optim.lora.buckets import Bucket
 from grit_optim.lora.site import Site
+from grit_optim.options.declared import TOKEN_KINDS
 
 PENDING_LIMIT = 2**22
 """Numbers in h and δ of one bucket that may wait to be added up.
@@ -35,12 +36,14 @@ class _Seen(NamedTuple):
         h: the output of ``lora_A``, in its own shape and dtype.
         delta: the gradient of ``h``.
         share: which of its tokens are taken.
+        kinds: the kind of each of its tokens, ``[tokens]``, or that of all of them.
     """
 
     slot: int
     h: Tensor
     delta: Tensor
     share: Share
+    kinds: Tensor | int
 
 
 class Account(NamedTuple):
@@ -49,13 +52,13 @@ class Account(NamedTuple):
     Attributes:
         fired: how often its tap has seen a gradient.
         rank: its rank at that time.
-        waiting: h, δ and the tokens that are taken, of each backward pass that is not added up yet.
+        waiting: h, δ, the tokens that are taken and their kinds, of each pass that is not added up yet.
         added: the site's rows of :meth:`Sums.tensors`, and Σ h·δ, of those that are; empty if none is.
     """
 
     fired: int
     rank: int
-    waiting: list[tuple[Tensor, Tensor, Share]]
+    waiting: list[tuple[Tensor, Tensor, Share, Tensor | int]]
     added: list[Tensor]
 
 
@@ -65,14 +68,16 @@ class Gathered:
     Args:
         sites: the sites, in the model's order.
         buckets: the same sites, stacked.
+        kinds: the kinds of tokens that are kept apart.
 
     Attributes:
         fired: how often each site's tap has seen a gradient, in the order of ``sites``.
     """
 
-    def __init__(self, sites: Sequence[Site], buckets: Sequence[Bucket]) -> None:
+    def __init__(self, sites: Sequence[Site], buckets: Sequence[Bucket], kinds: Sequence[int] = ()) -> None:
         self.sites = list(sites)
         self.buckets = list(buckets)
+        self._kinds = tuple(kinds)
         where = {id(site): (b, s) for b, bucket in enumerate(buckets) for s, site in enumerate(bucket.sites)}
         self._slots = [where[id(site)] for site in self.sites]
         self._index_cache: dict[tuple[int, tuple[int, ...]], Tensor] = {}
@@ -87,7 +92,8 @@ class Gathered:
         # Σ h·δ of what is no longer in the stash, [S], and the sites for which there is any.
         self._inner = [torch.zeros(len(b.sites), dtype=torch.float32, device=b.device) for b in self.buckets]
         self._added: list[set[int]] = [set() for _ in self.buckets]
-        self._sums = [Sums.zeros(len(b.sites), b.rank, b.device) for b in self.buckets]
+        most = len(TOKEN_KINDS) if self._kinds else 0
+        self._sums = [Sums.zeros(len(b.sites), b.rank, b.device, most) for b in self.buckets]
 
     def rank(self, position: int) -> int:
         """The rank of the site at ``position``, as its bucket has it."""
@@ -98,7 +104,7 @@ class Gathered:
         """How many backward passes of a pair each bucket has yet to add up."""
         return [len(stash) for stash in self._stash]
 
-    def add(self, position: int, h: Tensor, delta: Tensor, share: Share) -> None:
+    def add(self, position: int, h: Tensor, delta: Tensor, share: Share, kinds: Tensor | int = 0) -> None:
         """Take one backward pass. :meth:`_reduce` does the work later, for many sites at once.
 
         Args:
@@ -106,10 +112,12 @@ class Gathered:
             h: the output of ``lora_A``.
             delta: the gradient of ``h``.
             share: which of its tokens are taken.
+            kinds: the kind of each of its tokens ``[tokens]``, or of all of them, as a place in
+                :data:`TOKEN_KINDS`.
         """
         self._dtypes.update((h.dtype, delta.dtype))
         bucket, slot = self._slots[position]
-        self._stash[bucket].append(_Seen(slot, h, delta, share))
+        self._stash[bucket].append(_Seen(slot, h, delta, share, kinds))
         self._pending[bucket] += h.numel() + delta.numel()
         if self._pending[bucket] > PENDING_LIMIT:
             self._reduce(bucket, keep_inner=True)
@@ -138,7 +146,8 @@ class Gathered:
         for position, (bucket, slot) in enumerate(self._slots):
             if not self.fired[position]:
                 continue
-            waiting = [(seen.h, seen.delta, seen.share) for seen in self._stash[bucket] if seen.slot == slot]
+            stash = self._stash[bucket]
+            waiting = [(seen.h, seen.delta, seen.share, seen.kinds) for seen in stash if seen.slot == slot]
             added = []
             if slot in self._added[bucket]:
                 added = [t[slot].clone() for t in (*self._sums[bucket].tensors(), self._inner[bucket])]
@@ -158,14 +167,14 @@ class Gathered:
             if account is None or account.rank < rank:
                 continue
             self.fired[position] = account.fired
-            for h, delta, share in account.waiting:
+            for h, delta, share, kinds in account.waiting:
                 dim = site.channel_dim
-                self.add(position, h.narrow(dim, 0, rank), delta.narrow(dim, 0, rank), share)
+                self.add(position, h.narrow(dim, 0, rank), delta.narrow(dim, 0, rank), share, kinds)
             if account.added:
                 bucket, slot = self._slots[position]
                 mine = (*self._sums[bucket].tensors(), self._inner[bucket])
                 for tensor, known in zip(mine, account.added, strict=True):
-                    tensor[slot] += known[:rank, :rank] if known.dim() == 2 else known
+                    tensor[slot] += known[..., :rank, :rank] if known.dim() > 1 else known
                 self._added[bucket].add(slot)
 
     def inner(self, position: int) -> Tensor | None:
@@ -216,7 +225,9 @@ class Gathered:
         entries, self._stash[bucket], self._pending[bucket] = self._stash[bucket], [], 0
         by_shape: dict[tuple[Any, ...], list[_Seen]] = {}
         for seen in entries:
-            by_shape.setdefault((seen.h.shape, seen.h.dtype, seen.delta.dtype, seen.share), []).append(seen)
+            kind = seen.kinds if isinstance(seen.kinds, int) else None
+            alike = (kind, seen.h.shape, seen.h.dtype, seen.delta.dtype, seen.share)
+            by_shape.setdefault(alike, []).append(seen)
         sums = self._sums[bucket]
         with full_precision():
             for (*_, share), members in by_shape.items():
@@ -231,6 +242,26 @@ class Gathered:
                 rows = matters.sum((1, 2), dtype=torch.float32)
                 sums.rows.index_add_(0, index, rows)
                 sums.tokens.index_add_(0, index, rows, alpha=share.stride)
+                if sums.kinds is not None:
+                    self._add_by_kind(sums.kinds, index, members, h, delta)
+
+    def _add_by_kind(
+        self, sums: KindSums, index: Tensor, members: list[_Seen], h: Tensor, delta: Tensor
+    ) -> None:
+        """Add h and δ of the tokens that are taken, ``[len(members), tokens, r]``, to their kinds' sums."""
+        share, first = members[0].share, members[0].kinds
+        taken = slice(share.first, None, share.stride)
+        if isinstance(first, int):
+            of_token = torch.full((1, 1), first, dtype=torch.int8, device=h.device)
+        else:
+            of_token = torch.stack([torch.as_tensor(seen.kinds)[taken].to(h.device) for seen in members])
+        for kind in self._kinds if not isinstance(first, int) else (first,):
+            mine = (of_token == kind)[..., None]
+            some_h, some_delta = torch.where(mine, h, 0.0), torch.where(mine, delta, 0.0)
+            sums.activation[:, kind].index_add_(0, index, some_h.mT @ some_h)
+            sums.gradient[:, kind].index_add_(0, index, some_delta.mT @ some_delta)
+            matters = torch.linalg.vecdot(some_delta, some_delta) != 0
+            sums.rows[:, kind].index_add_(0, index, matters.sum(1, dtype=torch.float32))
 
     def _stacked(
         self, bucket: int, index: Tensor, members: list[_Seen], keep_inner: bool

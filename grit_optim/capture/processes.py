@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grit_optim.capture.sums import Sums
+from grit_optim.capture.sums import KindSums, Sums
 
 
 def size() -> int:
@@ -59,7 +59,7 @@ def add_up(sums: Sequence[Sums], fired: Sequence[int], inner: Sequence[Tensor | 
         [*fired, *(value is not None for value in inner)], dtype=torch.float32, device="cpu"
     )
     numbers = numbers.to(device, non_blocking=True)
-    tensors = [t for s in sums for t in (s.activation, s.gradient, s.rows, s.tokens)]
+    tensors = [t for s in sums for t in s.tensors()]
     parts = [*tensors, torch.stack(values), *numbers.split(len(fired))]
     buffer = torch.cat([part.flatten().to(device) for part in parts])
     torch.distributed.all_reduce(buffer)
@@ -67,14 +67,19 @@ def add_up(sums: Sequence[Sums], fired: Sequence[int], inner: Sequence[Tensor | 
         total.view(part.shape).to(part.device)
         for part, total in zip(parts, buffer.split([part.numel() for part in parts]), strict=True)
     ]
-    together = [
-        Sums(activation, gradient / size() ** 2, rows, tokens)
-        for activation, gradient, rows, tokens in zip(
-            *(back[i : len(tensors) : 4] for i in range(4)), strict=True
-        )
-    ]
+    each = len(tensors) // len(sums)
+    together = [_mean_over_processes(back[i : i + each]) for i in range(0, len(tensors), each)]
     in_all, fired_in_all, known = back[len(tensors) :]
     return Together(together, fired_in_all, in_all, known)
+
+
+def _mean_over_processes(total: Sequence[Tensor]) -> Sums:
+    """Sums of the mean loss, from :meth:`Sums.tensors` added up over the processes."""
+    activation, gradient, rows, tokens, *of_kinds = total
+    kinds = KindSums(*of_kinds) if of_kinds else None
+    if kinds is not None:
+        kinds = kinds._replace(gradient=kinds.gradient / size() ** 2)
+    return Sums(activation, gradient / size() ** 2, rows, tokens, kinds)
 
 
 def mean_loss(loss: Tensor | float | None, device: torch.device) -> Tensor | None:

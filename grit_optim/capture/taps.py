@@ -26,6 +26,7 @@ from grit_optim.capture.bypass import BypassWatch
 from grit_optim.capture.gathered import Gathered, Share
 from grit_optim.capture.kept_gradients import KeptGradients, nonzero
 from grit_optim.capture.sums import Sums
+from grit_optim.capture.token_kinds import TokenKinds
 from grit_optim.integrity.fields import Fields, whole
 from grit_optim.lora.buckets import Bucket
 from grit_optim.lora.site import Site
@@ -82,13 +83,13 @@ class _Pass:
     Attributes:
         looked: positions of sites whose gradients have been looked at, before the pass changes them.
         reached: positions and sides whose gradients it has accumulated into.
-        waiting: by position, the h and δ of sites whose gradients it has not reached yet. h is None while
-            tokens are not recorded.
+        waiting: by position, h, the tokens' kinds and δ of sites whose gradients it has not reached yet. h is
+            None while tokens are not recorded.
     """
 
     looked: set[int] = field(default_factory=set)
     reached: set[tuple[int, int]] = field(default_factory=set)
-    waiting: dict[int, list[tuple[Tensor | None, Tensor]]] = field(default_factory=dict)
+    waiting: dict[int, list[tuple[Tensor | None, Tensor | int, Tensor]]] = field(default_factory=dict)
 
 
 class Taps:
@@ -97,6 +98,7 @@ class Taps:
     Args:
         max_tokens: tokens per site and step that enter the sums, evenly spaced; None: all.
         times: where the seconds spent in hooks are counted.
+        kinds: tells the kinds of tokens apart; None: they are not.
 
     Attributes:
         sites: the sites that are tapped, in the model's order.
@@ -109,10 +111,10 @@ class Taps:
         hooks: the handles of all hooks, one list for as long as the taps live.
     """
 
-    def __init__(self, max_tokens: int | None, times: StageTimes) -> None:
+    def __init__(self, max_tokens: int | None, times: StageTimes, kinds: TokenKinds | None = None) -> None:
         self.sites: list[Site] = []
         self.gathered = Gathered([], [])
-        self.max_tokens = max_tokens
+        self.max_tokens, self.kinds = max_tokens, kinds
         self.active = True
         self.calls_per_step = 1
         self.offset = 0
@@ -143,7 +145,7 @@ class Taps:
         accounts = self.gathered.by_site()
         left = {id(site): known for site, known in zip(self.sites, self._gradients.left, strict=True)}
         self.sites = list(sites)
-        self.gathered = Gathered(sites, buckets)
+        self.gathered = Gathered(sites, buckets, self.kinds.present if self.kinds is not None else ())
         self._weights = [(site.a, site.b) for site in self.sites]
         self._gradients = KeptGradients(self._weights)
         self._positions = {id(site): position for position, site in enumerate(self.sites)}
@@ -190,9 +192,10 @@ class Taps:
         if self.bypass.watches(position):
             fired = self.gathered.fired[position]
             self.bypass.forward(position, site.name, self._weights[position], fired)
-        output.register_hook(partial(self._receive, site, output.detach() if self.active else None))
+        kinds = self.kinds.of(site, output) if self.kinds is not None else 0
+        output.register_hook(partial(self._receive, site, output.detach() if self.active else None, kinds))
 
-    def _receive(self, site: Site, h: Tensor | None, delta: Tensor) -> None:
+    def _receive(self, site: Site, h: Tensor | None, kinds: Tensor | int, delta: Tensor) -> None:
         """Take note of one backward pass through one call of a site's ``lora_A``."""
         position = self._positions.get(id(site))
         if position is None:
@@ -200,9 +203,9 @@ class Taps:
         with self._lock:
             under_way = self._pass()
             if (position, 0) in under_way.reached or (position, 1) in under_way.reached:
-                self._record(position, h, delta)
+                self._record(position, h, kinds, delta)
             else:
-                under_way.waiting.setdefault(position, []).append((h, delta))
+                under_way.waiting.setdefault(position, []).append((h, kinds, delta))
 
     def before_gradient(self, position: int, side: int) -> None:
         """A backward pass is about to give A or B its gradient."""
@@ -219,8 +222,8 @@ class Taps:
             under_way = self._pass()
             under_way.reached.add((position, side))
             self._gradients.note(position, side)
-            for h, delta in under_way.waiting.pop(position, ()):
-                self._record(position, h, delta)
+            for h, kinds, delta in under_way.waiting.pop(position, ()):
+                self._record(position, h, kinds, delta)
 
     def _pass(self) -> _Pass:
         """The backward pass under way in this thread."""
@@ -239,13 +242,13 @@ class Taps:
             for position, side in done.reached if done is not None else ():
                 self._gradients.note(position, side)
 
-    def _record(self, position: int, h: Tensor | None, delta: Tensor) -> None:
+    def _record(self, position: int, h: Tensor | None, kinds: Tensor | int, delta: Tensor) -> None:
         """Let one backward pass through a site count."""
         with self._times("capture"):
             self.gathered.fired[position] += 1
             if h is not None:
                 stride = self._stride(delta.numel() // self.gathered.rank(position))
-                self.gathered.add(position, h, delta.detach(), Share(stride, self.offset % stride))
+                self.gathered.add(position, h, delta.detach(), Share(stride, self.offset % stride), kinds)
 
     def _stride(self, rows: int) -> int:
         """The stride with which a call of ``rows`` tokens keeps its share of ``max_tokens``."""

@@ -8,6 +8,7 @@ from typing import Any
 from grit_optim.capture.capture import Capture
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.curvature.curvature import in_operators
+from grit_optim.curvature.kinds import KindFactors
 from grit_optim.integrity.fields import Fields, alike, by_name, record, text, whole
 from grit_optim.lora.kept_ranks import KeptRanks
 from grit_optim.lora.site import Site
@@ -98,7 +99,7 @@ def _site_fields(site: Site, fisher: str, with_operators: bool, rotations: bool)
     }
     operators = {name for name in known if name.endswith(("_operator", "_ready"))}
     derived = {name for name in known if name.endswith("_penalty") or "_scale_" in name}
-    may = {*_LATER, *derived, *(() if with_operators else operators)}
+    may = {*_LATER, *KindFactors.saved_fields(site.rank), *derived, *(() if with_operators else operators)}
     return {n: f for n, f in known.items() if n not in may}, {n: f for n, f in known.items() if n in may}
 
 

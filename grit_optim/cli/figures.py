@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from grit_optim.cli.run_log import RunError, RunLog
+from grit_optim.cli.run_log import RunError, RunLog, by_modality
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -273,6 +273,40 @@ def _band(
         axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
+# -------------------------------------------------------------------- modalities
+
+
+def modalities(run: RunLog) -> Figure:
+    """Effective ranks and the trace of Σ_g over the steps, a line per part of a multimodal model.
+
+    A line is the mean over the part's pairs.
+
+    Raises:
+        RunError: the model has no parts.
+    """
+    members = by_modality(run)
+    if not members:
+        raise RunError(f"{run.path} is of a model that is not multimodal, so there are no parts to compare")
+    titles = {
+        "effective_rank_a": r"effective rank of $\Sigma_a$",
+        "effective_rank_g": r"effective rank of $\Sigma_g$",
+        "trace_g": r"trace of $\Sigma_g$",
+    }
+    figure, axes = _panels(1, 3, 11, 3.6)
+    for axis, (column, title) in zip(axes, titles.items(), strict=True):
+        for style, (modality, sites) in zip(_styles(), members.items(), strict=False):
+            steps = run.having(column)
+            means = [_mean_of_positive([step["sites"][column][i] for i in sites]) for step in steps]
+            axis.plot([step["step"] for step in steps], means, label=modality, **style)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(_STEP)
+        _grid(axis)
+    axes[0].set_ylabel("mean over the part's pairs")
+    axes[2].set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
 FIGURES: dict[str, Callable[[RunLog], Figure]] = {
     "spectrum_a": lambda run: spectrum(run, "a"),
     "spectrum_g": lambda run: spectrum(run, "g"),
@@ -283,6 +317,15 @@ FIGURES: dict[str, Callable[[RunLog], Figure]] = {
 }
 
 
+PARTS: dict[str, Callable[[RunLog], Figure]] = {"modalities": modalities}
+"""Figures that only the run of a multimodal model has."""
+
+
+def figures_of(run: RunLog) -> list[str]:
+    """Names of the figures that are drawn of a run."""
+    return [*FIGURES, *(PARTS if by_modality(run) else ())]
+
+
 def make(run: RunLog, kind: str) -> Figure:
     """The figure of that name.
 
@@ -291,4 +334,4 @@ def make(run: RunLog, kind: str) -> Figure:
     """
     if not run.steps:
         raise RunError(f"{run.path} holds no step yet; wait for the first record")
-    return FIGURES[kind](run)
+    return (FIGURES | PARTS)[kind](run)

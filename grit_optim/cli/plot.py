@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grit_optim.cli.figures import FIGURES, make
+from grit_optim.cli.figures import FIGURES, PARTS, figures_of, make
 from grit_optim.cli.run_log import RunError, read_run
 
 FORMATS = ("png", "pdf", "svg")
@@ -22,7 +22,11 @@ def add(commands: Any) -> None:
         "--out", type=Path, help="folder of the figures (default: beside the run, RUN-figures)"
     )
     parser.add_argument(
-        "--only", nargs="+", choices=tuple(FIGURES), metavar="FIGURE", help=f"some of: {', '.join(FIGURES)}"
+        "--only",
+        nargs="+",
+        choices=(*FIGURES, *PARTS),
+        metavar="FIGURE",
+        help=f"some of: {', '.join((*FIGURES, *PARTS))}",
     )
     parser.add_argument("--format", choices=FORMATS, default="png", help="png (default), pdf or svg")
     parser.set_defaults(call=_call)
@@ -62,7 +66,7 @@ def plot(
     log = read_run(run)
     folder = Path(out) if out is not None else log.path.with_name(f"{log.path.stem}-figures")
     written, left_out = [], []
-    for kind in only or FIGURES:
+    for kind in only or figures_of(log):
         try:
             figure = make(log, kind)
         except RunError as error:

@@ -67,7 +67,7 @@ def read_ranks(path: Path, threshold: float = 0.99) -> RankReport:
         )
     present = {site.name for site in sites}
     left_out = [
-        SiteRank(name, 0, p["rank_before"], None, None, 0, p["parameters_before"], p["predicted_loss"])
+        SiteRank(name, 0, p["rank_before"], None, None, 0, p["parameters_before"], *_told(p))
         for name, p in past.items()
         if name not in present
     ]
@@ -138,4 +138,9 @@ def _site(
     )
     size = a.numel() + b.numel()
     before = known.get("rank_before", a.shape[0]), known.get("parameters_before", size)
-    return SiteRank(name, a.shape[0], before[0], entropy, count, size, before[1], known.get("predicted_loss"))
+    return SiteRank(name, a.shape[0], before[0], entropy, count, size, before[1], *_told(known))
+
+
+def _told(past: dict[str, Any]) -> tuple[Any, Any]:
+    """What only ``grit_ranks.json`` knows of a site: the predicted loss and the modality."""
+    return past.get("predicted_loss"), past.get("modality")

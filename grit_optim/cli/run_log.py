@@ -23,11 +23,14 @@ class SiteName:
 
     Attributes:
         layer: number of the transformer layer, or None.
-        projection: last part of the module's name, such as ``q_proj``.
+        projection: last part of the module's name, such as ``q_proj``, behind the modality in a model of
+            several.
+        modality: "vision", "audio", "cross_modal", "text", or None.
     """
 
     layer: int | None
     projection: str
+    modality: str | None = None
 
     def __str__(self) -> str:
         return self.projection if self.layer is None else f"layer {self.layer} {self.projection}"
@@ -52,7 +55,7 @@ class RunLog:
     @property
     def sites(self) -> list[SiteName]:
         """The sites, in the order of every column."""
-        return [parse_name(site["name"], site["adapter"]) for site in self.start["sites"]]
+        return [parse_name(s["name"], s["adapter"], s.get("modality")) for s in self.start["sites"]]
 
     def having(self, column: str) -> list[Record]:
         """The steps that hold a column of the sites' numbers.
@@ -81,11 +84,22 @@ _REMEDIES = {
 """What to do about a column that a run does not hold."""
 
 
-def parse_name(name: str, adapter: str) -> SiteName:
+def parse_name(name: str, adapter: str, modality: str | None = None) -> SiteName:
     """Layer and projection from a site's name, which ends in the adapter's."""
     module = name.removesuffix(f".{adapter}") if adapter else name
     found = _LAYER.search(f"{module}.")
-    return SiteName(int(found[1]) if found else None, module.rsplit(".", 1)[-1])
+    projection = module.rsplit(".", 1)[-1]
+    number = int(found[1]) if found else None
+    return SiteName(number, f"{modality} {projection}" if modality else projection, modality)
+
+
+def by_modality(run: RunLog) -> dict[str, list[int]]:
+    """Positions of the sites of each part of a multimodal model, by its modality."""
+    found: dict[str, list[int]] = {}
+    for i, site in enumerate(run.sites):
+        if site.modality is not None:
+            found.setdefault(site.modality, []).append(i)
+    return found
 
 
 def read_run(path: str | Path) -> RunLog:

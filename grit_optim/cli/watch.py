@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grit_optim.cli.run_log import RunLog, read_run
+from grit_optim.cli.run_log import RunLog, by_modality, read_run
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -87,16 +87,20 @@ def dashboard(run: RunLog) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     for name, value in summary(run).items():
         facts.add_row(f"[bold]{name}", value)
-    by_projection = Table("projection", "sites", *_COLUMNS)
-    names = [site.projection for site in run.sites]
-    for projection in dict.fromkeys(names):
-        members = [i for i, name in enumerate(names) if name == projection]
-        cells = [_median(last["sites"].get(column), members) for column in _COLUMNS.values()]
-        by_projection.add_row(projection, str(len(members)), *cells)
+    projections: dict[str, list[int]] = {}
+    for i, site in enumerate(run.sites):
+        projections.setdefault(site.projection, []).append(i)
+    tables = []
+    for heading, rows in (("modality", by_modality(run)), ("projection", projections)):
+        if rows:
+            tables.append(Table(heading, "sites", *_COLUMNS))
+        for name, members in rows.items():
+            cells = [_median(last["sites"].get(column), members) for column in _COLUMNS.values()]
+            tables[-1].add_row(name, str(len(members)), *cells)
     mode = f"{options['precondition']} · fisher {options['fisher']} · {run.start['base']}"
     state = "ended" if run.end is not None else "running"
     return Panel(
-        Group(facts, by_projection), title=f"{run.path.name} · step {last['step']} · {state}", subtitle=mode
+        Group(facts, *tables), title=f"{run.path.name} · step {last['step']} · {state}", subtitle=mode
     )
 
 

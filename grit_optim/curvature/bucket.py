@@ -12,6 +12,7 @@ from grit_optim import linalg
 from grit_optim.base.transport import Move
 from grit_optim.capture.sums import Sums
 from grit_optim.curvature.factors import RANK_AXES, Factors
+from grit_optim.curvature.kinds import KindFactors, make_kinds
 from grit_optim.curvature.moments import GradientMoments
 from grit_optim.integrity.fields import Fields, flag, rotation, tensor
 from grit_optim.lora.buckets import Bucket, Group, in_pieces
@@ -32,6 +33,7 @@ class BucketCurvature:
         bucket: the sites, in the order of every ``[S, …]`` tensor.
         ranks: the ranks in force. They are read here and set elsewhere.
         factors: the K-FAC factors Σ_a and Σ_g.
+        kinds: what each kind of token brings to the factors, where kinds are told apart; else None.
         moments: second moments of the gradients, for the kinds of ``fisher`` that need them; else None.
         a_operator: what multiplies A's gradient ``[S, r, r]``.
         b_operator: what multiplies B's gradient ``[S, r, r]``.
@@ -45,6 +47,7 @@ class BucketCurvature:
         self.bucket = bucket
         self.ranks = ranks
         self.factors = Factors.zeros(len(bucket.sites), bucket.rank, bucket.device)
+        self.kinds = make_kinds(len(bucket.sites), bucket.rank, bucket.device, options.modality_weights)
         self.moments = None if options.fisher == "kfac" else GradientMoments(options.fisher, bucket)
         self.damping_used = torch.full(
             (2, len(bucket.sites)), torch.nan, dtype=torch.float32, device=bucket.device
@@ -56,7 +59,7 @@ class BucketCurvature:
     def view(self) -> BucketCurvature:
         """A copy whose ranks and factors can be set without setting ours. The tensors are shared."""
         seen = copy(self)
-        seen.ranks, seen.factors = copy(self.ranks), copy(self.factors)
+        seen.ranks, seen.factors, seen.kinds = copy(self.ranks), copy(self.factors), copy(self.kinds)
         return seen
 
     def apply(self, group: Group, stacked: Tensor) -> Tensor:
@@ -99,8 +102,11 @@ class BucketCurvature:
                 moments.
             by_gradients: sites whose sums come from gradients, boolean ``[S]``; None: none.
         """
-        decay = self._options.fisher_decay
+        decay, weight = self._options.fisher_decay, self.factors.activation_weight
         self.factors.fold(sums, accept, decay, gradient_unit, loss_tokens, by_gradients)
+        if self.kinds is not None:
+            self.kinds.fold(sums, accept, decay, gradient_unit, weight)
+            self.factors.activation, self.factors.gradient = self.kinds.combined()
         if self.moments is None or moment_unit is None:
             return
         found = [part for group in self.bucket.groups if (part := group.with_gradient()) is not None]
@@ -269,10 +275,14 @@ class BucketCurvature:
     def change_coordinates(self, move: Move) -> None:
         """Express the factors in the coordinates that ``move`` brought A and B to."""
         self.factors.change_coordinates(move.a_weight, move.b_weight)
+        if self.kinds is not None:
+            self.kinds.change_coordinates(move.a_weight, move.b_weight)
 
     def forget(self, sites: Tensor) -> None:
         """Let the factors of the chosen sites, boolean ``[S]``, be as if nothing had been seen."""
         self.factors.forget(sites)
+        if self.kinds is not None:
+            self.kinds.forget(sites)
 
     def forget_named(self, names: Collection[str]) -> None:
         """As :meth:`forget`, for the sites among ``names``."""
@@ -283,7 +293,8 @@ class BucketCurvature:
     def rank_axes(self) -> dict[str, tuple[int, ...]]:
         """Names of a site's saved tensors to the axes that run over its rank; the others have none."""
         operators = dict.fromkeys(_OPERATORS[:2], (0, 1))
-        return {**RANK_AXES, **operators, **({} if self.moments is None else self.moments.rank_axes())}
+        moments = {} if self.moments is None else self.moments.rank_axes()
+        return {**RANK_AXES, **KindFactors.rank_axes(), **operators, **moments}
 
     @staticmethod
     def saved_fields(fisher: str, site: Site, rotations: bool) -> Fields:
@@ -297,7 +308,8 @@ class BucketCurvature:
         matrix = rotation(site.rank) if rotations else tensor(site.rank, site.rank)
         operators = dict.fromkeys(_OPERATORS[:2], matrix) | dict.fromkeys(_OPERATORS[2:], flag)
         moments = {} if fisher == "kfac" else GradientMoments.saved_fields(fisher, site)
-        return {**Factors.saved_fields(site.rank), **operators, **moments}
+        of_kinds = KindFactors.saved_fields(site.rank)
+        return {**Factors.saved_fields(site.rank), **of_kinds, **operators, **moments}
 
     def pack(self, with_operators: bool) -> dict[str, dict[str, Tensor]]:
         """The state of each site for a checkpoint: site name to tensors by name.
@@ -308,6 +320,7 @@ class BucketCurvature:
         packed = {}
         for position, name in enumerate(self.bucket.names()):
             state = self.factors.pack(position)
+            state.update({} if self.kinds is None else self.kinds.pack(position))
             if with_operators:
                 state.update({key: getattr(self, key)[position].clone() for key in _OPERATORS})
             if self.moments is not None:
@@ -318,6 +331,8 @@ class BucketCurvature:
     def unpack(self, position: int, state: Mapping[str, Tensor]) -> None:
         """Put the state of the site at ``position`` back. Tensors that ``state`` lacks stay as they are."""
         self.factors.unpack(position, state)
+        if self.kinds is not None:
+            self.kinds.unpack(position, state)
         if self.moments is not None:
             self.moments.unpack(position, state)
         for key in _OPERATORS:

@@ -39,11 +39,13 @@ class History(NamedTuple):
         rank: directions at first.
         parameters: entries of A and B at first.
         predicted_loss: rise of the loss that the directions given up were predicted to cost; None if unknown.
+        modality: of a site in a multimodal model; None if unknown.
     """
 
     rank: int
     parameters: int
     predicted_loss: float | None
+    modality: str | None = None
 
 
 class Pair(NamedTuple):
@@ -308,23 +310,10 @@ def _report(
         past = history.get(name, History(site.rank, site.parameters, None))
         spectrum = product_singular_values(a, b)[None] if a.shape[0] else a.new_zeros(1, 1)
         entropy, count = effective_ranks(spectrum, threshold)[0]
-        sites.append(
-            SiteRank(
-                name,
-                a.shape[0],
-                past.rank,
-                entropy,
-                count,
-                a.numel() + b.numel(),
-                past.parameters,
-                past.predicted_loss,
-            )
-        )
-    gone = [name for name in history if name not in layers.pairs]
-    sites += [
-        SiteRank(n, 0, history[n].rank, None, None, 0, history[n].parameters, history[n].predicted_loss)
-        for n in gone
-    ]
+        kept, told = a.numel() + b.numel(), (past.parameters, past.predicted_loss, past.modality)
+        sites.append(SiteRank(name, a.shape[0], past.rank, entropy, count, kept, *told))
+    gone = {name: past for name, past in history.items() if name not in layers.pairs}
+    sites += [SiteRank(n, 0, past.rank, None, None, 0, *past[1:]) for n, past in gone.items()]
     return RankReport(sites, threshold)
 
 

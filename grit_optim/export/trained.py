@@ -98,7 +98,7 @@ def _history(parts: Parts, home: Home, adapter: str) -> dict[str, History]:
     names += [n for n in parts.ranks.removed if n.startswith(prefix) and n.endswith(f".{adapter}")]
     return {
         name.removeprefix(prefix).removesuffix(f".{adapter}"): History(
-            origin[name].rank, origin[name].parameters, known(dropped[name])
+            origin[name].rank, origin[name].parameters, known(dropped[name]), origin[name].modality
         )
         for name in names
     }

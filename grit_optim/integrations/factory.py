@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from grit_optim.lora.by_modality import modality_groups
 from grit_optim.messages import nearest
 from grit_optim.optimizer import GritOptimizer
 from grit_optim.options import DECLARED
+from grit_optim.options.declared import MODALITIES
 from grit_optim.options.former import FORMER
 
-OPTIONS = {*DECLARED, *FORMER}
+OPTIONS = {*DECLARED, *FORMER, "modality_of"}
 """Keywords that go to GritOptimizer; all others go to the base."""
 
 
@@ -79,9 +81,9 @@ def build(
         model: the PEFT model.
         lr: learning rate, to be given. The Trainer does not pass ``args.learning_rate`` to a factory.
         base: class of the base optimizer, or any callable of parameter groups and keywords.
-        **keywords: options of GritOptimizer go to it, all others (weight_decay, betas, …) to ``base``. Only
-            matrices decay, as in the Trainer: biases and the weights of norms are a group with a
-            ``weight_decay`` of 0.
+        **keywords: options of GritOptimizer go to it, ``vision=``, ``audio=``, ``cross_modal=`` and ``text=``
+            to :func:`modality_groups`, all others (weight_decay, betas, …) to ``base``. Only matrices decay,
+            as in the Trainer: biases and the weights of norms are a group with a ``weight_decay`` of 0.
 
     Raises:
         ValueError: the model has nothing to train, or no LoRA pair.
@@ -93,9 +95,14 @@ def build(
             "Give it as for_trainer(model, lr=2e-4), or optimizer_cls_and_kwargs=(for_trainer, {'lr': 2e-4})"
         )
     options = {name: value for name, value in keywords.items() if name in OPTIONS}
-    settings = {name: value for name, value in keywords.items() if name not in OPTIONS}
+    parts = {name: value for name, value in keywords.items() if name in MODALITIES}
+    settings = {name: value for name, value in keywords.items() if name not in {*OPTIONS, *MODALITIES}}
     _check_settings(base, settings)
-    return GritOptimizer(base(_groups(model, settings), lr=lr, **settings), model, **options)
+    if parts:
+        groups = modality_groups(model, modality_of=options.get("modality_of"), **parts)
+    else:
+        groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    return GritOptimizer(base(_groups(groups, settings), lr=lr, **settings), model, **options)
 
 
 def _check_settings(base: Callable[..., Optimizer], settings: Iterable[str]) -> None:
@@ -121,15 +128,24 @@ def _check_settings(base: Callable[..., Optimizer], settings: Iterable[str]) -> 
         )
 
 
-def _groups(model: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Parameter groups: matrices, and vectors, which do not decay. A group without members is left out."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
+def _groups(groups: Iterable[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each group's matrices, and its vectors, which do not decay. Groups without members are left out.
+
+    Raises:
+        ValueError: there is no member.
+    """
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        matrices, vectors = (
+            [p for p in group["params"] if (p.ndim > 1) is wanted] for wanted in (True, False)
+        )
+        if matrices:
+            found.append({**group, "params": matrices})
+        if vectors:
+            stays = {"weight_decay": 0.0} if "weight_decay" in {*settings, *group} else {}
+            found.append({**group, "params": vectors, **stays})
+    if not found:
         raise ValueError(
             "no parameter of the model requires a gradient; add the adapter before the optimizer is built"
         )
-    matrices, vectors = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices}] if matrices else []
-    if vectors:
-        groups.append({"params": vectors, **({"weight_decay": 0.0} if "weight_decay" in settings else {})})
-    return groups
+    return found

@@ -5,7 +5,6 @@ PEFT's layers are recognised by their attributes, so that PEFT need not be impor
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from grit_optim.lora.names import plain_name
 from grit_optim.lora.site import Site, alpha_for, mismatch
 from grit_optim.messages import listed
 
@@ -30,8 +30,6 @@ _ADALORA = "AdaLoRA applies its own rank mask between A and B"
 # Variants whose forward pass is lora_B(lora_A(x)). Others may scale, mask or skip values between A and B.
 _TAPPABLE_VARIANTS = {"DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant",
                       "ALoraLinearVariant"}  # fmt: skip
-# The prefix of DataParallel and DDP, and the one of torch.compile before each module that it was called on.
-_WRAPPER_NAMES = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 
 
 def _reason_untapped(layer: nn.Module, adapter: str) -> str | None:
@@ -115,7 +113,7 @@ def find_sites(
     sites: list[Site] = []
     unusable: dict[str, str] = {}
     for full_name, layer in model.named_modules():
-        name = _WRAPPER_NAMES.sub("", full_name)
+        name = plain_name(full_name)
         for site in _sites_of(name, layer):
             entries = (site.a_modules[site.adapter], site.b_modules[site.adapter])
             if not any(_is_trained(entry, trained) for entry in entries):
@@ -183,7 +181,7 @@ def peft_models_in(model: nn.Module) -> dict[str, Any]:
     for full_name, module in model.named_modules():
         is_one = all(hasattr(module, name) for name in ("peft_config", "base_model", "get_base_model"))
         if is_one and not any(module is inner for outer in found.values() for inner in outer.modules()):
-            found[_WRAPPER_NAMES.sub("", f"{full_name}.").rstrip(".")] = module
+            found[plain_name(full_name)] = module
     return found
 
 
@@ -215,7 +213,7 @@ def no_peft_model_message(model: nn.Module) -> str:
 
 def layers_of_pairs(model: nn.Module) -> dict[int, tuple[str, Any]]:
     """All PEFT layers with pairs: ``id(site.a_modules)`` to the layer's name in ``model`` and the layer."""
-    found = ((_WRAPPER_NAMES.sub("", name), layer) for name, layer in model.named_modules())
+    found = ((plain_name(name), layer) for name, layer in model.named_modules())
     return {
         id(layer.lora_A): (name, layer)
         for name, layer in found
@@ -290,7 +288,7 @@ def adapter_layers(peft_model: Any, adapter: str) -> AdapterLayers:
     tied = _embedding_storages(peft_model)
     bias_saved = getattr(peft_model.peft_config[adapter], "bias", "none") != "none"
     for full_name, layer in peft_model.get_base_model().named_modules():
-        name = _WRAPPER_NAMES.sub("", full_name)
+        name = plain_name(full_name)
         if adapter not in getattr(layer, "r", ()) or not isinstance(getattr(layer, "lora_alpha", None), dict):
             continue
         a_modules, b_modules = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from grit_optim.integrity.undo import set_data
+from grit_optim.lora.modality import check_modality
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -37,6 +38,7 @@ class Site:
             its gradients.
         experts: how many pairs share A and B, as PEFT stacks those of a layer's experts.
         expert: which of them this one is.
+        modality: "vision", "audio", "cross_modal" or "text"; None in a model that is not multimodal.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Site:
     untapped: str | None = None
     experts: int = 1
     expert: int = 0
+    modality: str | None = None
 
     @property
     def tap(self) -> nn.Module:
@@ -147,7 +150,9 @@ class Site:
         return not self.deleted and self.a is a and self.b is b
 
     @classmethod
-    def from_modules(cls, name: str, a: nn.Module, b: nn.Module, scaling: float = 1.0) -> Site:
+    def from_modules(
+        cls, name: str, a: nn.Module, b: nn.Module, scaling: float = 1.0, modality: str | None = None
+    ) -> Site:
         """A site of hand-written LoRA.
 
         Args:
@@ -155,9 +160,10 @@ class Site:
             a: maps x to h = A x; its ``weight`` is A ``[r, d_in]``.
             b: maps h to B h; its ``weight`` is B ``[d_out, r]``.
             scaling: the factor s in ΔW = s·B·A.
+            modality: see the attribute.
 
         Raises:
-            ValueError: a weight is missing, or the ranks of A and B do not agree.
+            ValueError: a weight is missing, the ranks of A and B do not agree, or an unknown modality.
         """
         for label, module in (("a", a), ("b", b)):
             if not isinstance(getattr(module, "weight", None), Tensor):
@@ -165,11 +171,12 @@ class Site:
                     f"site {name!r}: `{label}` is a {type(module).__name__} without a `weight` tensor. Pass "
                     "the module (such as nn.Linear) whose weight is the LoRA matrix"
                 )
-        site = cls(name, "", {"": a}, {"": b}, {"": scaling})
-        return _checked(site)
+        return _checked(cls(name, "", {"": a}, {"": b}, {"": scaling}, modality=modality))
 
     @classmethod
-    def from_parameters(cls, name: str, a: Tensor, b: Tensor, scaling: float = 1.0) -> Site:
+    def from_parameters(
+        cls, name: str, a: Tensor, b: Tensor, scaling: float = 1.0, modality: str | None = None
+    ) -> Site:
         """A site of LoRA without modules, as fused layers hold it. Its curvature comes from its gradients.
 
         Args:
@@ -177,10 +184,11 @@ class Site:
             a: A ``[r, d_in]``.
             b: B ``[d_out, r]``.
             scaling: the factor s in ΔW = s·B·A.
+            modality: see the attribute.
 
         Raises:
             TypeError: ``a`` or ``b`` is no tensor.
-            ValueError: the ranks of A and B do not agree.
+            ValueError: the ranks of A and B do not agree, or an unknown modality.
         """
         for label, matrix in (("a", a), ("b", b)):
             if not isinstance(matrix, Tensor):
@@ -188,7 +196,8 @@ class Site:
                     f"site {name!r}: `{label}` is a {type(matrix).__name__}. Pass the parameter itself, or "
                     "use Site.from_modules"
                 )
-        return _checked(cls(name, "", {"": a}, {"": b}, {"": scaling}, untapped=NO_MODULE))
+        pair = cls(name, "", {"": a}, {"": b}, {"": scaling}, untapped=NO_MODULE, modality=modality)
+        return _checked(pair)
 
 
 NO_MODULE = "it was given as parameters, without the module that multiplies by A"
@@ -200,13 +209,15 @@ def weight_of(entry: Any) -> Tensor:
 
 
 def _checked(site: Site) -> Site:
-    """The site, if it is a pair.
+    """The site, if it is a pair of a known modality or of none.
 
     Raises:
         ValueError: it is not.
     """
     if problem := mismatch(site):
         raise ValueError(f"site {site.name!r}: {problem}. A must be [r, d_in] and B [d_out, r]")
+    if site.modality is not None:
+        check_modality(f"site {site.name!r}", site.modality)
     return site
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grit_optim.lora.buckets import Bucket, build_buckets, check_distinct, check_real
+from grit_optim.lora.by_modality import ModalityOf, with_modality
 from grit_optim.lora.discovery import find_sites, frozen_pairs, no_sites_message, pairs_elsewhere
 from grit_optim.lora.site import Site
 from grit_optim.messages import listed, warn
@@ -27,6 +28,7 @@ class SiteSet:
         given: sites from the user, for hand-written LoRA; None: look for PEFT's in ``model``.
         tapped_only: whether pairs that no tap sees are left to the base.
         moves: whether the pairs change coordinates in training. Those that cannot are left to the base.
+        modality_of: what says a pair's modality before the model's structure does.
 
     Attributes:
         all: the sites worked on, in the model's order.
@@ -41,11 +43,12 @@ class SiteSet:
         given: Sequence[Site] | None = None,
         tapped_only: bool = False,
         moves: bool = False,
+        modality_of: ModalityOf | None = None,
     ) -> None:
         self.all: list[Site] = []
-        self.given = given is not None
+        self.given, self._given = given is not None, given
         self._base = base
-        self._tapped_only, self._moves = tapped_only, moves
+        self._tapped_only, self._moves, self._modality_of = tapped_only, moves, modality_of
         self.model = model
         self._seen: dict[int, Tensor] = {}  # the base's parameters at the latest find()
         self._frozen: list[tuple[Tensor, Tensor]] = []  # A and B that the base holds but that are not trained
@@ -56,9 +59,14 @@ class SiteSet:
     def first(self, model: nn.Module) -> list[Site]:
         """The model's pairs that are trained now; those that are trained later are tapped then.
 
+        Or the pairs that the user gave.
+
         Raises:
+            TypeError: what was given is no sequence of sites.
             ValueError: the base holds no pair of the model, trained now or not.
         """
+        if self._given is not None:
+            return with_modality(given_sites(self._given), model, self._modality_of)
         sites, untapped = self._find(model)
         if not sites and not frozen_pairs(model, self._parameters()):
             raise ValueError(no_sites_message(model, untapped, self._base.param_groups))
@@ -87,7 +95,9 @@ class SiteSet:
         for site in found:
             if site.untapped and (self._tapped_only or (self._moves and site.fixed)):
                 left[site.name] = site.untapped
-        return [site for site in found if site.name not in left], left
+        return with_modality(
+            [site for site in found if site.name not in left], model, self._modality_of
+        ), left
 
     def _warn_of_untapped(self, untapped: Mapping[str, str]) -> None:
         news = {name: reason for name, reason in untapped.items() if self._untapped.get(name) != reason}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ def budget_value(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
             f"{name} must be a float in (0, 1], a share of the adapter's parameters, or a whole number of "
-            f"them, got {value!r}"
+            f"them, got {value!r}{_hint(value, [EFFECTIVE])}"
         )
     if isinstance(value, float):
         real("in (0, 1] where it is a float, a share of the parameters", lambda x: 0 < x <= 1)(name, value)
@@ -104,10 +104,56 @@ def budget_value(name: str, value: Any) -> None:
         whole(1)(name, value)
 
 
-def budget(name: str, value: Any) -> None:
-    """Refuse what is no budget, no pair of budgets and not None."""
+EFFECTIVE = "effective"
+"""The budget that sizes itself."""
+
+
+def budget_of(parts: tuple[str, ...]) -> Check:
+    """A check for a budget or a pair of them, either for each of some parts, :data:`EFFECTIVE`, or None."""
+
+    def check(name: str, value: Any) -> None:
+        """Refuse anything else."""
+        if value is None or (isinstance(value, str) and value == EFFECTIVE):
+            return
+        if isinstance(value, Mapping):
+            if not value:
+                raise ValueError(f"{name} is an empty mapping; give budgets as in {{'vision': 0.5}}, or None")
+            for part, own in value.items():
+                one_of(parts)(f"a part in {name}", part)
+                course(f"{name}[{part!r}]", own)
+        else:
+            course(name, value)
+
+    return check
+
+
+def course(name: str, value: Any) -> None:
+    """Refuse what is neither a budget nor a pair of budgets, its start and its end."""
     if isinstance(value, tuple | list) and len(value) == 2:
         budget_value(f"the start of {name}", value[0])
         budget_value(f"the end of {name}", value[1])
-    elif value is not None:
+    else:
         budget_value(name, value)
+
+
+def shares_of(kinds: tuple[str, ...]) -> Check:
+    """A check for None, "equal", or a mapping of some of ``kinds`` to shares, not all of them 0."""
+
+    def check(name: str, value: Any) -> None:
+        """Refuse anything else."""
+        if value is None or (isinstance(value, str) and value == "equal"):
+            return
+        if not isinstance(value, Mapping):
+            raise TypeError(
+                f"{name} must be None, 'equal', or shares such as {{'text': 1, 'vision': 1}}, got {value!r}"
+                f"{_hint(value, ['equal'])}"
+            )
+        for kind, share in value.items():
+            one_of(kinds)(f"a kind of token in {name}", kind)
+            real("from 0 up", lambda x: x >= 0)(f"the share of {kind!r} in {name}", share)
+        if not any(value.values()):
+            raise ValueError(
+                f"{name}={value!r} leaves no token anything; give at least one kind a share above 0"
+            )
+
+    return check

@@ -110,7 +110,7 @@ def check_combinations(options: Options) -> None:
 
 
 def _check_budget(ranks: RankOptions) -> None:
-    if ranks.budget is None:
+    if ranks.rank_budget is None:
         if ranks.rank_budget_steps or ranks.rank_budget_schedule != "linear":
             raise ValueError(
                 "rank_budget_schedule and rank_budget_steps say how to come to rank_budget, which is None; "
@@ -127,9 +127,7 @@ def _check_budget(ranks: RankOptions) -> None:
             "rank_budget and rank_adaptation_threshold are two ways to decide the ranks; choose the common "
             "budget or the threshold of each pair"
         )
-    if ranks.rank_budget_steps == 0 and (
-        isinstance(ranks.rank_budget, tuple | list) or ranks.rank_budget_schedule != "linear"
-    ):
+    if ranks.rank_budget_steps == 0 and (ranks.has_start or ranks.rank_budget_schedule != "linear"):
         raise ValueError(
             "a start of rank_budget, and rank_budget_schedule, have no effect with rank_budget_steps=0, "
             "which goes to the end at once; set over how many steps the budget changes"

@@ -5,10 +5,22 @@ The signature of GritOptimizer, its documentation and docs/options.md come from 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from grit_optim.options.checks import Check, budget, device, flag, one_of, real, whole, word
+from grit_optim.options.checks import (
+    EFFECTIVE,
+    Check,
+    budget_of,
+    device,
+    flag,
+    one_of,
+    real,
+    shares_of,
+    whole,
+    word,
+)
 
 PAIRINGS = ("kfac", "paper")
 FISHERS = ("kfac", "diagonal", "block_diagonal", "ekfac")
@@ -17,6 +29,8 @@ PAPER_PROJECTIONS = ("two_sided", "one_sided")
 CAPTURES = ("auto", "taps", "gradients")
 REPROJECTIONS = ("none", "balanced", *PAPER_PROJECTIONS)
 BUDGET_SCHEDULES = ("linear", "cosine", "adaptive")
+MODALITIES = ("vision", "audio", "cross_modal", "text")
+TOKEN_KINDS = ("text", "vision", "audio")
 
 
 def option(default: Any, check: Check, meaning: str) -> Any:
@@ -103,6 +117,14 @@ class CurvatureOptions(Group):
         real("in [0, 1), or None for the running mean", lambda x: 0 <= x < 1, besides=(None,)),
         """Weight in [0, 1) that the factors' past keeps per recorded step. None: the mean over all
         tokens.""",
+    )
+    modality_weights: str | Mapping[str, float] | None = option(
+        None,
+        shares_of(TOKEN_KINDS),
+        """Shares of text, pictures ("vision") and sound ("audio") in the factors of a multimodal language
+        model, as in {"text": 1, "vision": 1}; "equal" for equal shares. The factors of each kind of token are
+        kept apart then. None: as they come, so that pictures, which have most tokens, decide. What a cut is
+        predicted to cost counts tokens with these shares too.""",
     )
     kfac_min_samples: int = option(64, whole(0), """Tokens that a factor must have seen before it is used.""")
     kfac_damping: float | None = option(
@@ -204,14 +226,23 @@ class RankOptions(Group):
         worth a direction is then left out of the saved adapter.""",
     )
     rank_adaptation_start_step: int = option(0, whole(0), """Steps before the first adaptation.""")
-    rank_budget: float | tuple[float, float] | None = option(
+    rank_budget: float | tuple[float, float] | Mapping[str, Any] | str | None = option(
         None,
-        budget,
+        budget_of(MODALITIES),
         """Parameters that all pairs together may keep: a float is a share of what the adapter has, an
         int a number of them. All directions of all pairs compete by the rise of the loss that dropping
         them is predicted to cost, per parameter. A pair (start, end) comes from the start to the end; a
-        budget that rises gives directions back, started as LoRA starts (A random, B zero). Needs
-        reprojection="balanced".""",
+        budget that rises gives directions back, started as LoRA starts (A random, B zero). A mapping gives
+        parts of a multimodal model budgets of their own, as in {"vision": 0.5, "text": (1.0, 0.6)}: pairs
+        compete within their part, and parts that it leaves out keep all. "effective" sizes itself: see
+        effective_rank_factor. Needs reprojection="balanced".""",
+    )
+    effective_rank_factor: float = option(
+        1.2,
+        real("above 0", lambda x: x > 0),
+        """With rank_budget="effective" each pair comes to this many times the effective rank of its Σ_a,
+        rounded up, as it is at the first reprojection from rank_adaptation_start_step on. The rule of
+        GRIT-VLM.""",
     )
     rank_budget_schedule: str = option(
         "linear",
@@ -242,13 +273,26 @@ class RankOptions(Group):
         return self.rank_budget is not None or self.rank_adaptation_threshold is not None
 
     @property
-    def budget(self) -> tuple[float, float] | None:
-        """Start and end of the budget; by default it starts at the whole adapter."""
-        if self.rank_budget is None:
-            return None
-        if isinstance(self.rank_budget, tuple | list):
-            return self.rank_budget[0], self.rank_budget[1]
-        return 1.0, self.rank_budget
+    def sizes_itself(self) -> bool:
+        """Whether the pairs' own effective ranks are the budget."""
+        return self.rank_budget == EFFECTIVE
+
+    @property
+    def budgets(self) -> dict[str, tuple[float, float]]:
+        """Start and end of each part's budget, "" for all pairs; by default it starts at the whole part."""
+        if self.rank_budget is None or isinstance(self.rank_budget, str):
+            return {}
+        given: Any = self.rank_budget if isinstance(self.rank_budget, Mapping) else {"": self.rank_budget}
+        return {
+            part: (own[0], own[1]) if isinstance(own, tuple | list) else (1.0, own)
+            for part, own in given.items()
+        }
+
+    @property
+    def has_start(self) -> bool:
+        """Whether a budget comes from a start of its own."""
+        given = self.rank_budget.values() if isinstance(self.rank_budget, Mapping) else [self.rank_budget]
+        return any(isinstance(own, tuple | list) for own in given)
 
     @property
     def reported_threshold(self) -> float:

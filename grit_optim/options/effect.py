@@ -40,6 +40,13 @@ def _refreshes(options: Options, uses: Collection[str]) -> bool:
     return "kfac_update_freq" in uses or options.penalties.any
 
 
+def _weighs_tokens(options: Options, uses: Collection[str]) -> bool:
+    """Whether factors of tokens are in use, whose kinds can be told apart."""
+    in_step = _refreshes(options, uses) and options.curvature.fisher in ("kfac", "ekfac")
+    used = in_step or options.penalties.any or _reprojects(options)
+    return used and options.recording.capture != "gradients"
+
+
 _NEEDS: dict[str, tuple[Callable[[Options, Collection[str]], bool], str]] = {
     "kfac_update_freq": (
         _refreshes,
@@ -55,6 +62,10 @@ _NEEDS: dict[str, tuple[Callable[[Options, Collection[str]], bool], str]] = {
         lambda options, _: options.ranks.gives_up or options.ranks.adapts,
         "the paper's projections give no rank up, and rank_adaptation_threshold is not set",
     ),
+    "effective_rank_factor": (
+        lambda options, _: options.ranks.gives_up,
+        "the paper's projections give no rank up",
+    ),
     "kfac_inversion_device": (
         lambda options, uses: "kfac_inversion_device" in uses and options.curvature.fisher != "diagonal",
         "no factor is inverted or decomposed in 'balanced' and 'none', nor with fisher='diagonal'",
@@ -62,6 +73,11 @@ _NEEDS: dict[str, tuple[Callable[[Options, Collection[str]], bool], str]] = {
     "rank_adaptation_start_step": (
         lambda options, _: options.ranks.adapts,
         "neither rank_adaptation_threshold nor rank_budget is set",
+    ),
+    "modality_weights": (
+        _weighs_tokens,
+        "no factors of tokens are in use: precondition is 'none' without a reprojection, capture is "
+        "'gradients', or fisher is made of gradients",
     ),
     "regularizer_warmup_steps": (
         lambda options, _: options.penalties.any,

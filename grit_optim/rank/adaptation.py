@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from grit_optim.curvature.bucket import BucketCurvature
-from grit_optim.integrity.fields import Fields, by_name, number, record, several, text, whole
+from grit_optim.integrity.fields import Fields, by_name, number, text, whole
 from grit_optim.linalg import full_precision
 from grit_optim.lora.buckets import Bucket
 from grit_optim.lora.kept_ranks import KeptRanks
@@ -20,10 +20,12 @@ from grit_optim.options import RankOptions
 from grit_optim.options.declared import PAPER_PROJECTIONS, REPROJECTIONS
 from grit_optim.profiling import StageTimes
 from grit_optim.rank import moves
-from grit_optim.rank.budget import BudgetSchedule, Origin, make_schedule, unmet
+from grit_optim.rank.budget import unmet
+from grit_optim.rank.budgets import Budgets
 from grit_optim.rank.coordinates import BALANCING_DAMPING, Coordinates
+from grit_optim.rank.origin import Origin, check_saved, origins_of, remembered, saved
 from grit_optim.rank.report import RankReport, SiteRank, effective_ranks, known
-from grit_optim.rank.selection import Bids, RankPolicy, ranks_within
+from grit_optim.rank.selection import RankPolicy
 
 
 class Ranks:
@@ -33,7 +35,7 @@ class Ranks:
         kept: the ranks in force, one entry per bucket.
         origin: site name to what the site was when the optimizer was first built.
         removed: site name to the predicted rise of the loss, for sites that were taken out of the model.
-        budget: the course of the rank budget, or None.
+        budget: the rank budgets, or None.
         reprojections: how often the sites were reprojected.
     """
 
@@ -41,7 +43,7 @@ class Ranks:
         self.kept: list[KeptRanks] = []
         self.origin: dict[str, Origin] = {}
         self.removed: dict[str, float] = {}
-        self.budget: BudgetSchedule | None = None
+        self.budget: Budgets | None = None
         self.reprojections = 0
         self._unmet: str | None = None  # why the budget cannot be met, unless a checkpoint is loaded first
         self._base = base
@@ -64,10 +66,10 @@ class Ranks:
         Raises:
             ValueError: the budget cannot be met, or could not by so many parameters.
         """
-        self.origin = {**{site.name: Origin(site.rank, site.parameters) for site in sites}, **origin}
+        self.origin = remembered(sites, origin)
         before = self.budget.state() if self.budget is not None else {}
         self._unmet = unmet(self._options, self.origin.values(), largest)
-        self.budget = make_schedule(self._options, self.origin.values())
+        self.budget = Budgets.of(self._options, self.origin.values())
         if self.budget is not None:
             self.budget.load(before)
 
@@ -143,7 +145,7 @@ class Ranks:
         self.settle(curvatures)
         found = self.coordinates(curvatures)
         if self.budget is not None and step >= self.budget.first:
-            ranks = self.within(curvatures, found, self.budget.advance(step), self.budget.rises)
+            ranks = self.budget.advance(curvatures, found, step)
         else:
             policy = self.policy(step)
             ranks = [
@@ -158,27 +160,6 @@ class Ranks:
         adapting = step >= options.rank_adaptation_start_step
         threshold = options.rank_adaptation_threshold if adapting else None
         return RankPolicy(options.reprojection_k, threshold, options.min_lora_rank)
-
-    def within(
-        self,
-        curvatures: Sequence[BucketCurvature],
-        found: Sequence[Coordinates],
-        parameters: Tensor,
-        regrowth: bool = False,
-    ) -> list[Tensor]:
-        """The ranks of all sites within a common budget, one ``[S]`` per bucket.
-
-        Args:
-            curvatures: of the buckets.
-            found: balanced coordinates, one entry per bucket.
-            parameters: the budget, a scalar tensor.
-            regrowth: whether ranks may rise.
-        """
-        bids = [
-            Bids(c.factors.price[:, None] * f.energy, c.bucket.direction_size, c.ranks.rank, f.usable)
-            for f, c in zip(found, curvatures, strict=True)
-        ]
-        return ranks_within(bids, parameters, self._options.min_lora_rank, regrowth)
 
     def truncate(
         self,
@@ -284,9 +265,8 @@ class Ranks:
             rank, size = kept[name], origin.parameters // origin.rank
             loss = known(dropped[name] + costs.get(name, 0.0))
             entropy, count = effective.get(name, (None, None))
-            sites.append(
-                SiteRank(name, rank, origin.rank, entropy, count, rank * size, origin.parameters, loss)
-            )
+            known_of = rank * size, origin.parameters, loss, origin.modality
+            sites.append(SiteRank(name, rank, origin.rank, entropy, count, *known_of))
         return RankReport(sites, threshold)
 
     # ---------------------------------------------------------------- saving and loading
@@ -296,7 +276,7 @@ class Ranks:
         return {
             "reprojection": self._options.reprojection,
             "reprojections": self.reprojections,
-            "origin": {name: list(origin) for name, origin in self.origin.items()},
+            "origin": saved(self.origin),
             "removed": dict(self.removed),
             "budget": {} if self.budget is None else self.budget.state(),
         }
@@ -304,13 +284,12 @@ class Ranks:
     @staticmethod
     def saved_fields(sites: Collection[str]) -> Fields:
         """What a checkpoint of ``sites`` may hold under the names of :meth:`state_dict`."""
-        budget = record(BudgetSchedule.saved_fields())
         return {
             "reprojection": text(REPROJECTIONS),
             "reprojections": whole(),
-            "origin": by_name(several(whole(1), 2), sites),
+            "origin": by_name(check_saved, sites),
             "removed": by_name(number(low=0, finite=False)),
-            "budget": lambda path, value: budget(path, value) if value != {} else None,
+            "budget": Budgets.check_saved,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], sites: Sequence[Site]) -> None:
@@ -336,8 +315,3 @@ class Ranks:
         if before in PAPER_PROJECTIONS and self.gives_up:
             for ranks in self.kept:
                 ranks.keep_all()
-
-
-def origins_of(state: Mapping[str, Any]) -> dict[str, Origin]:
-    """What each site was when the optimizer was first built, from a checkpoint; empty in older ones."""
-    return {name: Origin(*values) for name, values in state.get("origin", {}).items()}

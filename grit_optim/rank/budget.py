@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +12,7 @@ from torch import Tensor
 from grit_optim.integrity.fields import Fields, tensor, whole
 from grit_optim.messages import warn
 from grit_optim.options import RankOptions
-
-
-class Origin(NamedTuple):
-    """What a site was when the optimizer was first built: its rank, and the parameters of A and B."""
-
-    rank: int
-    parameters: int
+from grit_optim.rank.origin import Origin
 
 
 def parameters(budget: float, total: int) -> float:
@@ -206,32 +200,49 @@ def unmet(options: RankOptions, origins: Collection[Origin], largest: int) -> st
         ValueError: the start or the end of the budget could not be met by that many parameters either.
     """
     problem = None
-    total = full_parameters(origins)
     if not origins:  # no pair is trained yet
         return None
-    for name, budget in zip(("the start of rank_budget", "rank_budget"), options.budget or (), strict=False):
-        found = _problem(name, budget, origins, options.min_lora_rank, total)
-        if found and _problem(name, budget, origins, options.min_lora_rank, max(largest, total)):
-            raise ValueError(found)
-        problem = found or problem
+    for part, course in options.budgets.items():
+        own = of_part(origins, part)
+        name = f"rank_budget[{part!r}]" if part else "rank_budget"
+        if not own:
+            parts = sorted({origin.modality or "of no modality" for origin in origins})
+            raise ValueError(
+                f"{name} is a budget of the {part} part, and no pair of it is trained (the pairs are "
+                f"{', '.join(parts)}). Let the adapter reach it (LoraConfig(target_modules=...)), say with "
+                "modality_of which pairs belong to it, or leave it out"
+            )
+        most = max(largest, full_parameters(own))
+        for budget, what in zip(course, (f"the start of {name}", name), strict=True):
+            found = _problem(what, budget, own, options.min_lora_rank, full_parameters(own))
+            if found and _problem(what, budget, own, options.min_lora_rank, most):
+                raise ValueError(found)
+            problem = found or problem
     return problem
 
 
-def make_schedule(options: RankOptions, origins: Collection[Origin]) -> BudgetSchedule | None:
-    """The course of the rank budget; None without a budget, and while no pair is trained.
+def of_part(origins: Collection[Origin], part: str) -> list[Origin]:
+    """The sites of one modality; all for ``""``."""
+    return [origin for origin in origins if not part or origin.modality == part]
+
+
+def make_schedules(options: RankOptions, origins: Collection[Origin]) -> dict[str, BudgetSchedule]:
+    """The course of each part's rank budget in parameters; empty while no pair is trained.
+
+    For ``rank_budget="effective"`` it is the course from 1 to 0 of what is left of the way.
 
     Args:
         options: the rank options.
         origins: all sites as they were at first.
     """
-    if options.budget is None or not origins:
-        return None
-    start, end = options.budget
-    total = full_parameters(origins)
-    return BudgetSchedule(
-        parameters(start, total),
-        parameters(end, total),
-        options.rank_budget_schedule,
-        options.rank_adaptation_start_step,
-        options.rank_budget_steps,
-    )
+    way = options.rank_budget_schedule, options.rank_adaptation_start_step, options.rank_budget_steps
+    if not origins:
+        return {}
+    if options.sizes_itself:
+        return {"": BudgetSchedule(1.0, 0.0, *way)}
+    found = {}
+    for part, course in options.budgets.items():
+        total = full_parameters(of_part(origins, part))
+        start, end = (parameters(budget, total) for budget in course)
+        found[part] = BudgetSchedule(start, end, *way)
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.lora.site import Site
 from grit_optim.messages import listed, nearest
 from grit_optim.options import Options
-from grit_optim.options.checks import budget_value
+from grit_optim.options.checks import EFFECTIVE, budget_value
+from grit_optim.options.declared import MODALITIES
 from grit_optim.rank import budget, moves
 from grit_optim.rank.adaptation import Ranks
+from grit_optim.rank.budgets import effective_sizes, on_the_way, ranks_of_parts
 from grit_optim.rank.coordinates import Coordinates
 
 
@@ -47,7 +49,10 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    ranks: Ranks, curvatures: Sequence[BucketCurvature], options: Options, wanted: float | Mapping[str, int]
+    ranks: Ranks,
+    curvatures: Sequence[BucketCurvature],
+    options: Options,
+    wanted: float | str | Mapping[str, Any],
 ) -> Plan:
     """Plan which ranks to keep. Nothing is changed.
 
@@ -76,17 +81,34 @@ def make_plan(
     fixed = {site.name: site for c in curvatures for site in c.bucket.sites if site.fixed}
     found = ranks.coordinates(curvatures)
     _check_ready(curvatures, found, options.curvature.kfac_min_samples)
-    if isinstance(wanted, Mapping):
+    if isinstance(wanted, Mapping) and not set(wanted) <= set(MODALITIES):
         _check_movable(fixed, wanted)
         return Plan(found, _named(ranks.by_name(), curvatures, wanted))
-    budget_value("the rank budget", wanted)
+    if wanted == EFFECTIVE:
+        return Plan(found, on_the_way(curvatures, effective_sizes(curvatures, found, options.ranks), 0.0))
+    by_part: Mapping[str, Any] = wanted if isinstance(wanted, Mapping) else {"": wanted}
+    allowed = {part: _allowed(ranks, fixed, options, part, own) for part, own in by_part.items()}
+    return Plan(found, ranks_of_parts(curvatures, found, allowed, options.ranks.min_lora_rank))
+
+
+def _allowed(ranks: Ranks, fixed: Mapping[str, Site], options: Options, part: str, wanted: float) -> Tensor:
+    """The parameters that a part may keep, "" for all pairs, a scalar.
+
+    Raises:
+        TypeError: no budget.
+        ValueError: a budget that cannot be met, or a part without pairs.
+    """
+    name = f"the rank budget of the {part} part" if part else "the rank budget"
+    budget_value(name, wanted)
     # Pairs that cannot lose directions keep theirs, beside the budget of the others.
-    origins = [origin for name, origin in ranks.origin.items() if name not in fixed]
-    budget.check("the rank budget", wanted, origins, options.ranks.min_lora_rank)
-    beside = sum(site.parameters for site in fixed.values())
+    movable = [origin for name, origin in ranks.origin.items() if name not in fixed]
+    origins = budget.of_part(movable, part)
+    if part and not origins:
+        raise ValueError(f"{name}={wanted!r}: no pair of that part is trained that could lose directions")
+    budget.check(name, wanted, origins, options.ranks.min_lora_rank)
+    beside = sum(site.parameters for site in fixed.values() if not part or site.modality == part)
     allowed = budget.parameters(wanted, budget.full_parameters(origins)) + beside
-    total = torch.tensor(allowed, dtype=torch.float64, device="cpu")
-    return Plan(found, ranks.within(curvatures, found, total))
+    return torch.tensor(allowed, dtype=torch.float64, device="cpu")
 
 
 def _check_movable(fixed: Mapping[str, Site], wanted: Mapping[str, int]) -> None:

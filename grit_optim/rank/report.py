@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from grit_optim import linalg
+from grit_optim.options.declared import MODALITIES
 from grit_optim.rank.selection import rank_for_energy
 
 FILE_NAME = "grit_ranks.json"
@@ -36,6 +37,7 @@ class SiteRank:
         parameters_before: entries of A and B at first.
         predicted_loss: predicted rise of the loss by the directions that were dropped, in the loss's unit;
             None if unknown.
+        modality: "vision", "audio", "cross_modal" or "text"; None in a model that is not multimodal.
     """
 
     name: str
@@ -46,6 +48,7 @@ class SiteRank:
     parameters: int
     parameters_before: int
     predicted_loss: float | None
+    modality: str | None = None
 
 
 def known(cost: float) -> float | None:
@@ -90,11 +93,17 @@ class RankReport(dict[str, int]):
             "parameters": self.parameters,
             "parameters_before": self.parameters_before,
             "predicted_loss": self.predicted_loss,
-            "sites": [asdict(site) for site in self.sites],
+            "sites": [_plain(site) for site in self.sites],
         }
 
+    def by_modality(self) -> dict[str, RankReport]:
+        """The report of each part of a multimodal model, by its modality; of other models nothing."""
+        there = {site.modality for site in self.sites}
+        of = {m: [site for site in self.sites if site.modality == m] for m in MODALITIES if m in there}
+        return {modality: RankReport(sites, self.threshold) for modality, sites in of.items()}
+
     def table(self) -> str:
-        """The report as a text table: one line per site, and one for all together."""
+        """The report as a text table: a line per site, per part of a multimodal model, and for all."""
         header = (
             "site",
             "rank",
@@ -106,17 +115,27 @@ class RankReport(dict[str, int]):
             "predicted loss",
         )
         rows = [_cells(site) for site in self.sites]
-        total = (
-            f"{len(self.sites)} sites",
-            str(sum(self.values())),
-            str(sum(site.rank_before for site in self.sites)),
-            "",
-            "",
-            f"{self.parameters:,}",
-            f"{self.parameters_before:,}",
-            _loss(self.predicted_loss),
-        )
-        return _aligned([header, *rows, total])
+        parts = [_total(report, f"{name}: ") for name, report in self.by_modality().items()]
+        return _aligned([header, *rows, *parts, _total(self)])
+
+
+def _total(report: RankReport, name: str = "") -> tuple[str, ...]:
+    """The line of all sites together."""
+    return (
+        f"{name}{len(report.sites)} sites",
+        str(sum(report.values())),
+        str(sum(site.rank_before for site in report.sites)),
+        "",
+        "",
+        f"{report.parameters:,}",
+        f"{report.parameters_before:,}",
+        _loss(report.predicted_loss),
+    )
+
+
+def _plain(site: SiteRank) -> dict[str, Any]:
+    """A site as plain values; without a modality where there is none."""
+    return {name: value for name, value in asdict(site).items() if name != "modality" or value is not None}
 
 
 def _cells(site: SiteRank) -> tuple[str, ...]:

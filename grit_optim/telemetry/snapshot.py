@@ -13,12 +13,17 @@ from typing import Any
 from torch import Tensor
 
 from grit_optim.curvature.bucket import BucketCurvature
+from grit_optim.options.declared import TOKEN_KINDS
 from grit_optim.preconditioners.held_gradients import Outcome
 from grit_optim.profiling import HostCopy
 from grit_optim.telemetry import spectra
 
 FACTORS = {"a": "activation", "g": "gradient"}
+_OF_KINDS = ("share", "activation", "gradient")
 _OUTCOME = ("gradient_norm", "without", "turned", "cosine")
+
+
+_ENDS = tuple(f"_{kind}" for kind in TOKEN_KINDS)
 
 
 class Snapshot:
@@ -40,6 +45,8 @@ class Snapshot:
         scalars: Mapping[str, Tensor | float | None],
     ) -> None:
         self.names = [name for curvature in curvatures for name in curvature.bucket.names()]
+        all_sites = [site for curvature in curvatures for site in curvature.bucket.sites]
+        self._sees_kinds = [site.modality in ("text", None) for site in all_sites]
         self._sizes = [len(curvature.bucket.sites) for curvature in curvatures]
         self._outcomes = list(outcomes)
         self._plain = {name: value for name, value in scalars.items() if not isinstance(value, Tensor)}
@@ -82,6 +89,10 @@ class Snapshot:
             found = _columns_of(own, top_eigenvalues, wanted)
             for name, values in found.items():
                 columns.setdefault(name, []).extend(values)
+        for name in [name for name in columns if name.endswith(_ENDS)]:
+            columns[name] = [
+                v if own else None for v, own in zip(columns[name], self._sees_kinds, strict=True)
+            ]
         for name, values in self._outcome_columns(tensors).items():
             columns[name] = values
         return {name: [_plain(value) for value in values] for name, values in columns.items()}
@@ -110,8 +121,10 @@ class Snapshot:
 
 def _tensors_of(curvature: BucketCurvature) -> dict[str, Tensor]:
     """The tensors of one bucket that a snapshot copies, by name."""
-    factors, ranks = curvature.factors, curvature.ranks
+    factors, ranks, kinds = curvature.factors, curvature.ranks, curvature.kinds
+    of_kinds = {} if kinds is None else {f"kinds {name}": getattr(kinds, name) for name in _OF_KINDS}
     return {
+        **of_kinds,
         "activation": factors.activation,
         "gradient": factors.gradient,
         "rank": ranks.rank,
@@ -139,6 +152,24 @@ def _columns_of(tensors: Mapping[str, Tensor], top: int, eigenvectors: int) -> d
             columns[f"eigenvalues_{letter}"] = spectrum[:, :top].tolist()
         if eigenvectors:
             columns[f"eigenvectors_{letter}"] = vectors[:eigenvectors].tolist()
+    return {**columns, **_columns_of_kinds(tensors)}
+
+
+def _columns_of_kinds(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """Share of the tokens, effective rank and trace by kind of token, where kinds are told apart."""
+    if "kinds share" not in tensors:
+        return {}
+    share, columns = tensors["kinds share"], {}
+    for k, kind in enumerate(TOKEN_KINDS):
+        columns[f"share_{kind}"] = share[:, k].tolist()
+        for letter, factor in FACTORS.items():
+            part = tensors[f"kinds {factor}"][:, k] / share[:, k, None, None]
+            there = part.isfinite().all(-1).all(-1)
+            part = part.where(there[:, None, None], part.new_zeros(()))
+            spectrum, _ = spectra.decompose(part, tensors["in_use"])
+            for name in ("effective_rank", "trace"):
+                values = spectra.scalars(spectrum, tensors["in_use"])[name]
+                columns[f"{name}_{letter}_{kind}"] = values.where(there, math.nan).tolist()
     return columns
 
 

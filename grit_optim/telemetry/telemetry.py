@@ -16,6 +16,7 @@ from grit_optim.base.settings import group_by_parameter
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.linalg import full_precision
 from grit_optim.options.checks import whole
+from grit_optim.options.declared import MODALITIES
 from grit_optim.parts import Parts
 from grit_optim.preconditioners.held_gradients import Outcome
 from grit_optim.rank.report import known
@@ -63,6 +64,8 @@ class Telemetry:
             "stage_seconds": dict(parts.times.seconds),
             **self._in_force(),
         }
+        if parts_of := _modalities(buckets):
+            told["modalities"] = parts_of
         if per_site:
             told["per_site"] = self._per_site(buckets)
         return told
@@ -77,9 +80,12 @@ class Telemetry:
         """Each site's numbers now, with the whole spectrum of both factors."""
         snapshot = Snapshot(buckets, self._parts.preconditioning.outcomes, {})
         columns = snapshot.columns(top_eigenvalues=max((c.bucket.rank for c in buckets), default=0))
-        return {
+        told = {
             name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(snapshot.names)
         }
+        for site in (site for c in buckets for site in c.bucket.sites if site.modality is not None):
+            told[site.name]["modality"] = site.modality
+        return told
 
     @full_precision()
     def final_ranks(self, path: str | Path | None = None) -> dict[str, dict[str, Any]]:
@@ -170,6 +176,7 @@ class Telemetry:
                     "adapter": s.adapter,
                     "rank": s.rank,
                     "parameters": s.parameters,
+                    **({} if s.modality is None else {"modality": s.modality}),
                 }
                 for s in sites
                 if not s.deleted
@@ -206,6 +213,19 @@ class Telemetry:
             **self._in_force(),
         }
         return record, Snapshot(buckets, outcomes, scalars)
+
+
+def _modalities(buckets: Sequence[BucketCurvature]) -> dict[str, dict[str, int]]:
+    """Pairs, pairs whose curvature is in force, and directions kept, by modality."""
+    found: dict[str, dict[str, int]] = {}
+    for curvature in buckets:
+        numbers = curvature.engaged.tolist(), curvature.ranks.rank.tolist()
+        for site, engaged, rank in zip(curvature.bucket.sites, *numbers, strict=True):
+            if site.modality is not None:
+                part = found.setdefault(site.modality, {"sites": 0, "engaged_sites": 0, "ranks": 0})
+                part["sites"], part["ranks"] = part["sites"] + 1, part["ranks"] + rank
+                part["engaged_sites"] += int(engaged)
+    return {modality: found[modality] for modality in MODALITIES if modality in found}
 
 
 def _mean_cosine(outcomes: Sequence[Outcome]) -> float | None:

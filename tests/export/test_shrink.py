@@ -242,7 +242,7 @@ def test_a_copy_is_told_its_model_and_holds_no_frozen_weights():
     fields = {f.name for f in dataclasses.fields(Site)}
     assert fields == {
         *("name", "adapter", "a_modules", "b_modules", "scalings", "layer_bias"),
-        *("untapped", "experts", "expert"),
+        *("untapped", "experts", "expert", "modality"),
     }
     assert all(site.layer_bias is None for site in support.sites(optimizer)), (
         "only a bias that is trained is held"

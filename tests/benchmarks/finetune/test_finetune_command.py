@@ -1,6 +1,7 @@
 """The command from arguments to folder: what is refused, what is recorded, what can be loaded again."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,9 +209,10 @@ def test_data_out_of_reach_name_the_local_way(refusal, tiny_model, tmp_path):
 
 
 def test_what_the_hub_is_asked_for(monkeypatch):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     asked = []
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: SimpleNamespace())  # no vision part
 
     def from_pretrained(model, **keywords):
         asked.append((model, keywords["revision"], keywords["trust_remote_code"]))
