@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,6 +22,7 @@ from grit_optim.lora.site import Site
 from grit_optim.lora.site_set import SiteSet
 from grit_optim.options import Options
 from grit_optim.preconditioners.preconditioning import Preconditioning
+from grit_optim.processes.group import AUTO, Processes
 from grit_optim.profiling import StageTimes
 from grit_optim.rank.adaptation import Ranks
 from grit_optim.rank.budget import Origin
@@ -44,6 +44,7 @@ class Parts:
         base: the optimizer that holds the parameters.
         options: of all parts.
         sites: the LoRA pairs.
+        process_group: the processes that train together, as the user says.
 
     Attributes:
         base: the optimizer that holds the parameters.
@@ -52,18 +53,20 @@ class Parts:
         losses: the loss of each step.
         schedule: how many steps are done, and what is due.
         sites: the LoRA pairs.
+        processes: those that train the pairs together.
         capture: what the passes of a step show.
         curvature: the Fisher information.
         ranks: directions kept, and given up.
         preconditioning: what the curvature does to a step.
     """
 
-    def __init__(self, base: Optimizer, options: Options, sites: SiteSet) -> None:
+    def __init__(self, base: Optimizer, options: Options, sites: SiteSet, process_group: Any = AUTO) -> None:
         self.base, self.options, self.sites = base, options, sites
         self.times = StageTimes()
-        self.losses = Losses()
+        self.processes = Processes(process_group, sites.matrices)
+        self.losses = Losses(self.processes)
         self.schedule = Schedule(options.schedule)
-        self.capture = Capture(options.recording, self.times)
+        self.capture = Capture(options.recording, self.times, self.processes)
         self.curvature = Curvature(options.curvature, self.times)
         self.ranks = Ranks(base, options.ranks, self.times)
         self.preconditioning = Preconditioning(base, options, self.times)
@@ -190,9 +193,16 @@ class Parts:
         Args:
             returned: what the closure returned.
         """
+        self.processes.look()
         loss = self.losses.take(returned, self.curvature.device if self.follows_loss else None)
         self.ranks.observe(loss)
         return loss
+
+    def exchange(self) -> None:
+        """Take part, with nothing of this process's own, in what the processes exchange in a step."""
+        with full_precision():
+            self.take_loss(None)
+            self.capture.exchange()
 
     def refresh_if_due(self) -> None:
         """Derive from the factors what is applied around the step."""
@@ -326,25 +336,3 @@ class Parts:
         elif not any("a_operator" in state for state in own["sites"].values()):
             policy = self.ranks.policy(max(0, self.schedule.steps - 1))
             self.preconditioning.derive_loaded(self.curvature, self.schedule, policy)
-
-    def narrowed(self, known: Mapping[str, SiteState], sizes: Mapping[str, int]) -> dict[str, SiteState]:
-        """The states of some pairs for their leading coordinates alone.
-
-        Args:
-            known: the states by site name.
-            sizes: site name to the number of coordinates that stay.
-        """
-        cut = {}
-        for curvature in self.curvature.buckets:
-            axes = {**curvature.rank_axes(), **self.preconditioning.penalties.rank_axes()}
-            for name in curvature.bucket.names():
-                if name in sizes:
-                    state = known[name].items()
-                    cut[name] = {key: _leading(value, axes.get(key, ()), sizes[name]) for key, value in state}
-        return cut
-
-
-def _leading(value: Tensor, axes: Sequence[int], size: int) -> Tensor:
-    for axis in axes:
-        value = value.narrow(axis, 0, size)
-    return value.clone(memory_format=torch.contiguous_format)

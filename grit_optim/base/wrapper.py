@@ -13,10 +13,13 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.algorithms.join import Join
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from grit_optim.base.loaded import check_loaded, settings_of
+from grit_optim.processes.group import Processes
+from grit_optim.processes.join import Shadow
 
 
 class OwnState(Protocol):
@@ -36,6 +39,13 @@ class OwnState(Protocol):
 
     def load_state_dict(self, own: Mapping[str, Any] | None) -> None:
         """Go on from a saved state; from None, start anew."""
+
+    def exchange(self) -> None:
+        """Take part, with nothing of one's own, in what the processes exchange in a step."""
+
+    @property
+    def processes(self) -> Processes:
+        """Those that train together."""
 
 
 class OptimizerWrapper(Optimizer):
@@ -91,6 +101,27 @@ class OptimizerWrapper(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         """Set the base optimizer's ``defaults``."""
         self.base.defaults = defaults
+
+    def join_hook(self, **kwargs: Any) -> Shadow:
+        """For ``Join([model, optimizer])``: what this process does once it has run out of inputs."""
+        self._own.processes.look()
+        self._own.processes.takes_part = True
+        return Shadow(self, self._own.processes, self._own.exchange)
+
+    @property
+    def join_process_group(self) -> Any:
+        """The group that :class:`Join` asks for: of the processes that train together."""
+        return self._own.processes.group
+
+    @property
+    def join_device(self) -> torch.device:
+        """The device that :class:`Join` exchanges its counts on."""
+        return next(p.device for group in self.param_groups for p in group["params"])
+
+    def _tell_join(self) -> None:
+        """Tell a :class:`Join` that this process still has inputs, where the optimizer is its first."""
+        if getattr(self, "_join_config", None) is not None:
+            Join.notify_join_context(self)  # type: ignore[arg-type]  # asks for the three above
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""

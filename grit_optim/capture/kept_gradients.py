@@ -32,15 +32,15 @@ class Left(NamedTuple):
     def of(cls, parameter: Tensor) -> Left:
         """The gradient as it is now."""
         gradient = parameter.grad
-        return cls(None, 0) if gradient is None else cls(TensorWeakRef(gradient), _version(gradient))
+        return cls(None, 0) if gradient is None else cls(TensorWeakRef(gradient), _changes_of(gradient))
 
     def unchanged(self, gradient: Tensor) -> bool:
         """Whether ``gradient`` is that tensor, with the values of then, as far as torch counts changes."""
         known = self.gradient() if self.gradient is not None else None
-        return known is gradient and self.version is not None and _version(gradient) == self.version
+        return known is gradient and self.version is not None and _changes_of(gradient) == self.version
 
 
-def _version(tensor: Tensor) -> int | None:
+def _changes_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from grit_optim.base.transport import narrow_state
+from grit_optim.checkpoints.narrowing import narrowed
 from grit_optim.export import peft_config
 from grit_optim.export.peft_models import Home, homes
 from grit_optim.linalg import full_precision
@@ -69,7 +70,7 @@ def _shrink(
         update_configs(home, gone)
     parts.ranks.remove({site.name: dropped[site.name] for site in gone})
     left = [site for site in sites if sizes[site.name] > 0]
-    parts.attach(left, parts.narrowed(known, {site.name: sizes[site.name] for site in left}))
+    parts.attach(left, narrowed(parts.curvature.buckets, known, {s.name: sizes[s.name] for s in left}))
 
 
 def check(model: nn.Module | None, sites: Sequence[Site]) -> list[Home]:

@@ -15,7 +15,7 @@ from grit_optim.optimizer import GritOptimizer
 from grit_optim.options import DECLARED
 from grit_optim.options.former import FORMER
 
-OPTIONS = {*DECLARED, *FORMER}
+OPTIONS = {*DECLARED, *FORMER, "process_group"}
 """Keywords that go to GritOptimizer; all others go to the base."""
 
 

@@ -209,8 +209,23 @@ class SiteSet:
         """
         return [a._version for a, _, _ in self._weights]
 
+    def matrices(self) -> list[Tensor]:
+        """A and B of all sites, as they were taken."""
+        return [matrix for a, b, _ in self._weights for matrix in (a, b)]
+
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._base.param_groups for p in group["params"]]
+
+
+def check_model(model: object) -> nn.Module:
+    """The model.
+
+    Raises:
+        TypeError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the second argument must be the model (an nn.Module), got {type(model).__name__}")
+    return model
 
 
 def given_sites(sites: object) -> list[Site]:
