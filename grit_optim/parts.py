@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from grit_optim.capture.capture import Capture
 from grit_optim.capture.losses import Losses
+from grit_optim.checkpoints.by_parameter import collected, names_of_state, spread
 from grit_optim.checkpoints.checks import KEY, VERSION, check_state, names_of_sites
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.curvature.curvature import Curvature
@@ -216,17 +217,17 @@ class Parts:
             self.preconditioning.refresh(self.curvature, self.schedule, policy)
 
     def reproject_if_due(self) -> None:
-        """Reproject the pairs and adapt their ranks, with everything that is in their coordinates."""
+        """Reproject the pairs, and adapt their ranks."""
         if self.options.ranks.reprojection == "none" or not self.schedule.reprojection_due():
             return
-        with self.times("reproject"), self.all_or_nothing():
+        with self.times("reproject"), self.all_or_nothing():  # with all that is in their coordinates
             self.preconditioning.to_plain_coordinates(self.curvature)
             self.ranks.reproject(self.curvature.buckets, self.schedule.steps)
             if self.ranks.gives_up:
                 self._refresh_moved()
 
     def as_settled(self) -> tuple[Ranks, list[BucketCurvature]]:
-        """Ranks and curvatures to ask questions of: see :meth:`Ranks.as_settled`."""
+        """As :meth:`Ranks.as_settled`."""
         return self.ranks.as_settled(self.curvature.buckets)
 
     @full_precision()
@@ -287,11 +288,8 @@ class Parts:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all parts."""
-        with_operators = (
-            self.schedule.refreshes_seldom
-            or self.preconditioning.mode.moments_in_operators
-            or self.curvature.gradient_moments_in_operators
-        )
+        kept = self.preconditioning.mode.moments_in_operators or self.curvature.gradient_moments_in_operators
+        with_operators = kept or self.schedule.refreshes_seldom
         held = self.sites.held()  # an optimizer that is built without the others is to load this
         return {
             "version": VERSION,
@@ -302,6 +300,18 @@ class Parts:
             "fisher": self.curvature.kind,
             "sites": {n: state for n, state in self.pack_sites(with_operators).items() if n in held},
         }
+
+    def state_by_parameter(self, state: Mapping[Any, Any]) -> Any:
+        """The base's state of each parameter, with our own beside it."""
+        return spread(state, self.state_dict(), self.sites.present(), self.base.param_groups)
+
+    def names_of_state(self) -> Any:
+        """Each parameter with the names of what :meth:`state_by_parameter` has of it."""
+        return names_of_state(self.base.state, self.sites.present(), self.base.param_groups)
+
+    def collect_state(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        """The base's part and our own, where that lies with the parameters' state; else None for it."""
+        return collected(state_dict, self.sites.all_trainable(), self.base.param_groups)
 
     def check_state_dict(self, own: Any) -> None:
         """Refuse a state that does not belong to these sites, before anything is loaded.

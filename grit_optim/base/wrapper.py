@@ -17,7 +17,9 @@ from torch.distributed.algorithms.join import Join
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from grit_optim.base.callers import asked_by_name, names_of_state_asked
 from grit_optim.base.loaded import check_loaded, settings_of
+from grit_optim.messages import warn
 from grit_optim.processes.group import Processes
 from grit_optim.processes.join import Shadow
 
@@ -30,6 +32,15 @@ class OwnState(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and plain containers."""
+
+    def state_by_parameter(self, state: Mapping[Any, Any]) -> Any:
+        """The base's state of each parameter, with our own beside it."""
+
+    def names_of_state(self) -> Any:
+        """Each parameter with the names of what :meth:`state_by_parameter` has of it."""
+
+    def collect_state(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Take our own state out of one in which it lies with the parameters'; None if it does not."""
 
     def check_state_dict(self, own: Mapping[str, Any]) -> None:
         """Raise an error if ``own`` cannot be loaded. Called before anything is changed."""
@@ -84,8 +95,11 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The base optimizer's state of each parameter. The wrapper keeps nothing in it."""
-        return self.base.state
+        """The base optimizer's state of each parameter. The wrapper keeps nothing in it.
+
+        ``torch.distributed.checkpoint`` is shown the names of what :meth:`state_dict` adds for it.
+        """
+        return self._own.names_of_state() if names_of_state_asked() else self.base.state
 
     @state.setter
     def state(self, state: Any) -> None:
@@ -138,7 +152,10 @@ class OptimizerWrapper(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state = self.base.state_dict()
-        state[self.state_key] = self._own.state_dict()
+        if asked_by_name():
+            state["state"] = self._own.state_by_parameter(state["state"])
+        else:
+            state[self.state_key] = self._own.state_dict()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state)
             state = changed if changed is not None else state
@@ -159,8 +176,17 @@ class OptimizerWrapper(Optimizer):
             changed = pre_hook(self, state)
             state = dict(changed) if changed is not None else state
         own = state.pop(self.state_key, None)
+        if own is None:
+            state, own = self._own.collect_state(state)
         if own is not None:
             self._own.check_state_dict(own)
+        elif state.get("state"):
+            warn(
+                f"the state to load has no {self.state_key!r} in it, so the curvature starts anew. That is "
+                f"as it should be where the base alone saved it. If {type(self).__name__} did, something has "
+                "dropped that part, and 'eigenbasis' and 'balanced' would read moments in other coordinates "
+                "than they are in: resume from a whole checkpoint there"
+            )
         settings = settings_of(self.base)
         with self._own.loading():
             self.base.load_state_dict(state)

@@ -142,6 +142,14 @@ class SiteSet:
         found, _ = self._find(self.model, frozen_too=True)
         return [*present, *(site for site in found if site.name in missing)]
 
+    def all_trainable(self) -> list[Site]:
+        """The sites worked on, and the pairs that the base holds although they are frozen now."""
+        present = self.present()
+        if self.model is None or self.given:
+            return present
+        names = {site.name for site in present}
+        return [*present, *(s for s in self._find(self.model, frozen_too=True)[0] if s.name not in names)]
+
     def take(self, sites: list[Site]) -> list[Bucket]:
         """Work on ``sites`` from now on.
 
