@@ -131,7 +131,7 @@ class GritOptimizer(OptimizerWrapper):
             closure: runs zero_grad, forward and backward, returns the loss; run once, with gradients enabled.
 
         Raises:
-            NotImplementedError: a pair's weights are partitioned over processes.
+            NotImplementedError: a pair's weights are partitioned over processes (FSDP1, ZeRO-3).
             RuntimeError: the optimizer was closed.
         """
         if self._closed:
@@ -140,8 +140,8 @@ class GritOptimizer(OptimizerWrapper):
         returned = evaluate(closure)
         self._tell_join()
         with full_precision() as as_called:  # the caller's autocast is for the base alone
-            loss = parts.take_loss(returned)
             parts.follow_model()
+            loss = parts.take_loss(returned)
             statistics = parts.capture.collect()  # None: no backward pass, and nothing of GRIT's advances
             if statistics is not None:
                 parts.curvature.fold(statistics)

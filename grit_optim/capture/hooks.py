@@ -13,6 +13,9 @@ from torch.utils.hooks import RemovableHandle
 class Owner(Protocol):
     """Whoever gathers what the hooks see."""
 
+    def follow(self, position: int) -> None:
+        """A forward pass uses the site, perhaps in evaluation."""
+
     def watch(self, position: int, output: Tensor) -> None:
         """Take note of h in a forward pass."""
 
@@ -37,7 +40,10 @@ class Tap:
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """Watch for the gradient of ``output``, if it will get one."""
         taps = self.owner()
-        if taps is not None and isinstance(output, Tensor) and output.requires_grad:
+        if taps is None or not isinstance(output, Tensor):
+            return
+        taps.follow(self.position)
+        if output.requires_grad:
             taps.watch(self.position, output)
 
     def owner(self) -> Owner | None:

@@ -29,7 +29,8 @@ from grit_optim.capture.kept_gradients import KeptGradients, nonzero
 from grit_optim.capture.sums import Sums
 from grit_optim.integrity.fields import Fields, whole
 from grit_optim.lora.buckets import Bucket
-from grit_optim.lora.site import Site
+from grit_optim.lora.site import Site, held_by
+from grit_optim.processes import shards
 from grit_optim.profiling import StageTimes
 
 MOST_PASSES = 16
@@ -84,7 +85,7 @@ class Taps:
         self._lock = threading.RLock()  # sites on several devices have a backward thread each
         self._weights: list[tuple[Tensor, Tensor]] = []
         self._positions: dict[int, int] = {}
-        self._hooked: set[tuple[int, int]] = set()
+        self._hooked: set[tuple[int, int]] = set()  # ids of matrices, and sides
         self.hooks: list[RemovableHandle] = []
         self._gradients = KeptGradients([])
         self._passes: dict[int, _Pass] = {}
@@ -127,10 +128,16 @@ class Taps:
         self._gradients.left = [left.get(id(site), {}) for site in self.sites]
 
     def _hook_trained(self, position: int) -> None:
-        """Watch the gradients of A and B, as far as they are trained."""
-        for side, weight in enumerate(self._weights[position]):
-            if weight.requires_grad and (position, side) not in self._hooked:
-                self._hooked.add((position, side))
+        """Watch the gradients of A and B, as far as they are trained.
+
+        In a forward pass FSDP2 has put gathered copies in their places, which get the gradients first.
+        """
+        site = self.sites[position]
+        held = self._weights[position]
+        copies = (held_by(site.a_modules[site.adapter]), held_by(site.b_modules[site.adapter]))
+        for side, weight in (*enumerate(held), *enumerate(copies)):
+            if weight.requires_grad and (id(weight), side) not in self._hooked:
+                self._hooked.add((id(weight), side))
                 before, after = (GradientTap(self, position, side, before) for before in (True, False))
                 self.hooks.append(weight.register_hook(before))
                 self.hooks.append(weight.register_post_accumulate_grad_hook(after))
@@ -143,6 +150,13 @@ class Taps:
         self._passes = {}
 
     # ---------------------------------------------------------------- in a forward and backward pass
+
+    def follow(self, position: int) -> None:
+        """Take note of copies that FSDP2 has gathered for use, in evaluation too."""
+        site = self.sites[position]
+        for shard, entry in zip(self._weights[position], (site.a_modules, site.b_modules), strict=True):
+            if shards.is_shared(shard) and (copy := held_by(entry[site.adapter])) is not shard:
+                shards.note_gathered(copy, shard)
 
     def watch(self, position: int, output: Tensor) -> None:
         """Take note of h, and ask for its gradient. A functional transform's gradients reach no ``.grad``."""

@@ -15,6 +15,7 @@ from grit_optim.lora.buckets import Bucket, build_buckets, check_distinct, check
 from grit_optim.lora.discovery import find_sites, frozen_pairs, no_sites_message, pairs_elsewhere
 from grit_optim.lora.site import Site
 from grit_optim.messages import listed, warn
+from grit_optim.processes import shards
 
 
 class SiteSet:
@@ -178,12 +179,21 @@ class SiteSet:
         return buckets
 
     def present(self) -> list[Site]:
-        """The sites whose weights are still those that were taken: neither replaced nor deleted since.
+        """The sites whose weights are still trained: neither deleted since, nor replaced but in the base too.
 
-        Of a deleted adapter nothing else may be asked: its modules are gone.
+        Accelerate puts FSDP2's parameters in the places of those of before, in the base's groups as well. Of
+        a deleted adapter nothing else may be asked: its modules are gone.
         """
-        taken = zip(self.all, self._weights, strict=True)
-        return [site for site, (a, b, _) in taken if site.holds(a, b)]
+        taken = list(zip(self.all, self._weights, strict=True))
+        there = [site.holds(a, b) for site, (a, b, _) in taken]
+        if all(there):
+            return list(self.all)
+        ids = {id(p) for p in self._parameters()}
+        return [
+            site
+            for (site, _), same in zip(taken, there, strict=True)
+            if same or (not site.deleted and {id(site.a), id(site.b)} <= ids)
+        ]
 
     def remaining(self) -> list[Site] | None:
         """The sites that are still in the model; None if none was replaced, deleted or moved.
@@ -195,10 +205,12 @@ class SiteSet:
             NotImplementedError: a matrix has been partitioned over processes.
         """
         present = self.present()
+        taken = {id(site): weights for site, weights in zip(self.all, self._weights, strict=True)}
         moved = any(a.device != device for a, _, device in self._weights)
+        swapped = any(not site.holds(*taken[id(site)][:2]) for site in present)
         if any(a.dim() < 2 for a, _, _ in self._weights):
             check_whole({site.name: site.a for site in present})
-        if len(present) == len(self.all) and not moved:
+        if len(present) == len(self.all) and not moved and not swapped:
             return None
         there = {id(site) for site in present}
         replaced = [site.name for site in self.all if id(site) not in there]
@@ -259,18 +271,20 @@ def check_whole(parameters: Mapping[str, Tensor]) -> None:
         parameters: site name to A.
 
     Raises:
-        NotImplementedError: a parameter is a DTensor (FSDP2, tensor parallelism) or no matrix (FSDP1,
-            ZeRO-3).
+        NotImplementedError: the parameter's shards cannot be brought together (tensor parallelism, offload),
+            or it is no matrix (FSDP1, ZeRO-3).
     """
     for name, parameter in parameters.items():
-        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
-            raise NotImplementedError(
-                f"site {name!r} holds a DTensor (FSDP2 or tensor parallelism): its rows lie on several "
-                "processes. GritOptimizer needs whole matrices. Use DDP, or a single process"
-            )
+        if problem := shards.problem(parameter):
+            raise NotImplementedError(f"the weight of site {name!r} {problem}")
         if parameter.dim() < 2:
             raise NotImplementedError(
                 f"the weight of site {name!r} is a flat vector of {parameter.numel()} entries: FSDP1 or "
-                "ZeRO-3 has partitioned it over processes. GritOptimizer needs whole matrices. Use DDP, or "
-                "a single process"
+                f"ZeRO-3 has partitioned it over processes, where no matrix is left. {TURN_ON_FSDP2}"
             )
+
+
+TURN_ON_FSDP2 = (
+    "Use FSDP2: `fsdp_version: 2` in Accelerate's fsdp_config, fsdp_config={'fsdp_version': 2} in the "
+    "TrainingArguments, or torch.distributed.fsdp.fully_shard(model); or DDP"
+)

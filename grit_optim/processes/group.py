@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from grit_optim.messages import warn
+from grit_optim.processes import shards
 
 AUTO = "auto"
 """The value of ``process_group`` that asks what the model is wrapped in."""
@@ -47,6 +48,7 @@ class Processes:
         self._given = None if self.asked else given
         self._parameters = parameters
         self._wrapper: weakref.ref[nn.Module] | None = None
+        self._of_mesh: Any = None
         self._trained = False
         self._told: set[str] = set()
         self.takes_part = False
@@ -62,7 +64,7 @@ class Processes:
         if not self.asked:
             return self._given
         wrapper = self._wrapper() if self._wrapper is not None else None
-        return None if wrapper is None else group_of(wrapper)
+        return self._of_mesh if wrapper is None else wrapper.process_group
 
     @property
     def size(self) -> int:
@@ -94,6 +96,11 @@ class Processes:
             NotImplementedError: pairs are wrapped for different groups.
         """
         if not self.asked or not others_exist():
+            return
+        layouts = [shards.layout_of(p) for p in self._parameters()]
+        meshes = {id(layout.mesh): layout.mesh for layout in layouts if layout is not None}
+        if meshes:
+            self._of_mesh = only([shards.group_of_mesh(mesh) for mesh in meshes.values()])
             return
         known = self._wrapper is not None and self._wrapper() is not None
         if not known and not self._trained:
@@ -129,14 +136,8 @@ class Processes:
             warn(message)
 
     def _take(self, wrappers: Sequence[nn.Module]) -> None:
-        groups = {id(group_of(wrapper)) for wrapper in wrappers}
-        if len(groups) > 1:
-            raise NotImplementedError(
-                f"the pairs are wrapped for {len(groups)} different process groups. Build a GritOptimizer "
-                "for the pairs of each group, or pass the one whose processes train all of them as "
-                "process_group="
-            )
         if wrappers:
+            only([wrapper.process_group for wrapper in wrappers])
             self._wrapper = weakref.ref(wrappers[0])
 
 
@@ -200,6 +201,15 @@ def wrappers_of(parameters: Iterable[Tensor]) -> list[nn.Module]:
     return [module for module in found if any(id(p) in ids for p in module.parameters())]
 
 
-def group_of(wrapper: nn.Module) -> Any:
-    """The process group of a DDP module."""
-    return wrapper.process_group
+def only(groups: Sequence[Any]) -> Any:
+    """The one process group of all pairs.
+
+    Raises:
+        NotImplementedError: there are several.
+    """
+    if len({id(group) for group in groups}) > 1:
+        raise NotImplementedError(
+            f"the pairs are wrapped for {len(groups)} different process groups. Build a GritOptimizer for "
+            "the pairs of each group, or pass the one whose processes train all of them as process_group="
+        )
+    return groups[0]
