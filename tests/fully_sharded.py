@@ -13,6 +13,13 @@ import launch
 import pairs
 import support
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -205,6 +212,45 @@ def cleared(rank, processes):
     return ended(model, optimizer)
 
 
+def saved(folder, rank, processes, name="eigenbasis"):
+    """Four steps, saved by name; and how the run goes on, to the numbers of its own processes."""
+    model = shard(network())
+    optimizer = grit(model, **OPTIONS[name])
+    train(model, optimizer, rank, processes, 4)
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(state, checkpoint_id=folder / f"saved by {processes}", no_dist=processes == 1)
+    train(model, optimizer, rank, processes, 3, first=4)
+    return ended(model, optimizer)
+
+
+def loaded(folder, by, rank, processes, name="eigenbasis"):
+    """What ``by`` processes have saved, and three steps more."""
+    model = shard(network())
+    optimizer = grit(model, **OPTIONS[name])
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=folder / f"saved by {by}", no_dist=processes == 1)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    train(model, optimizer, rank, processes, 3, first=4)
+    return ended(model, optimizer)
+
+
+def exported(folder, rank, processes):
+    """An adapter of reduced ranks, saved by all together; and what cannot be done."""
+    model = shard(network())
+    optimizer = grit(model, **BUDGET)
+    train(model, optimizer, rank, processes)
+    report = optimizer.save_adapter(folder / f"adapter of {processes}")
+    said = None
+    try:
+        optimizer.shrink_() if processes > 1 else None
+    except ValueError as error:
+        said = str(error)
+    loss_of(model, 0, rank, processes).backward()
+    reports = [(r.name, r.status) for r in optimizer.check_capture()]
+    return {"ranks": dict(report), "said": said, "reports": reports, **ended(model, optimizer)}
+
+
 SCENARIOS = {
     **{name: (lambda rank, processes, name=name: options_of(name, rank, processes)) for name in OPTIONS},
     **{f"{name}, DDP": (lambda rank, processes, name=name: as_ddp(name, rank, processes)) for name in AS_DDP},
@@ -218,9 +264,17 @@ SCENARIOS = {
 }
 
 
-def run(rank, processes):
+def run(rank, processes, folder):
+    """Every scenario's end, with the warnings that it gave."""
     found = {}
-    for name, scenario in SCENARIOS.items():
+    in_files = {
+        "saved": lambda rank, processes: saved(folder, rank, processes),
+        "loaded": lambda rank, processes: loaded(folder, processes, rank, processes),
+        "exported": lambda rank, processes: exported(folder, rank, processes),
+    }
+    if processes == 4:
+        in_files["loaded from two"] = lambda rank, processes: loaded(folder, 2, rank, processes)
+    for name, scenario in {**SCENARIOS, **in_files}.items():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found[name] = scenario(rank, processes)
@@ -234,6 +288,6 @@ if __name__ == "__main__":
     rank, processes, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     launch.join(folder, rank, processes)
-    torch.save(run(rank, processes), folder / f"{rank}.pt")
+    torch.save(run(rank, processes, folder), folder / f"{rank}.pt")
     torch.distributed.barrier()
     os._exit(0)

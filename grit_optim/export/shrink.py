@@ -23,6 +23,7 @@ from grit_optim.lora.discovery import (
 from grit_optim.lora.site import Site
 from grit_optim.messages import warn
 from grit_optim.parts import Parts
+from grit_optim.processes import shards
 
 
 @full_precision()
@@ -34,8 +35,8 @@ def shrink(parts: Parts, model: nn.Module | None) -> None:
         model: the PEFT model, or None for the one that the optimizer knows.
 
     Raises:
-        ValueError: the paper's projections are in use, no rank is left, PEFT's layers without their model,
-            DoRA, or a start that depends on the rank.
+        ValueError: the paper's projections are in use, FSDP2 holds the pairs, no rank is left, PEFT's layers
+            without their model, DoRA, or a start that depends on the rank.
     """
     if not parts.ranks.gives_up:
         raise ValueError(
@@ -43,6 +44,11 @@ def shrink(parts: Parts, model: nn.Module | None) -> None:
             "nothing to shrink. Build the optimizer with reprojection='balanced' or 'none'"
         )
     sites = parts.sites.present()
+    if any(shards.is_shared(matrix) for site in sites for matrix in (site.a, site.b)):
+        raise ValueError(
+            "FSDP2 shares the pairs out over processes, and has noted their shapes, so shrink_() cannot cut "
+            "them. Save them with save_adapter(), and load that into a new model before fully_shard()"
+        )
     found = check(parts.known_model(model), sites)
     layers = {key: pair for home in found for key, pair in layers_of_pairs(home.peft_model).items()}
     configs = [config for home in found for config in home.peft_model.peft_config.values()]

@@ -73,6 +73,12 @@ class Processes:
         return 1 if group is None else torch.distributed.get_world_size(group)
 
     @property
+    def writes(self) -> bool:
+        """Whether this process writes files: the first, where all have to take part in making them."""
+        self.look()
+        return self._of_mesh is None or torch.distributed.get_rank(self._of_mesh) == 0
+
+    @property
     def left_out(self) -> bool:
         """Whether processes without inputs take part in what DDP exchanges, and not in what we would.
 
