@@ -64,7 +64,7 @@ class Parts:
     def __init__(self, base: Optimizer, options: Options, sites: SiteSet, process_group: Any = AUTO) -> None:
         self.base, self.options, self.sites = base, options, sites
         self.times = StageTimes()
-        self.processes = Processes(process_group, sites.matrices)
+        self.processes = Processes(process_group, sites.matrices, sites.model)
         self.losses = Losses(self.processes)
         self.schedule = Schedule(options.schedule)
         self.capture = Capture(options.recording, self.times, self.processes)

@@ -59,7 +59,7 @@ class Capture:
         self._options = options
         self._times = times
         self._processes = together
-        self._taps = Taps(options.max_tokens, times, together.note_forward)
+        self._taps = Taps(options.max_tokens, times, together.note_forward, together.sharded)
         self._masks: list[Tensor] = []
         self._begun = False
 

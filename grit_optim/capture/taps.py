@@ -60,6 +60,7 @@ class Taps:
         max_tokens: tokens per site and step that enter the sums, evenly spaced; None: all.
         times: where the seconds spent in hooks are counted.
         note_forward: called in each forward pass of a site that gets a gradient.
+        sharded: tells whether FSDP2 manages the model, so that copies are in the places of A and B.
 
     Attributes:
         sites: the sites that are tapped, in the model's order.
@@ -72,7 +73,13 @@ class Taps:
         hooks: the handles of all hooks, one list for as long as the taps live.
     """
 
-    def __init__(self, max_tokens: int | None, times: StageTimes, note_forward: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        max_tokens: int | None,
+        times: StageTimes,
+        note_forward: Callable[[], None],
+        sharded: Callable[[], bool],
+    ) -> None:
         self.sites: list[Site] = []
         self.gathered = Gathered([], [])
         self.max_tokens = max_tokens
@@ -81,7 +88,7 @@ class Taps:
         self.offset = 0
         self.bypass = BypassWatch()
         self._times = times
-        self._note_forward = note_forward
+        self._note_forward, self._sharded = note_forward, sharded
         self._lock = threading.RLock()  # sites on several devices have a backward thread each
         self._weights: list[tuple[Tensor, Tensor]] = []
         self._positions: dict[int, int] = {}
@@ -132,9 +139,10 @@ class Taps:
 
         In a forward pass FSDP2 has put gathered copies in their places, which get the gradients first.
         """
-        site = self.sites[position]
-        held = self._weights[position]
-        copies = (held_by(site.a_modules[site.adapter]), held_by(site.b_modules[site.adapter]))
+        site, held = self.sites[position], self._weights[position]
+        used = (held_by(site.a_modules[site.adapter]), held_by(site.b_modules[site.adapter]))
+        others = any(copy is not weight for copy, weight in zip(used, held, strict=True))
+        copies = used if others and self._sharded() else ()
         for side, weight in (*enumerate(held), *enumerate(copies)):
             if weight.requires_grad and (id(weight), side) not in self._hooked:
                 self._hooked.add((id(weight), side))

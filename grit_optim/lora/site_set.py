@@ -192,7 +192,7 @@ class SiteSet:
         return [
             site
             for (site, _), same in zip(taken, there, strict=True)
-            if same or (not site.deleted and {id(site.a), id(site.b)} <= ids)
+            if same or (not site.deleted and shards.is_shared(site.a) and {id(site.a), id(site.b)} <= ids)
         ]
 
     def remaining(self) -> list[Site] | None:

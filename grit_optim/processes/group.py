@@ -9,6 +9,7 @@ each step until one has trained something, and in each forward pass.
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -36,17 +37,22 @@ class Processes:
     Args:
         given: the user's ``process_group``: a group, None for no communication, or ``"auto"``.
         parameters: gives A and B of all pairs.
+        model: where FSDP2 may be, if it is known.
 
     Attributes:
         asked: whether the model is asked, rather than the user.
         takes_part: whether the optimizer was given to a ``Join`` too.
     """
 
-    def __init__(self, given: Any, parameters: Callable[[], Sequence[Tensor]]) -> None:
+    def __init__(
+        self, given: Any, parameters: Callable[[], Sequence[Tensor]], model: nn.Module | None
+    ) -> None:
         check_group(given)
         self.asked = isinstance(given, str)
         self._given = None if self.asked else given
         self._parameters = parameters
+        self._model = model
+        self._sharded: bool | None = None  # not asked in this step
         self._wrapper: weakref.ref[nn.Module] | None = None
         self._of_mesh: Any = None
         self._trained = False
@@ -101,6 +107,7 @@ class Processes:
         Raises:
             NotImplementedError: pairs are wrapped for different groups.
         """
+        self._sharded = None
         if not self.asked or not others_exist():
             return
         layouts = [shards.layout_of(p) for p in self._parameters()]
@@ -112,6 +119,14 @@ class Processes:
         if not known and not self._trained:
             self._wrapper = None
             self._take(wrappers_of(self._parameters()))
+
+    def sharded(self) -> bool:
+        """Whether FSDP2 manages the model or a part of it."""
+        if self._sharded is None:
+            fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+            modules = self._model.modules() if self._model is not None and fsdp is not None else ()
+            self._sharded = any(isinstance(module, fsdp.FSDPModule) for module in modules)
+        return self._sharded
 
     def note_forward(self) -> None:
         """Take note of the DDP module whose forward pass is under way, if one is."""

@@ -8,6 +8,7 @@ Every process then computes the same from the same bits, and keeps its own rows 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ def problem(tensor: Any) -> str | None:
             f"is shared out as {tuple(tensor.placements)}, by tensor parallelism or in several dimensions. "
             "Use FSDP2 alone (torch.distributed.fsdp.fully_shard), or with replicas (HSDP)"
         )
-    if tensor.device.type != tensor.device_mesh.device_type:
+    if tensor.device.type not in (tensor.device_mesh.device_type, "meta"):
         return (
             f"lies on the {tensor.device.type} while its processes exchange tensors on "
             f"{tensor.device_mesh.device_type} (CPUOffloadPolicy). Leave offload_policy out: A, B and their "
@@ -140,7 +141,8 @@ def group_of_mesh(mesh: Any) -> Any:
     distributed = torch.distributed
     if mesh.size() == distributed.get_world_size():
         return distributed.group.WORLD
-    return (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
+    flat = mesh if mesh.ndim == 1 else methodcaller("_flatten")(mesh)  # torch has no public name for it
+    return flat.get_group()
 
 
 def note_gathered(gathered: Tensor, shard: Any) -> None:
