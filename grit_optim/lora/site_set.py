@@ -58,8 +58,11 @@ class SiteSet:
         """The model's pairs that are trained now; those that are trained later are tapped then.
 
         Raises:
+            NotImplementedError: FSDP1 or ZeRO has flattened them.
             ValueError: the base holds no pair of the model, trained now or not.
         """
+        if problem := shards.flattened(model, self._parameters()):
+            raise NotImplementedError(problem)
         sites, untapped = self._find(model)
         if not sites and not frozen_pairs(model, self._parameters()):
             raise ValueError(no_sites_message(model, untapped, self._base.param_groups))
@@ -204,6 +207,8 @@ class SiteSet:
         Raises:
             NotImplementedError: a matrix has been partitioned over processes.
         """
+        if self.all and self.model is not None and (p := shards.flattened(self.model, self._parameters())):
+            raise NotImplementedError(p)
         present = self.present()
         taken = {id(site): weights for site, weights in zip(self.all, self._weights, strict=True)}
         moved = any(a.device != device for a, _, device in self._weights)
@@ -280,11 +285,5 @@ def check_whole(parameters: Mapping[str, Tensor]) -> None:
         if parameter.dim() < 2:
             raise NotImplementedError(
                 f"the weight of site {name!r} is a flat vector of {parameter.numel()} entries: FSDP1 or "
-                f"ZeRO-3 has partitioned it over processes, where no matrix is left. {TURN_ON_FSDP2}"
+                f"ZeRO-3 has partitioned it over processes, where no matrix is left. {shards.TURN_ON_FSDP2}"
             )
-
-
-TURN_ON_FSDP2 = (
-    "Use FSDP2: `fsdp_version: 2` in Accelerate's fsdp_config, fsdp_config={'fsdp_version': 2} in the "
-    "TrainingArguments, or torch.distributed.fsdp.fully_shard(model); or DDP"
-)

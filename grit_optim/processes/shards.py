@@ -12,7 +12,7 @@ from operator import methodcaller
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _GATHERED: Any = WeakTensorKeyDictionary()
@@ -63,6 +63,33 @@ def problem(tensor: Any) -> str | None:
             f"lies on the {tensor.device.type} while its processes exchange tensors on "
             f"{tensor.device_mesh.device_type} (CPUOffloadPolicy). Leave offload_policy out: A, B and their "
             "moments take little memory"
+        )
+    return None
+
+
+TURN_ON_FSDP2 = (
+    "Use FSDP2: `fsdp_version: 2` in Accelerate's fsdp_config, fsdp_config={'fsdp_version': 2} in the "
+    "TrainingArguments, or torch.distributed.fsdp.fully_shard(model); or DDP"
+)
+
+
+def flattened(model: nn.Module, parameters: Sequence[Tensor]) -> str | None:
+    """Why no pair is left of the model's, since a strategy has put them into flat vectors; None if none has.
+
+    Args:
+        model: the model.
+        parameters: all that the base optimizer holds.
+    """
+    if not parameters or any(p.dim() > 1 for p in parameters):
+        return None
+    names = {type(p).__name__ for p in parameters} | {
+        name.split(".")[-1] for name, _ in model.named_parameters()
+    }
+    outside = {id(p) for p in parameters}.isdisjoint(map(id, model.parameters()))
+    if names & {"FlatParameter", "_flat_param"} or any(hasattr(p, "ds_id") for p in parameters) or outside:
+        return (
+            f"all {len(parameters)} parameters of the base optimizer are flat vectors: FSDP1 or DeepSpeed's "
+            f"ZeRO has partitioned the model over processes, where no LoRA pair is left. {TURN_ON_FSDP2}"
         )
     return None
 

@@ -21,7 +21,7 @@ def group():
 def shared(model, mesh, placements, device="cpu"):
     """The model with B of its first pair as a DTensor."""
     module = model.get_base_model().first.lora_B["default"]
-    part = DTensor.from_local(torch.zeros(2, 3, device=device), mesh, placements, run_check=False)
+    part = DTensor.from_local(torch.zeros(2, 4, device=device), mesh, placements, run_check=False)
     module.weight = torch.nn.Parameter(part)
     module = model.get_base_model().first.lora_A["default"]
     part = DTensor.from_local(torch.zeros(1, 5, device=device), mesh, placements, run_check=False)
@@ -31,9 +31,7 @@ def shared(model, mesh, placements, device="cpu"):
 
 def test_tensor_parallel_pairs_are_refused(group):
     mesh = init_device_mesh("cpu", (2, 2))
-    with pytest.raises(
-        NotImplementedError, match=r"site .*first.default' is shared out as .*Use FSDP2 alone"
-    ):
+    with pytest.raises(NotImplementedError, match=r"first.default' is shared out as .*Use FSDP2 alone"):
         pairs.wrapped(shared(pairs.network(), mesh, (Shard(0), Shard(0))))
 
 
@@ -66,9 +64,20 @@ def test_replicated_parameters_need_no_message(group):
 
 
 def test_flat_parameters_are_refused_with_the_line_that_turns_fsdp2_on():
-    """What FSDP1 makes of them before an optimizer sees them, and what it does later (use_orig_params)."""
+    """What FSDP1 makes of them before an optimizer sees them."""
     model = pairs.network()
-    flat = torch.nn.Parameter(torch.cat([p.flatten() for p in pairs.trained(model)]))
+    flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in pairs.trained(model)]))
     model.register_parameter("_flat_param", flat)
-    with pytest.raises(ValueError, match=r"partitioned.*fsdp_version.*fully_shard\(model\)"):
+    with pytest.raises(NotImplementedError, match=r"partitioned.*fsdp_version.*fully_shard\(model\)"):
         pairs.GritOptimizer(torch.optim.AdamW([flat], lr=1e-2), model)
+
+
+def test_flat_parameters_that_come_later_are_refused_too():
+    """What ZeRO puts into the groups of an optimizer that it is given."""
+    model = pairs.network()
+    optimizer = pairs.wrapped(model)
+    pairs.train(model, optimizer, 1)
+    flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in pairs.trained(model)]))
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(NotImplementedError, match="DeepSpeed's ZeRO has partitioned the model"):
+        optimizer.step()
