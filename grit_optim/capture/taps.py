@@ -141,8 +141,8 @@ class Taps:
         """
         site, held = self.sites[position], self._weights[position]
         used = (held_by(site.a_modules[site.adapter]), held_by(site.b_modules[site.adapter]))
-        others = any(copy is not weight for copy, weight in zip(used, held, strict=True))
-        copies = used if others and self._sharded() else ()
+        others = [weight for copy, weight in zip(used, held, strict=True) if copy is not weight]
+        copies = used if others and (any(map(shards.is_shared, others)) or self._sharded()) else ()
         for side, weight in (*enumerate(held), *enumerate(copies)):
             if weight.requires_grad and (id(weight), side) not in self._hooked:
                 self._hooked.add((id(weight), side))

@@ -106,17 +106,23 @@ class Processes:
 
         Raises:
             NotImplementedError: pairs are wrapped for different groups.
+            ValueError: the user names other processes than those that FSDP2 shares the pairs out to.
         """
         self._sharded = None
-        if not self.asked or not others_exist():
+        if not others_exist():
             return
         layouts = [shards.layout_of(p) for p in self._parameters()]
         meshes = {id(layout.mesh): layout.mesh for layout in layouts if layout is not None}
         if meshes:
             self._of_mesh = only([shards.group_of_mesh(mesh) for mesh in meshes.values()])
+            if not self.asked and self._given is not self._of_mesh:
+                raise ValueError(
+                    f"process_group={self._given} is not the processes that FSDP2 shares A and B out to, and "
+                    "what each of them holds is a part of the same matrices. Leave process_group out"
+                )
             return
         known = self._wrapper is not None and self._wrapper() is not None
-        if not known and not self._trained:
+        if self.asked and not known and not self._trained:
             self._wrapper = None
             self._take(wrappers_of(self._parameters()))
 

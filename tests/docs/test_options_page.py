@@ -12,7 +12,8 @@ PAGE = page("docs/options.md")
 
 def options():
     parameters = inspect.signature(GritOptimizer.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "sites"}
+    others = ("sites", "process_group")
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in others}
 
 
 def test_every_option_is_in_a_table_with_its_default():

@@ -43,6 +43,13 @@ def test_offloaded_pairs_are_refused(group, monkeypatch):
         pairs.wrapped(model)
 
 
+def test_processes_that_share_matrices_cannot_train_apart(group):
+    model = shared(pairs.network(), init_device_mesh("cpu", (4,)), (Shard(0),))
+    optimizer = pairs.wrapped(model, process_group=None)
+    with pytest.raises(ValueError, match="is not the processes that FSDP2 shares A and B out to"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 8])
 def test_parts_are_those_of_torch_and_come_together(group, rows):
     """A process's own rows, also where it has none, or fewer than others."""
