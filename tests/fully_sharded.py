@@ -201,6 +201,14 @@ def replicas(rank, processes):
     return ended(model, optimizer)
 
 
+def one_direction(rank, processes):
+    """Rank 1: of four processes one has all of A."""
+    model = shard(pairs.network(rank=1).double())
+    optimizer = grit(model)
+    train(model, optimizer, rank, processes)
+    return ended(model, optimizer)
+
+
 def cleared(rank, processes):
     """Passes whose gradients are cleared do not count."""
     model = shard(network())
@@ -261,6 +269,7 @@ SCENARIOS = {
     "mixed precision": mixed,
     "replicas": replicas,
     "cleared": cleared,
+    "rank 1": one_direction,
 }
 
 

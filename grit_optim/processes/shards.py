@@ -116,6 +116,8 @@ def together(tensors: Sequence[Any]) -> list[Tensor]:
     rows = tensors[0].shape[dim]
     chunk = -(-rows // processes)
     parts = [part.movedim(dim, 0) for part in parts]
+    if processes * chunk > 2 * rows:  # most have none, and a gathering would send as much for each of them
+        return [tensor.movedim(0, dim) for tensor in _summed(parts, layout, tensors[0].shape[dim], chunk)]
     own = parts[0].new_zeros(len(parts), chunk, *parts[0].shape[1:])
     for place, part in zip(own, parts, strict=True):
         place[: part.shape[0]].copy_(part)
@@ -123,6 +125,16 @@ def together(tensors: Sequence[Any]) -> list[Tensor]:
     torch.distributed.all_gather_into_tensor(found, own.view(-1), group=layout.mesh.get_group(layout.axis))
     whole = found.view(processes, *own.shape).transpose(0, 1).flatten(1, 2)[:, :rows]
     return [tensor.movedim(0, dim) for tensor in whole]
+
+
+def _summed(parts: Sequence[Tensor], layout: Layout, rows: int, chunk: int) -> Tensor:
+    """All rows of the parts ``[len(parts), rows, …]``, as the sum over processes of what each has."""
+    total = parts[0].new_zeros(len(parts), rows, *parts[0].shape[1:])
+    start = min(chunk * layout.mesh.get_local_rank(layout.axis), rows)
+    for place, part in zip(total, parts, strict=True):
+        place[start : start + part.shape[0]].copy_(part)
+    torch.distributed.all_reduce(total, group=layout.mesh.get_group(layout.axis))
+    return total
 
 
 def whole(tensor: Any) -> Tensor:
