@@ -21,11 +21,12 @@ from grit_optim.export.trained import save_trained, warn_of_ranks_that_stay
 from grit_optim.linalg import full_precision
 from grit_optim.lora.by_modality import ModalityOf
 from grit_optim.lora.site import Site
-from grit_optim.lora.site_set import SiteSet
-from grit_optim.options import DECLARED, Options
+from grit_optim.lora.site_set import SiteSet, check_model
+from grit_optim.options import DECLARED
 from grit_optim.options.documentation import arguments
 from grit_optim.parts import KEY, Parts
 from grit_optim.preconditioners.resolution import resolve
+from grit_optim.processes.group import AUTO
 from grit_optim.rank.origin import Origin, origins_of
 from grit_optim.rank.plan import make_plan
 from grit_optim.rank.report import RankReport
@@ -49,6 +50,8 @@ class GritOptimizer(OptimizerWrapper):
             ``Site.from_parameters`` where no module does.
         modality_of: a pair's modality ("vision", "audio", "cross_modal", "text") where the model's structure
             does not show it: a function of its name, or a mapping, as ``{"vision_tower": "vision"}``.
+        process_group: whose tokens count: those of a group's processes, or None: of this process alone.
+            "auto": of those that the model is wrapped for by DDP or FSDP2; a bare one is trained alone.
 
         {options}
 
@@ -69,6 +72,7 @@ class GritOptimizer(OptimizerWrapper):
         *,
         sites: Sequence[Site] | None = None,
         modality_of: ModalityOf | None = None,
+        process_group: Any = AUTO,
         precondition: str = "spectral",
         kfac_power: float | None = None,
         direction_momentum: float | str | None = None,
@@ -107,33 +111,22 @@ class GritOptimizer(OptimizerWrapper):
         given = {name: value for name, value in locals().items() if name in DECLARED}
         check_base(base)
         options = resolve(given, former, base)
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"the second argument must be the model (an nn.Module), got {type(model).__name__}"
-            )
         taps_only, moves = options.recording.taps_only, options.ranks.moves
-        found = SiteSet(base, model, sites, taps_only, moves, modality_of)
-        self._assemble(base, options, found, found.first(model))
+        found = SiteSet(base, check_model(model), sites, taps_only, moves, modality_of)
+        first = found.first(model)
+        self._assemble(Parts(base, options, found, process_group), first)
 
-    def _assemble(
-        self,
-        base: Optimizer,
-        options: Options,
-        found: SiteSet,
-        sites: list[Site],
-        origin: Mapping[str, Origin] | None = None,
-    ) -> None:
-        """Put the parts together, at construction and in a copy."""
-        self.options = options
-        self._parts = Parts(base, options, found)
+    def _assemble(self, parts: Parts, sites: list[Site], origin: Mapping[str, Origin] | None = None) -> None:
+        """Work on these pairs with these parts, at construction and in a copy."""
+        self.options, self._parts = parts.options, parts
         self._telemetry = Telemetry(self._parts)
         self._closed = False
-        self._wrap(base, self._parts)
+        self._wrap(parts.base, parts)
         try:
-            self._parts.start(sites, origin)
-            warn_of_ranks_that_stay(self._parts)
+            parts.start(sites, origin)
+            warn_of_ranks_that_stay(parts)
         except BaseException:  # also a warning that is an error; the model is as it was
-            self._parts.close()
+            parts.close()
             raise
 
     @torch.no_grad()
@@ -144,16 +137,17 @@ class GritOptimizer(OptimizerWrapper):
             closure: runs zero_grad, forward and backward, returns the loss; run once, with gradients enabled.
 
         Raises:
-            NotImplementedError: a pair's weights are partitioned over processes.
+            NotImplementedError: a pair's weights are partitioned over processes (FSDP1, ZeRO-3).
             RuntimeError: the optimizer was closed.
         """
         if self._closed:
             raise RuntimeError("this GritOptimizer was closed; go on with its base, or build a new one")
         parts = self._parts
         returned = evaluate(closure)
+        self._tell_join()
         with full_precision() as as_called:  # the caller's autocast is for the base alone
-            loss = parts.take_loss(returned)
             parts.follow_model()
+            loss = parts.take_loss(returned)
             statistics = parts.capture.collect()  # None: no backward pass, and nothing of GRIT's advances
             if statistics is not None:
                 parts.curvature.fold(statistics)
@@ -191,13 +185,15 @@ class GritOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         own, sites = {"options": self.options, KEY: self._parts.state_dict()}, self._parts.sites
+        own["process_group"] = self._parts.processes.kept
         return {**own, "base": self.base, "sites": sites.present(), "given_sites": sites.given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The copy knows its pairs; the model they came from is not copied along.
         base, sites = state["base"], state["sites"]
         found = SiteSet(base, None, sites if state["given_sites"] else None)
-        self._assemble(base, state["options"], found, sites, origins_of(state[KEY]))
+        group = state["process_group"].given if "process_group" in state else AUTO
+        self._assemble(Parts(base, state["options"], found, group), sites, origins_of(state[KEY]))
         self._parts.load_state_dict(state[KEY])
 
     def check_capture(self) -> list[SiteReport]:

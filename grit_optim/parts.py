@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grit_optim.capture.capture import Capture
 from grit_optim.capture.losses import Losses
+from grit_optim.checkpoints.by_parameter import collected, names_of_state, spread
 from grit_optim.checkpoints.checks import KEY, VERSION, check_state, names_of_sites
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.curvature.curvature import Curvature
@@ -23,6 +23,7 @@ from grit_optim.lora.site import Site
 from grit_optim.lora.site_set import SiteSet
 from grit_optim.options import Options
 from grit_optim.preconditioners.preconditioning import Preconditioning
+from grit_optim.processes.group import AUTO, Processes
 from grit_optim.profiling import StageTimes
 from grit_optim.rank.adaptation import Ranks
 from grit_optim.rank.origin import Origin
@@ -44,6 +45,7 @@ class Parts:
         base: the optimizer that holds the parameters.
         options: of all parts.
         sites: the LoRA pairs.
+        process_group: the processes that train together, as the user says.
 
     Attributes:
         base: the optimizer that holds the parameters.
@@ -52,19 +54,21 @@ class Parts:
         losses: the loss of each step.
         schedule: how many steps are done, and what is due.
         sites: the LoRA pairs.
+        processes: those that train the pairs together.
         capture: what the passes of a step show.
         curvature: the Fisher information.
         ranks: directions kept, and given up.
         preconditioning: what the curvature does to a step.
     """
 
-    def __init__(self, base: Optimizer, options: Options, sites: SiteSet) -> None:
+    def __init__(self, base: Optimizer, options: Options, sites: SiteSet, process_group: Any = AUTO) -> None:
         self.base, self.options, self.sites = base, options, sites
         self.times = StageTimes()
-        self.losses = Losses()
+        self.processes = Processes(process_group, sites.matrices, sites.model)
+        self.losses = Losses(self.processes)
         self.schedule = Schedule(options.schedule)
         weights = options.curvature.modality_weights
-        self.capture = Capture(options.recording, self.times, weights)
+        self.capture = Capture(options.recording, self.times, self.processes, weights)
         self.curvature = Curvature(options.curvature, self.times)
         self.ranks = Ranks(base, options.ranks, self.times)
         self.preconditioning = Preconditioning(base, options, self.times)
@@ -188,9 +192,16 @@ class Parts:
 
     def take_loss(self, returned: Any) -> Tensor | float | None:
         """The loss of the step, told or ``returned``; the mean over processes where a schedule needs it."""
+        self.processes.look()
         loss = self.losses.take(returned, self.curvature.device if self.follows_loss else None)
         self.ranks.observe(loss)
         return loss
+
+    def exchange(self) -> None:
+        """Take part, with nothing of this process's own, in what the processes exchange in a step."""
+        with full_precision():
+            self.take_loss(None)
+            self.capture.exchange()
 
     def refresh_if_due(self) -> None:
         """Derive from the factors what is applied around the step."""
@@ -204,17 +215,17 @@ class Parts:
             self.preconditioning.refresh(self.curvature, self.schedule, policy)
 
     def reproject_if_due(self) -> None:
-        """Reproject the pairs and adapt their ranks, with everything that is in their coordinates."""
+        """Reproject the pairs, and adapt their ranks."""
         if self.options.ranks.reprojection == "none" or not self.schedule.reprojection_due():
             return
-        with self.times("reproject"), self.all_or_nothing():
+        with self.times("reproject"), self.all_or_nothing():  # with all that is in their coordinates
             self.preconditioning.to_plain_coordinates(self.curvature)
             self.ranks.reproject(self.curvature.buckets, self.schedule.steps)
             if self.ranks.gives_up:
                 self._refresh_moved()
 
     def as_settled(self) -> tuple[Ranks, list[BucketCurvature]]:
-        """Ranks and curvatures to ask questions of: see :meth:`Ranks.as_settled`."""
+        """As :meth:`Ranks.as_settled`."""
         return self.ranks.as_settled(self.curvature.buckets)
 
     @full_precision()
@@ -275,11 +286,8 @@ class Parts:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all parts."""
-        with_operators = (
-            self.schedule.refreshes_seldom
-            or self.preconditioning.mode.moments_in_operators
-            or self.curvature.gradient_moments_in_operators
-        )
+        kept = self.preconditioning.mode.moments_in_operators or self.curvature.gradient_moments_in_operators
+        with_operators = kept or self.schedule.refreshes_seldom
         held = self.sites.held()  # an optimizer that is built without the others is to load this
         return {
             "version": VERSION,
@@ -290,6 +298,18 @@ class Parts:
             "fisher": self.curvature.kind,
             "sites": {n: state for n, state in self.pack_sites(with_operators).items() if n in held},
         }
+
+    def state_by_parameter(self, state: Mapping[Any, Any]) -> Any:
+        """The base's state of each parameter, with our own beside it."""
+        return spread(state, self.state_dict(), self.sites.present(), self.base.param_groups)
+
+    def names_of_state(self) -> Any:
+        """Each parameter with the names of what :meth:`state_by_parameter` has of it."""
+        return names_of_state(self.base.state, self.sites.present(), self.base.param_groups)
+
+    def collect_state(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        """The base's part and our own, where that lies with the parameters' state; else None for it."""
+        return collected(state_dict, self.sites.all_trainable(), self.base.param_groups)
 
     def check_state_dict(self, own: Any) -> None:
         """Refuse a state that does not belong to these sites, before anything is loaded.
@@ -324,25 +344,3 @@ class Parts:
         elif not any("a_operator" in state for state in own["sites"].values()):
             policy = self.ranks.policy(max(0, self.schedule.steps - 1))
             self.preconditioning.derive_loaded(self.curvature, self.schedule, policy)
-
-    def narrowed(self, known: Mapping[str, SiteState], sizes: Mapping[str, int]) -> dict[str, SiteState]:
-        """The states of some pairs for their leading coordinates alone.
-
-        Args:
-            known: the states by site name.
-            sizes: site name to the number of coordinates that stay.
-        """
-        cut = {}
-        for curvature in self.curvature.buckets:
-            axes = {**curvature.rank_axes(), **self.preconditioning.penalties.rank_axes()}
-            for name in curvature.bucket.names():
-                if name in sizes:
-                    state = known[name].items()
-                    cut[name] = {key: _leading(value, axes.get(key, ()), sizes[name]) for key, value in state}
-        return cut
-
-
-def _leading(value: Tensor, axes: Sequence[int], size: int) -> Tensor:
-    for axis in axes:
-        value = value.narrow(axis, 0, size)
-    return value.clone(memory_format=torch.contiguous_format)

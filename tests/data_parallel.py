@@ -5,13 +5,13 @@ batch, and writes what it ended with to FOLDER. One process alone runs the scena
 """
 
 import contextlib
-import os
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 
 import around
+import launch
 import support
 import tiny
 import torch
@@ -281,18 +281,6 @@ def run(rank, processes):
 
 if __name__ == "__main__":
     rank, processes, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    here = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": processes,
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": 1,
-    }
-    os.environ.update(
-        {name: str(value) for name, value in here.items()}
-    )  # what torchrun says, and the Trainer reads
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=processes
-    )
+    launch.join(folder, rank, processes)
     torch.save(run(rank, processes), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -14,7 +14,7 @@ ROOT = Path(grit_optim.__file__).parent
 # From the ground up; a name is a folder or a file at the top.
 ORDER = (
     *("linalg", "messages", "integrity", "options", "presets", "profiling", "schedules"),
-    *("lora", "base", "capture", "curvature", "rank", "preconditioners", "checkpoints", "parts"),
+    *("processes", "lora", "base", "capture", "curvature", "rank", "preconditioners", "checkpoints", "parts"),
     *("export", "sinks", "telemetry", "optimizer", "integrations", "callback", "cli", "__init__", "__main__"),
 )
 FILES = {

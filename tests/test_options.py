@@ -102,7 +102,8 @@ def test_every_option_has_an_invalid_value_in_the_table():
 def test_the_signature_agrees_with_what_is_declared():
     """Names, their order, defaults and types; one option more than 33 has to take the place of another."""
     parameters = inspect.signature(GritOptimizer.__init__).parameters.values()
-    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("sites", "modality_of")]
+    others = ("sites", "modality_of", "process_group")
+    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in others]
     told = {p.name: (p.default, p.annotation) for p in keywords}
     assert told == {name: (known.default, known.type) for name, known in DECLARED.items()}
     assert len(told) <= 33
@@ -112,7 +113,7 @@ def test_every_option_is_documented():
     assert all(len(known.metadata["meaning"]) > 20 for known in DECLARED.values())
     documentation = GritOptimizer.__doc__.split("\nArgs:\n")[1].split("\nRaises:\n")[0]
     described = [line.split(":")[0].strip() for line in documentation.splitlines() if line[4:5].strip()]
-    assert described == ["base", "model", "sites", "modality_of", *DECLARED]
+    assert described == ["base", "model", "sites", "modality_of", "process_group", *DECLARED]
     words = " ".join(documentation.split())
     assert all(f"{name}: {known.metadata['meaning']}" in words for name, known in DECLARED.items())
 

@@ -22,6 +22,7 @@ from .on_task import cost
 from .report import holds, report
 from .scaling import Sweep, scale
 from .shapes import QUANTIZATIONS, SHAPE_LR, SHAPES, Workload, check_model
+from .traffic import TRAFFIC
 
 EMBEDDED_STEPS, EMBEDDED_LR, SHAPE_STEPS, BLOCK = 80, 5e-3, 20, 5
 _WORKLOAD = ("quantize", "rank", "layers", "batch_size", "length", "accumulation", "checkpointing")
@@ -187,4 +188,4 @@ COUNT = Command(
     _add_count,
     _count,
 )
-STUDY = Study((COST, COUNT), holds, report)
+STUDY = Study((COST, COUNT, TRAFFIC), holds, report)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grit_optim.messages import warn
+from grit_optim.processes import shards
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN = (Number, str, bytes, type(None), torch.dtype, torch.device)
@@ -24,11 +25,12 @@ _PLAIN = (Number, str, bytes, type(None), torch.dtype, torch.device)
 def is_entrywise(value: object, parameter: Tensor) -> bool:
     """Whether ``value`` is an ordinary floating tensor with one entry for each entry of ``parameter``.
 
-    A subclass of Tensor (torchao's 8-bit states, DTensor) is none: most operations fail on it. Nor is fp8,
-    whose scale lies elsewhere.
+    A subclass of Tensor (torchao's 8-bit states) is none: most operations fail on it. Nor is fp8, whose scale
+    lies elsewhere. A DTensor is one if the processes share it out as they do the parameter.
     """
     return (
-        type(value) in (Tensor, nn.Parameter)
+        (type(value) in (Tensor, nn.Parameter) or shards.layout_of(value) is not None)
+        and shards.layout_of(value) == shards.layout_of(parameter)
         and value.layout is torch.strided  # type: ignore[attr-defined]
         and value.dtype in _FLOATING  # type: ignore[attr-defined]
         and value.shape == parameter.shape  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from grit_optim.base.moments import SQUARE_LIKE
 from grit_optim.integrity.fields import Damaged, is_finite
+from grit_optim.processes import shards
 
 _FACTORED = ("Adafactor", "LBFGS")
 """Optimizers of torch whose state tensors have other shapes than their parameters."""
@@ -107,6 +108,7 @@ def _check_group(base: Optimizer, group: int, parameters: Sequence[Tensor]) -> N
 
 def _check_finite(path: str, value: Tensor) -> None:
     """Refuse NaN, and infinity in a tensor of several numbers; a single one may be "none so far"."""
+    value = shards.local(value)
     plain = type(value) in (Tensor, nn.Parameter) and value.device.type != "meta"  # no quantized subclass
     if not plain or not value.is_floating_point() or value.numel() == 0:
         return
@@ -134,7 +136,7 @@ def _check_shapes(path: str, state: Mapping[str, Any], parameter: Tensor) -> Non
                 )
             if not (value.is_floating_point() or value.is_complex()):
                 raise Damaged(f"{path}: {name}", f"has dtype {value.dtype}, not a floating point one")
-            if name in _NEVER_NEGATIVE and bool((value < 0).any()):
+            if name in _NEVER_NEGATIVE and bool((shards.local(value) < 0).any()):
                 raise Damaged(f"{path}: {name}", "holds a negative number, as no such average has")
             if any(n > 1 and step == 0 for n, step in zip(value.shape, value.stride(), strict=True)):
                 raise Damaged(f"{path}: {name}", "has entries that share their memory, so no step can write")

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from grit_optim.base import layout
 from grit_optim.base.bitsandbytes import SQUARES_FIRST, dequantized, kernel, quantize
+from grit_optim.processes import shards
 
 SQUARE_LIKE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 """Names of state tensors that average squared gradients."""
@@ -115,11 +116,11 @@ def set_first_moment(base: Optimizer, parameters: Sequence[Tensor], values: Sequ
         if name == _STATE1 and isinstance(target, Tensor) and target.dtype == torch.uint8:
             quantize(state, value)
         elif layout.is_entrywise(target, parameter):
-            plain.append((target, value.view_as(parameter)))
+            plain.append((target, value if value.shape == parameter.shape else value.view_as(parameter)))
         elif layout.decoded(target, parameter) is not None:
             target.copy_(value.view_as(parameter))
     if plain:
-        torch._foreach_copy_([target for target, _ in plain], [value for _, value in plain])
+        shards.copy_to([target for target, _ in plain], [value for _, value in plain])
 
 
 def second_moment(base: Optimizer, parameter: Tensor) -> Tensor | None:

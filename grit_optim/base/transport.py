@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from grit_optim.base import layout
 from grit_optim.base.moments import SQUARE_LIKE
 from grit_optim.lora.buckets import Group
+from grit_optim.processes import shards
 
 GRADIENT_LIKE = ("exp_avg", "momentum_buffer", "grad_avg")
 """Names of state tensors that average gradients."""
@@ -77,7 +78,7 @@ def weight_copies(base: Optimizer, group: Group) -> tuple[list[int], list[Tensor
 def write_copies(group: Group, copies: Sequence[Tensor], stacked: Tensor) -> None:
     """Set the copies of a group's parameters to the matrices ``[m, rows, columns]``, in place."""
     for copy, value in zip(copies, group.split(stacked), strict=True):
-        copy.copy_(value)
+        shards.local(copy).copy_(shards.local(value))
 
 
 def set_weights(base: Optimizer, group: Group, stacked: Tensor, changed: Tensor) -> None:
@@ -210,7 +211,7 @@ def _move_averages(
         # Without a bound a moment near the largest number would become infinite, and stay so.
         largest = torch.finfo(tensors[0].dtype).max
         moved = moved.clamp(-largest, largest).to(tensors[0].dtype)
-        torch._foreach_copy_(tensors, part.split(moved))
+        shards.copy_to(tensors, part.split(moved))
 
 
 def _stacked(group: Group, tensors: Sequence[Tensor], operator: Tensor) -> Tensor:

@@ -13,10 +13,15 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.algorithms.join import Join
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from grit_optim.base.callers import asked_by_name, names_of_state_asked
 from grit_optim.base.loaded import check_loaded, settings_of
+from grit_optim.messages import warn
+from grit_optim.processes.group import Processes
+from grit_optim.processes.join import Shadow
 
 
 class OwnState(Protocol):
@@ -28,6 +33,15 @@ class OwnState(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and plain containers."""
 
+    def state_by_parameter(self, state: Mapping[Any, Any]) -> Any:
+        """The base's state of each parameter, with our own beside it."""
+
+    def names_of_state(self) -> Any:
+        """Each parameter with the names of what :meth:`state_by_parameter` has of it."""
+
+    def collect_state(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Take our own state out of one in which it lies with the parameters'; None if it does not."""
+
     def check_state_dict(self, own: Mapping[str, Any]) -> None:
         """Raise an error if ``own`` cannot be loaded. Called before anything is changed."""
 
@@ -36,6 +50,13 @@ class OwnState(Protocol):
 
     def load_state_dict(self, own: Mapping[str, Any] | None) -> None:
         """Go on from a saved state; from None, start anew."""
+
+    def exchange(self) -> None:
+        """Take part, with nothing of one's own, in what the processes exchange in a step."""
+
+    @property
+    def processes(self) -> Processes:
+        """Those that train together."""
 
 
 class OptimizerWrapper(Optimizer):
@@ -74,8 +95,11 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The base optimizer's state of each parameter. The wrapper keeps nothing in it."""
-        return self.base.state
+        """The base optimizer's state of each parameter. The wrapper keeps nothing in it.
+
+        ``torch.distributed.checkpoint`` is shown the names of what :meth:`state_dict` adds for it.
+        """
+        return self._own.names_of_state() if names_of_state_asked() else self.base.state
 
     @state.setter
     def state(self, state: Any) -> None:
@@ -92,6 +116,27 @@ class OptimizerWrapper(Optimizer):
         """Set the base optimizer's ``defaults``."""
         self.base.defaults = defaults
 
+    def join_hook(self, **kwargs: Any) -> Shadow:
+        """For ``Join([model, optimizer])``: what this process does once it has run out of inputs."""
+        self._own.processes.look()
+        self._own.processes.takes_part = True
+        return Shadow(self, self._own.processes, self._own.exchange)
+
+    @property
+    def join_process_group(self) -> Any:
+        """The group that :class:`Join` asks for: of the processes that train together."""
+        return self._own.processes.group
+
+    @property
+    def join_device(self) -> torch.device:
+        """The device that :class:`Join` exchanges its counts on."""
+        return next(p.device for group in self.param_groups for p in group["params"])
+
+    def _tell_join(self) -> None:
+        """Tell a :class:`Join` that this process still has inputs, where the optimizer is its first."""
+        if getattr(self, "_join_config", None) is not None:
+            Join.notify_join_context(self)  # type: ignore[arg-type]  # asks for the three above
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
         with torch.autograd.profiler.record_function(f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"):
@@ -107,7 +152,10 @@ class OptimizerWrapper(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state = self.base.state_dict()
-        state[self.state_key] = self._own.state_dict()
+        if asked_by_name():
+            state["state"] = self._own.state_by_parameter(state["state"])
+        else:
+            state[self.state_key] = self._own.state_dict()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state)
             state = changed if changed is not None else state
@@ -128,8 +176,17 @@ class OptimizerWrapper(Optimizer):
             changed = pre_hook(self, state)
             state = dict(changed) if changed is not None else state
         own = state.pop(self.state_key, None)
+        if own is None:
+            state, own = self._own.collect_state(state)
         if own is not None:
             self._own.check_state_dict(own)
+        elif state.get("state"):
+            warn(
+                f"the state to load has no {self.state_key!r} in it, so the curvature starts anew. That is "
+                f"as it should be where the base alone saved it. If {type(self).__name__} did, something has "
+                "dropped that part, and 'eigenbasis' and 'balanced' would read moments in other coordinates "
+                "than they are in: resume from a whole checkpoint there"
+            )
         settings = settings_of(self.base)
         with self._own.loading():
             self.base.load_state_dict(state)

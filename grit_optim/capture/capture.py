@@ -20,6 +20,7 @@ from grit_optim.integrity.fields import Fields, record, several, some_text
 from grit_optim.lora.buckets import Bucket
 from grit_optim.lora.site import Site
 from grit_optim.options import CaptureOptions
+from grit_optim.processes.group import Processes
 from grit_optim.profiling import StageTimes
 from grit_optim.schedules import capture_due
 
@@ -54,14 +55,19 @@ class Capture:
     """
 
     def __init__(
-        self, options: CaptureOptions, times: StageTimes, weights: str | Mapping[str, float] | None = None
+        self,
+        options: CaptureOptions,
+        times: StageTimes,
+        together: Processes,
+        weights: str | Mapping[str, float] | None = None,
     ) -> None:
         self.watch = TapWatch()
         self.by_gradients: frozenset[str] = frozenset()
         self._options = options
         self._times = times
+        self._processes = together
         self._kinds = None if weights is None else TokenKinds(weights)
-        self._taps = Taps(options.max_tokens, times, self._kinds)
+        self._taps = Taps(options.max_tokens, times, together.note_forward, together.sharded, self._kinds)
         self._masks: list[Tensor] = []
         self._begun = False
 
@@ -106,15 +112,29 @@ class Capture:
         """The statistics gathered since the last step; None if there are none in any process."""
         with self._times("fold"):
             taps, before = self._taps, self.by_gradients
-            together = processes.size() > 1 and len(before) < len(taps.sites)
-            sums, found, fired = self._of_all() if together else self._own()
+            if self._processes.left_out:
+                taps.discard()
+                return None
+            sums, found, fired = self._of_all() if self._together else self._own()
             self._judge(found, sums)
             if not (self._has_gradients() or fired()):
                 return None
+            self._processes.trained()
             if taps.active and self.by_gradients:
                 for bucket, total in zip(taps.gathered.buckets, sums, strict=True):
                     add_gradients(total, bucket, self.by_gradients)
             return Statistics(sums, taps.active, self._masks, self.by_gradients - before)
+
+    @property
+    def _together(self) -> bool:
+        """Whether processes add up what their taps saw. The gradients are everybody's anyway."""
+        return self._processes.size > 1 and len(self.by_gradients) < len(self._taps.sites)
+
+    def exchange(self) -> None:
+        """Take part in what the processes add up in a step, with nothing of this one's own."""
+        if self._together:
+            nothing, count = self._taps.collect({}), len(self._taps.sites)
+            processes.add_up(nothing, [0] * count, [None] * count, self._processes.group)
 
     def _own(self) -> _Gathered:
         taps = self._taps
@@ -130,7 +150,7 @@ class Capture:
         alive, gathered = taps.settle(), taps.gathered
         fired, rounding = list(gathered.fired), gathered.rounding
         inner = [gathered.inner(i) if self.watch.steps_left else None for i in range(len(fired))]
-        together = processes.add_up(taps.collect(alive), fired, inner)
+        together = processes.add_up(taps.collect(alive), fired, inner, self._processes.group)
 
         def reports() -> list[SiteReport]:
             """What the check of the taps finds over the tokens of all processes."""
@@ -180,10 +200,8 @@ class Capture:
 
     def check(self) -> list[SiteReport]:
         """Compare taps and gradients now: one report per site."""
-        taps = self._taps
-        return inspect(
-            taps.sites, taps.seen(), taps.gathered.rounding, processes.size() == 1, self.by_gradients
-        )
+        taps, alone = self._taps, self._processes.size == 1
+        return inspect(taps.sites, taps.seen(), taps.gathered.rounding, alone, self.by_gradients)
 
     def discard(self) -> None:
         """Forget what was gathered since the last step."""

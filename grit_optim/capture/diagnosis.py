@@ -20,6 +20,7 @@ from torch import Tensor
 from grit_optim.integrity.fields import Fields, by_name, several, some_text, whole
 from grit_optim.lora.site import Site
 from grit_optim.messages import listed, tell, warn
+from grit_optim.processes import shards
 
 CHECKED_STEPS = 5
 """Steps at the start in which taps are compared with gradients."""
@@ -101,11 +102,11 @@ def _measure(
     products: list[float | None] = []
     slack = 0.0
     for side, weight in (("A", site.a), ("B", site.b)):
-        gradient = None if weight.grad is None else site.part_of(weight.grad.detach(), side)
+        gradient = None if weight.grad is None else site.part_of(shards.whole(weight.grad).detach(), side)
         if gradient is None or not gradient.any():  # cleared without set_to_none, it is all zeros
             products.append(None)
             continue
-        w, g = site.part_of(weight.detach(), side).float(), gradient.float()
+        w, g = site.part_of(shards.whole(weight).detach(), side).float(), gradient.float()
         products.append(float((w * g).sum()))
         coarsest = max(rounding, torch.finfo(weight.dtype).eps)
         slack = max(slack, 4 * coarsest * float((w * g).norm()), 8 * _FP32_EPS * float(w.norm() * g.norm()))

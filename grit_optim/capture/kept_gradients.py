@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from grit_optim.processes import shards
+
 
 class Left(NamedTuple):
     """A parameter's gradient as a backward pass has left it.
@@ -115,7 +117,10 @@ def nonzero(doubtful: Mapping[int, Sequence[Tensor]]) -> dict[int, Tensor]:
     alike: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
     for position, gradients in doubtful.items():
         for gradient in gradients:
-            alike.setdefault((gradient.device, gradient.dtype), []).append((position, gradient.detach()))
+            if shards.is_shared(gradient):  # this process may have none of its rows
+                sizes[position] = torch.ones((), dtype=torch.bool, device="cpu")
+            else:
+                alike.setdefault((gradient.device, gradient.dtype), []).append((position, gradient.detach()))
     for members in alike.values():
         largest = torch._foreach_norm([gradient for _, gradient in members], torch.inf)
         for (position, _), size in zip(members, largest, strict=True):

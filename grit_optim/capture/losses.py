@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grit_optim.capture import processes
+from grit_optim.processes.group import Processes
 
 
 class OutputTap:
@@ -39,9 +40,13 @@ class Losses:
     """Collects the losses between two steps.
 
     A loss that the user observed counts before the closure's, and the closure's before the model's own.
+
+    Args:
+        together: the processes that train together.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, together: Processes) -> None:
+        self._processes = together
         self._observed: list[Tensor | float] = []
         self._outputs: list[Tensor | float] = []
         self._shares = False
@@ -91,7 +96,9 @@ class Losses:
         count = 1 if self._shares and not self._observed else len(seen)
         self._observed, self._outputs = [], []
         own = sum(seen[1:], seen[0]) / count if seen else None
-        return own if shared_on is None or processes.size() == 1 else processes.mean_loss(own, shared_on)
+        if shared_on is None or self._processes.size == 1:
+            return own
+        return processes.mean_loss(own, shared_on, self._processes.group)
 
 
 def _is_single(value: Any) -> bool:

@@ -13,67 +13,29 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from grit_optim.capture.bypass import BypassWatch
 from grit_optim.capture.gathered import Gathered, Share
+from grit_optim.capture.hooks import GradientTap, Tap, at_the_end, remove, remove_inert_taps
 from grit_optim.capture.kept_gradients import KeptGradients, nonzero
 from grit_optim.capture.sums import Sums
 from grit_optim.capture.token_kinds import TokenKinds
 from grit_optim.integrity.fields import Fields, whole
 from grit_optim.lora.buckets import Bucket
-from grit_optim.lora.site import Site
+from grit_optim.lora.site import Site, held_by
+from grit_optim.processes import shards
 from grit_optim.profiling import StageTimes
 
 MOST_PASSES = 16
 """Backward passes under way at once, one in another (reentrant checkpointing). Older ones have failed."""
-
-
-class Tap:
-    """Forward hook on ``lora_A``.
-
-    It holds its owner weakly, so that no model keeps an optimizer alive. A copied or unpickled model carries
-    taps that do nothing; its optimizer, if it has one, puts its own there.
-    """
-
-    def __init__(self, taps: Taps | None, position: int) -> None:
-        self._taps = weakref.ref(taps) if taps is not None else None
-        self.position = position
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        """Watch for the gradient of ``output``, if it will get one."""
-        taps = self.owner()
-        if taps is not None and isinstance(output, Tensor) and output.requires_grad:
-            taps.watch(self.position, output)
-
-    def owner(self) -> Taps | None:
-        """The :class:`Taps` that this tap belongs to; None in a copy, and after they are gone."""
-        return self._taps() if self._taps is not None else None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Tap, (None, self.position)
-
-
-class GradientTap:
-    """Hook on A (side 0) or B (side 1), before or after a backward pass accumulates into its gradient."""
-
-    def __init__(self, taps: Taps, position: int, side: int, before: bool) -> None:
-        self._taps = weakref.ref(taps)
-        self._place = position, side
-        self._before = before
-
-    def __call__(self, tensor: Tensor) -> None:
-        """Tell the owner, if it is still there."""
-        taps = self._taps()
-        if taps is not None:
-            (taps.before_gradient if self._before else taps.after_gradient)(*self._place)
 
 
 @dataclass
@@ -98,6 +60,8 @@ class Taps:
     Args:
         max_tokens: tokens per site and step that enter the sums, evenly spaced; None: all.
         times: where the seconds spent in hooks are counted.
+        note_forward: called in each forward pass of a site that gets a gradient.
+        sharded: tells whether FSDP2 manages the model, so that copies are in the places of A and B.
         kinds: tells the kinds of tokens apart; None: they are not.
 
     Attributes:
@@ -111,7 +75,14 @@ class Taps:
         hooks: the handles of all hooks, one list for as long as the taps live.
     """
 
-    def __init__(self, max_tokens: int | None, times: StageTimes, kinds: TokenKinds | None = None) -> None:
+    def __init__(
+        self,
+        max_tokens: int | None,
+        times: StageTimes,
+        note_forward: Callable[[], None],
+        sharded: Callable[[], bool],
+        kinds: TokenKinds | None = None,
+    ) -> None:
         self.sites: list[Site] = []
         self.gathered = Gathered([], [])
         self.max_tokens, self.kinds = max_tokens, kinds
@@ -120,14 +91,15 @@ class Taps:
         self.offset = 0
         self.bypass = BypassWatch()
         self._times = times
+        self._note_forward, self._sharded = note_forward, sharded
         self._lock = threading.RLock()  # sites on several devices have a backward thread each
         self._weights: list[tuple[Tensor, Tensor]] = []
         self._positions: dict[int, int] = {}
-        self._hooked: set[tuple[int, int]] = set()
+        self._hooked: set[tuple[int, int]] = set()  # ids of matrices, and sides
         self.hooks: list[RemovableHandle] = []
         self._gradients = KeptGradients([])
         self._passes: dict[int, _Pass] = {}
-        weakref.finalize(self, _remove, self.hooks).atexit = False
+        weakref.finalize(self, remove, self.hooks).atexit = False
 
     def attach(
         self, sites: Sequence[Site], buckets: Sequence[Bucket], untapped: Collection[str] = ()
@@ -141,7 +113,7 @@ class Taps:
             buckets: the same sites, stacked.
             untapped: names of sites that get no hook.
         """
-        _remove(self.hooks)
+        remove(self.hooks)
         accounts = self.gathered.by_site()
         left = {id(site): known for site, known in zip(self.sites, self._gradients.left, strict=True)}
         self.sites = list(sites)
@@ -156,20 +128,27 @@ class Taps:
             for position, site in enumerate(self.sites):
                 if site.name in untapped:
                     continue
-                _remove_inert_taps(site.tap)
+                remove_inert_taps(site.tap)
                 self.hooks.append(site.tap.register_forward_hook(Tap(self, position)))
                 self._hook_trained(position)
         except BaseException:
-            _remove(self.hooks)
+            remove(self.hooks)
             raise
         self.gathered.adopt(accounts)
         self._gradients.left = [left.get(id(site), {}) for site in self.sites]
 
     def _hook_trained(self, position: int) -> None:
-        """Watch the gradients of A and B, as far as they are trained."""
-        for side, weight in enumerate(self._weights[position]):
-            if weight.requires_grad and (position, side) not in self._hooked:
-                self._hooked.add((position, side))
+        """Watch the gradients of A and B, as far as they are trained.
+
+        In a forward pass FSDP2 has put gathered copies in their places, which get the gradients first.
+        """
+        site, held = self.sites[position], self._weights[position]
+        used = (held_by(site.a_modules[site.adapter]), held_by(site.b_modules[site.adapter]))
+        others = [weight for copy, weight in zip(used, held, strict=True) if copy is not weight]
+        copies = used if others and (any(map(shards.is_shared, others)) or self._sharded()) else ()
+        for side, weight in (*enumerate(held), *enumerate(copies)):
+            if weight.requires_grad and (id(weight), side) not in self._hooked:
+                self._hooked.add((id(weight), side))
                 before, after = (GradientTap(self, position, side, before) for before in (True, False))
                 self.hooks.append(weight.register_hook(before))
                 self.hooks.append(weight.register_post_accumulate_grad_hook(after))
@@ -183,11 +162,19 @@ class Taps:
 
     # ---------------------------------------------------------------- in a forward and backward pass
 
+    def follow(self, position: int) -> None:
+        """Take note of copies that FSDP2 has gathered for use, in evaluation too."""
+        site = self.sites[position]
+        for shard, entry in zip(self._weights[position], (site.a_modules, site.b_modules), strict=True):
+            if shards.is_shared(shard) and (copy := held_by(entry[site.adapter])) is not shard:
+                shards.note_gathered(copy, shard)
+
     def watch(self, position: int, output: Tensor) -> None:
         """Take note of h, and ask for its gradient. A functional transform's gradients reach no ``.grad``."""
         if torch._C._functorch.is_functorch_wrapped_tensor(output):
             return
         self._hook_trained(position)
+        self._note_forward()
         site = self.sites[position]
         if self.bypass.watches(position):
             fired = self.gathered.fired[position]
@@ -232,7 +219,7 @@ class Taps:
             while len(self._passes) >= MOST_PASSES:
                 del self._passes[next(iter(self._passes))]
             self._passes[task] = _Pass()
-            _at_the_end(partial(_at_the_end, partial(self._end, task)))  # after what others do there
+            at_the_end(partial(at_the_end, partial(self._end, task)))  # after what others do there
         return self._passes[task]
 
     def _end(self, task: int) -> None:
@@ -326,25 +313,6 @@ class Taps:
 
     def close(self) -> None:
         """Remove the taps."""
-        _remove(self.hooks)
+        remove(self.hooks)
         self._positions.clear()
         self.discard()
-
-
-def _at_the_end(callback: Any) -> None:
-    """Have ``callback`` called when the backward pass under way is over."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
-
-
-def _remove(hooks: list[RemovableHandle]) -> None:
-    """Remove hooks, and forget them."""
-    for hook in hooks:
-        hook.remove()
-    hooks.clear()
-
-
-def _remove_inert_taps(module: nn.Module) -> None:
-    """Take off taps that a copy of the model carried along."""
-    for key, hook in list(module._forward_hooks.items()):
-        if isinstance(hook, Tap) and hook.owner() is None:
-            del module._forward_hooks[key]

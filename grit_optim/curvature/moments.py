@@ -153,4 +153,4 @@ def _shape(kind: str, site: Site, side: Side) -> tuple[int, ...]:
     """The shape of one matrix's moments."""
     if kind == "block_diagonal":
         return site.rank, site.rank
-    return (site.rank, site.a[0].numel()) if side == "A" else (site.b.shape[0], site.rank)
+    return (site.rank, site.a.shape[1:].numel()) if side == "A" else (site.b.shape[0], site.rank)

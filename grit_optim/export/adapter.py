@@ -26,6 +26,7 @@ from grit_optim.linalg import full_precision
 from grit_optim.lora.discovery import AdapterLayers, adapter_layers, peft_model_in
 from grit_optim.lora.site import Site
 from grit_optim.messages import listed
+from grit_optim.processes import shards
 from grit_optim.rank.report import FILE_NAME, RankReport, SiteRank, effective_ranks, product_singular_values
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,6 +54,11 @@ class Pair(NamedTuple):
 
     a: Tensor
     b: Tensor
+
+    @classmethod
+    def of(cls, site: Site) -> Pair:
+        """All of both; where the processes share them out, each of them has to call it."""
+        return cls(shards.whole(site.a).detach(), shards.whole(site.b).detach())
 
     def padded(self, rank: int) -> Pair:
         """The pair with zero directions added up to ``rank``; B·A stays the same."""
@@ -161,18 +167,15 @@ def prepared(
     config = peft_model.peft_config[adapter]
     peft_config.check_exportable(config, adapter)
     layers = adapter_layers(peft_model, adapter)
-    broken = [
-        name
-        for name, site in layers.pairs.items()
-        if not (site.a.isfinite().all() and site.b.isfinite().all())
-    ]
+    whole = {name: Pair.of(site) for name, site in layers.pairs.items()}
+    broken = [name for name, pair in whole.items() if not all(m.isfinite().all() for m in pair)]
     if broken:
         raise ValueError(
             f"adapter {adapter!r} has weights that are infinite or NaN in {len(broken)} layer(s) "
             f"({listed(broken, 3)}): the run has diverged. Go back to an earlier checkpoint, or save the "
             "adapter as it is with model.save_pretrained()"
         )
-    smaller = {name: _reduced(site, tolerance) for name, site in layers.pairs.items()}
+    smaller = {name: _reduced(site, whole[name], tolerance) for name, site in layers.pairs.items()}
     if not any(pair.a.shape[0] for pair in smaller.values()):
         raise ValueError(
             f"adapter {adapter!r} has no direction to save: in each of its {len(smaller)} layers "
@@ -199,12 +202,12 @@ def _of_one_rank(pairs: Mapping[str, Pair], layers: AdapterLayers, adapter: str)
     return {name: pair.padded(largest) if pair.a.shape[0] else pair for name, pair in pairs.items()}
 
 
-def _reduced(site: Site, tolerance: float) -> Pair:
+def _reduced(site: Site, pair: Pair, tolerance: float) -> Pair:
     """The pair without the directions that it does not use.
 
     A layer whose bias is trained keeps one: PEFT saves no bias without a pair.
     """
-    a, b = site.a.detach(), site.b.detach()
+    a, b = pair
     used = (a.flatten(1) != 0).any(1) & (b.transpose(0, 1).flatten(1) != 0).any(1)
     if site.trains_bias and not used.any():
         used[0] = True
@@ -237,7 +240,7 @@ def _tensors(
 
     adapter = next(iter(layers.pairs.values())).adapter
     tensors = {
-        key.replace("._orig_mod", ""): t
+        key.replace("._orig_mod", ""): shards.whole(t)
         for key, t in get_peft_model_state_dict(peft_model, adapter_name=adapter).items()
     }
     for name, pair in smaller.items():

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from grit_optim.base.transport import narrow_state
+from grit_optim.checkpoints.narrowing import narrowed
 from grit_optim.export import peft_config
 from grit_optim.export.peft_models import Home, homes
 from grit_optim.linalg import full_precision
@@ -22,6 +23,7 @@ from grit_optim.lora.discovery import (
 from grit_optim.lora.site import Site
 from grit_optim.messages import warn
 from grit_optim.parts import Parts
+from grit_optim.processes import shards
 
 
 @full_precision()
@@ -33,8 +35,8 @@ def shrink(parts: Parts, model: nn.Module | None) -> None:
         model: the PEFT model, or None for the one that the optimizer knows.
 
     Raises:
-        ValueError: the paper's projections are in use, no rank is left, PEFT's layers without their model,
-            DoRA, or a start that depends on the rank.
+        ValueError: the paper's projections are in use, FSDP2 holds the pairs, no rank is left, PEFT's layers
+            without their model, DoRA, or a start that depends on the rank.
     """
     if not parts.ranks.gives_up:
         raise ValueError(
@@ -42,6 +44,11 @@ def shrink(parts: Parts, model: nn.Module | None) -> None:
             "nothing to shrink. Build the optimizer with reprojection='balanced' or 'none'"
         )
     sites = parts.sites.present()
+    if any(shards.is_shared(matrix) for site in sites for matrix in (site.a, site.b)):
+        raise ValueError(
+            "FSDP2 shares the pairs out over processes, and has noted their shapes, so shrink_() cannot cut "
+            "them. Save them with save_adapter(), and load that into a new model before fully_shard()"
+        )
     found = check(parts.known_model(model), sites)
     layers = {key: pair for home in found for key, pair in layers_of_pairs(home.peft_model).items()}
     configs = [config for home in found for config in home.peft_model.peft_config.values()]
@@ -69,7 +76,7 @@ def _shrink(
         update_configs(home, gone)
     parts.ranks.remove({site.name: dropped[site.name] for site in gone})
     left = [site for site in sites if sizes[site.name] > 0]
-    parts.attach(left, parts.narrowed(known, {site.name: sizes[site.name] for site in left}))
+    parts.attach(left, narrowed(parts.curvature.buckets, known, {s.name: sizes[s.name] for s in left}))
 
 
 def check(model: nn.Module | None, sites: Sequence[Site]) -> list[Home]:

@@ -47,8 +47,9 @@ def save_trained(
         )
         prefix = _prefix(home, name)
         sites += [replace(s, name=f"{prefix}{s.name}.{name}") for s in ready[-1].report.sites]
-    for (home, _), one in zip(found, ready, strict=True):  # all of them can be saved
-        write(Path(path) / home.name, one)
+    if parts.processes.writes:
+        for (home, _), one in zip(found, ready, strict=True):  # all of them can be saved
+            write(Path(path) / home.name, one)
     return RankReport(sites, threshold)
 
 

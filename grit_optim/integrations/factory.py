@@ -17,7 +17,7 @@ from grit_optim.options import DECLARED
 from grit_optim.options.declared import MODALITIES
 from grit_optim.options.former import FORMER
 
-OPTIONS = {*DECLARED, *FORMER, "modality_of"}
+OPTIONS = {*DECLARED, *FORMER, "modality_of", "process_group"}
 """Keywords that go to GritOptimizer; all others go to the base."""
 
 

@@ -92,7 +92,7 @@ class Undo:
                 tensor.data = value
         for (parameter, data, gradient), value in zip(self._parameters, self._data, strict=True):
             held = data if _written(data, value) else value
-            if parameter.shape != held.shape or parameter.data_ptr() != held.data_ptr():
+            if parameter.shape != held.shape or _address(parameter) != _address(held):
                 parameter.grad = None
                 set_data(parameter, held)
             if parameter.grad is not gradient:
@@ -142,6 +142,11 @@ def copied(tensors: list[Tensor]) -> list[Tensor]:
                 copies[place] = torch.empty_like(tensors[place], requires_grad=False)
             torch._foreach_copy_([copies[i] for i in places], [tensors[i].detach() for i in places])
     return copies
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's entries begin, of a DTensor those of this process."""
+    return getattr(tensor, "_local_tensor", tensor).data_ptr()
 
 
 def _container(one: Any) -> Any | None:

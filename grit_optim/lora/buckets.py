@@ -9,6 +9,7 @@ optimizer holds a matrix may change at any time. It is looked up whenever it is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from grit_optim.lora.site import Site
+from grit_optim.processes import shards
 
 Side = Literal["A", "B"]
 SIDES: tuple[Side, Side] = ("A", "B")
@@ -50,8 +52,12 @@ class Group:
     _subsets: dict[tuple[int, ...], Group] = field(default_factory=dict, repr=False)
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The tensors, in the parameters' shape, as matrices ``[m, rows, columns]``, in fp32 or better."""
-        stacked = torch.stack([t if t.dim() == 2 else t.flatten(1) for t in tensors]).detach()
+        """The tensors, in the parameters' shape, as matrices ``[m, rows, columns]``, in fp32 or better.
+
+        Those of which each process has some rows are brought together: every process has to call it.
+        """
+        plain = shards.together(tensors)
+        stacked = torch.stack([t if t.dim() == 2 else t.flatten(1) for t in plain]).detach()
         if self.experts > 1 and self.side == "A":
             stacked = stacked.view(len(tensors) * self.experts, -1, stacked.shape[-1])
         elif self.experts > 1:
@@ -60,13 +66,14 @@ class Group:
         return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 
     def split(self, stacked: Tensor) -> list[Tensor]:
-        """``[m, rows, columns]`` in the shape of each parameter: undoes :meth:`stack`, but for the dtype."""
+        """``[m, rows, columns]`` as each parameter is: undoes :meth:`stack`, but for the dtype."""
         if self.experts > 1 and self.side == "A":
             stacked = stacked.reshape(-1, self.experts * stacked.shape[1], stacked.shape[2])
         elif self.experts > 1:
             by_expert = stacked.unflatten(0, (-1, self.experts)).permute(0, 2, 3, 1)
             stacked = by_expert.reshape(*by_expert.shape[:2], -1)
-        return [matrix.view_as(parameter) for matrix, parameter in zip(stacked, self.parameters, strict=True)]
+        found = [matrix.view(p.shape) for matrix, p in zip(stacked, self.parameters, strict=True)]
+        return shards.parted(found, self.parameters)
 
     def unstack(self, stacked: Tensor) -> list[Tensor]:
         """As :meth:`split`, in the parameters' dtype."""
@@ -149,12 +156,13 @@ class Group:
 
     def write(self, stacked: Tensor) -> None:
         """Set the m parameters to the matrices ``[m, rows, columns]``, in place."""
-        torch._foreach_copy_([p.detach() for p in self.parameters], self.unstack(stacked))
+        shards.copy_to(self.parameters, self.unstack(stacked))
 
     @property
     def width(self) -> int:
         """Columns of A, rows of B: the size of the dimension that is not the rank."""
-        return self.parameters[0].flatten(1).shape[2 - self.rank_dim]
+        rows, *columns = self.parameters[0].shape
+        return math.prod(columns) if self.side == "A" else rows
 
     @property
     def rank_dim(self) -> int:
@@ -191,7 +199,7 @@ class Bucket:
     @cached_property
     def narrower(self) -> Tensor:
         """Columns of A or rows of B, whichever are fewer: ``[S]``, fp32."""
-        widths = [min(site.a[0].numel(), site.b.shape[0]) for site in self.sites]
+        widths = [min(site.a.shape[1:].numel(), site.b.shape[0]) for site in self.sites]
         return torch.tensor(widths, dtype=torch.float32, device=self.device)
 
     @cached_property
@@ -237,7 +245,8 @@ def _groups(bucket: Bucket, side: Side) -> list[Group]:
     members: dict[tuple[Any, ...], dict[int, tuple[Tensor, list[int]]]] = {}
     for position, site in enumerate(bucket.sites):
         parameter = site.a if side == "A" else site.b
-        alike = members.setdefault((parameter.shape, parameter.dtype, site.experts), {})
+        layout = shards.layout_of(parameter)
+        alike = members.setdefault((parameter.shape, parameter.dtype, layout, site.experts), {})
         alike.setdefault(id(parameter), (parameter, []))[1].append(position)
     groups = []
     for (*_, experts), found in members.items():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from grit_optim.lora.names import plain_name
 from grit_optim.lora.site import Site, alpha_for, mismatch
 from grit_optim.messages import listed
+from grit_optim.processes import shards
 
 # Layers whose ``lora_A`` and ``lora_B`` are no pair of one rank.
 _UNUSABLE_LAYERS = {
@@ -45,7 +46,7 @@ def _reason_unusable(layer: nn.Module, site: Site, trained: set[int], tied: set[
     kind = type(layer).__name__
     if kind in _UNUSABLE_LAYERS:
         return _UNUSABLE_LAYERS[kind]
-    if site.untapped != _EMBEDDING and {m.untyped_storage().data_ptr() for m in (site.a, site.b)} & tied:
+    if site.untapped != _EMBEDDING and {shards.address(site.a), shards.address(site.b)} & tied:
         return "it shares its matrices with the adapter of an embedding"
     if not (id(site.a) in trained and id(site.b) in trained):
         return f"only {'A' if id(site.a) in trained else 'B'} is trained"
@@ -86,7 +87,7 @@ def _embedding_storages(model: nn.Module) -> set[int]:
     """Addresses of the matrices that belong to adapters of embeddings."""
     kinds = ("lora_embedding_A", "lora_embedding_B")
     entries = (p for module in model.modules() for kind in kinds for p in getattr(module, kind, {}).values())
-    return {place for p in entries if (place := p.untyped_storage().data_ptr())}  # 0 on the meta device
+    return {place for p in entries if (place := shards.address(p))}  # 0 on the meta device
 
 
 def _is_trained(entry: nn.Module | Tensor, trained: set[int]) -> bool:
@@ -152,7 +153,7 @@ def pairs_elsewhere(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> di
         each such B.
     """
     outside = {id(p): (name, p) for name, p in _outside(model, groups) if p.dim() > 1}
-    of_a = {i: p.shape[0] for i, (_, p) in outside.items() if p.shape[0] < p[0].numel()}
+    of_a = {i: p.shape[0] for i, (_, p) in outside.items() if p.shape[0] < p.shape[1:].numel()}
     of_b = {i: p.shape[1] for i, (_, p) in outside.items() if p.shape[1] < p.shape[0]}
     both = set(of_a.values()) & set(of_b.values())
     return {i: name for i, (name, _) in outside.items() if {of_a.get(i), of_b.get(i)} & both}
@@ -243,7 +244,7 @@ def largest_adapter(model: nn.Module | None) -> int:
         if isinstance(module, nn.Linear):
             rows, columns = module.out_features, module.in_features
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            rows, columns = module.out_channels, module.weight[0].numel()
+            rows, columns = module.out_channels, module.weight.shape[1:].numel()
         else:
             continue
         total += 0 if module.weight.requires_grad else min(rows, columns) * (rows + columns)

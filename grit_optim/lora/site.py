@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from grit_optim.integrity.undo import set_data
 from grit_optim.lora.modality import check_modality
+from grit_optim.processes import shards
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -205,6 +206,11 @@ NO_MODULE = "it was given as parameters, without the module that multiplies by A
 
 def weight_of(entry: Any) -> Tensor:
     """The matrix that an entry of a site's mappings is, or holds as its ``weight``."""
+    return shards.shard_of(held_by(entry))
+
+
+def held_by(entry: Any) -> Tensor:
+    """As :func:`weight_of`; where FSDP2 has gathered the matrix for use, that copy."""
     return entry if isinstance(entry, Tensor) else entry.weight
 
 

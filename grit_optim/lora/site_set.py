@@ -16,6 +16,7 @@ from grit_optim.lora.by_modality import ModalityOf, with_modality
 from grit_optim.lora.discovery import find_sites, frozen_pairs, no_sites_message, pairs_elsewhere
 from grit_optim.lora.site import Site
 from grit_optim.messages import listed, warn
+from grit_optim.processes import shards
 
 
 class SiteSet:
@@ -63,8 +64,11 @@ class SiteSet:
 
         Raises:
             TypeError: what was given is no sequence of sites.
+            NotImplementedError: FSDP1 or ZeRO has flattened them.
             ValueError: the base holds no pair of the model, trained now or not.
         """
+        if problem := shards.flattened(model, self._parameters()):
+            raise NotImplementedError(problem)
         if self._given is not None:
             return with_modality(given_sites(self._given), model, self._modality_of)
         sites, untapped = self._find(model)
@@ -152,6 +156,14 @@ class SiteSet:
         found, _ = self._find(self.model, frozen_too=True)
         return [*present, *(site for site in found if site.name in missing)]
 
+    def all_trainable(self) -> list[Site]:
+        """The sites worked on, and the pairs that the base holds although they are frozen now."""
+        present = self.present()
+        if self.model is None or self.given:
+            return present
+        names = {site.name for site in present}
+        return [*present, *(s for s in self._find(self.model, frozen_too=True)[0] if s.name not in names)]
+
     def take(self, sites: list[Site]) -> list[Bucket]:
         """Work on ``sites`` from now on.
 
@@ -180,12 +192,21 @@ class SiteSet:
         return buckets
 
     def present(self) -> list[Site]:
-        """The sites whose weights are still those that were taken: neither replaced nor deleted since.
+        """The sites whose weights are still trained: neither deleted since, nor replaced but in the base too.
 
-        Of a deleted adapter nothing else may be asked: its modules are gone.
+        Accelerate puts FSDP2's parameters in the places of those of before, in the base's groups as well. Of
+        a deleted adapter nothing else may be asked: its modules are gone.
         """
-        taken = zip(self.all, self._weights, strict=True)
-        return [site for site, (a, b, _) in taken if site.holds(a, b)]
+        taken = list(zip(self.all, self._weights, strict=True))
+        there = [site.holds(a, b) for site, (a, b, _) in taken]
+        if all(there):
+            return list(self.all)
+        ids = {id(p) for p in self._parameters()}
+        return [
+            site
+            for (site, _), same in zip(taken, there, strict=True)
+            if same or (not site.deleted and shards.is_shared(site.a) and {id(site.a), id(site.b)} <= ids)
+        ]
 
     def remaining(self) -> list[Site] | None:
         """The sites that are still in the model; None if none was replaced, deleted or moved.
@@ -196,11 +217,15 @@ class SiteSet:
         Raises:
             NotImplementedError: a matrix has been partitioned over processes.
         """
+        if self.all and self.model is not None and (p := shards.flattened(self.model, self._parameters())):
+            raise NotImplementedError(p)
         present = self.present()
+        taken = {id(site): weights for site, weights in zip(self.all, self._weights, strict=True)}
         moved = any(a.device != device for a, _, device in self._weights)
+        swapped = any(not site.holds(*taken[id(site)][:2]) for site in present)
         if any(a.dim() < 2 for a, _, _ in self._weights):
             check_whole({site.name: site.a for site in present})
-        if len(present) == len(self.all) and not moved:
+        if len(present) == len(self.all) and not moved and not swapped:
             return None
         there = {id(site) for site in present}
         replaced = [site.name for site in self.all if id(site) not in there]
@@ -219,8 +244,23 @@ class SiteSet:
         """
         return [a._version for a, _, _ in self._weights]
 
+    def matrices(self) -> list[Tensor]:
+        """A and B of all sites, as they were taken."""
+        return [matrix for a, b, _ in self._weights for matrix in (a, b)]
+
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._base.param_groups for p in group["params"]]
+
+
+def check_model(model: object) -> nn.Module:
+    """The model.
+
+    Raises:
+        TypeError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the second argument must be the model (an nn.Module), got {type(model).__name__}")
+    return model
 
 
 def given_sites(sites: object) -> list[Site]:
@@ -246,18 +286,14 @@ def check_whole(parameters: Mapping[str, Tensor]) -> None:
         parameters: site name to A.
 
     Raises:
-        NotImplementedError: a parameter is a DTensor (FSDP2, tensor parallelism) or no matrix (FSDP1,
-            ZeRO-3).
+        NotImplementedError: the parameter's shards cannot be brought together (tensor parallelism, offload),
+            or it is no matrix (FSDP1, ZeRO-3).
     """
     for name, parameter in parameters.items():
-        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
-            raise NotImplementedError(
-                f"site {name!r} holds a DTensor (FSDP2 or tensor parallelism): its rows lie on several "
-                "processes. GritOptimizer needs whole matrices. Use DDP, or a single process"
-            )
+        if problem := shards.problem(parameter):
+            raise NotImplementedError(f"the weight of site {name!r} {problem}")
         if parameter.dim() < 2:
             raise NotImplementedError(
                 f"the weight of site {name!r} is a flat vector of {parameter.numel()} entries: FSDP1 or "
-                "ZeRO-3 has partitioned it over processes. GritOptimizer needs whole matrices. Use DDP, or "
-                "a single process"
+                f"ZeRO-3 has partitioned it over processes, where no matrix is left. {shards.TURN_ON_FSDP2}"
             )

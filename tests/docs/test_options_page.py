@@ -12,8 +12,8 @@ PAGE = page("docs/options.md")
 
 def options():
     parameters = inspect.signature(GritOptimizer.__init__).parameters.values()
-    given = ("sites", "modality_of")  # what the model is, rather than what is done
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given}
+    others = ("sites", "modality_of", "process_group")  # what the model is, and where it is trained
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in others}
 
 
 def test_every_option_is_in_a_table_with_its_default():

@@ -1,17 +1,11 @@
 """Processes that train together (DDP) take one another's steps to the bit, as one process with all rows."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import data_parallel
+import launch
 import pytest
 import support
 import tiny
 import torch
-
-from grit_optim.capture import processes
 
 PROCESSES = 2
 
@@ -20,26 +14,12 @@ PROCESSES = 2
 def ends(tmp_path_factory):
     """Every scenario's end in each of two processes, and in one that has all rows."""
     folder = tmp_path_factory.mktemp("together")
-    script = Path(data_parallel.__file__)
-    here = {
-        **os.environ,
-        **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
-    }  # no name has to resolve
-    started = []
-    for rank in range(PROCESSES):
-        command = [sys.executable, str(script), str(rank), str(PROCESSES), str(folder)]
-        with (folder / f"{rank}.log").open("w") as log:
-            started.append(subprocess.Popen(command, cwd=script.parent, env=here, stderr=log))
+    started = launch.start(data_parallel.__file__, PROCESSES, folder)
     try:
         alone = data_parallel.run(0, 1)
-        ended = [process.wait(timeout=300) for process in started]
     finally:
-        for process in started:
-            process.kill()
-    assert ended == [0] * PROCESSES, "\n".join(
-        (folder / f"{r}.log").read_text()[-3000:] for r in range(PROCESSES)
-    )
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)], alone
+        found = launch.ends(started, folder)
+    return found, alone
 
 
 def tensors(value):
@@ -129,7 +109,3 @@ def test_weights_that_were_partitioned_since_are_refused():
         NotImplementedError, match=r"site .*o_proj.default' is a flat vector of 7 entries: FSDP1 or ZeRO-3"
     ):
         optimizer.step()
-
-
-def test_one_process_is_one():
-    assert processes.size() == 1
