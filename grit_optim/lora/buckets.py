@@ -24,7 +24,7 @@ from grit_optim.processes import shards
 Side = Literal["A", "B"]
 SIDES: tuple[Side, Side] = ("A", "B")
 
-STACKS = 9
+STACKS = 10
 """Stacks of what is worked on together that a step makes at most beside it."""
 MEMORY = 64 * 10**6
 """Bytes that these may take up beyond one stack of everything, which AdamW's own step makes on a GPU."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from grit_optim.base.rounds import put_back
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.lora.buckets import Group, most_at_once
+from grit_optim.processes import shards
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,13 +167,23 @@ def in_rounds(units: Sequence[Unit]) -> list[list[Unit]]:
     return rounds
 
 
-def all_finite(tensors: Iterable[Tensor]) -> Tensor | bool:
-    """Whether no entry of any tensor is infinite or NaN: True, or a boolean scalar on a tensor's device."""
-    # The largest entry shows it in one pass: it is NaN if any entry is.
-    largest = [torch.linalg.vector_norm(t, torch.inf) for t in tensors]
+def all_finite(units: Iterable[Unit]) -> Tensor | bool:
+    """Whether no entry of any gradient is infinite or NaN: True, or a boolean scalar on a gradient's device.
+
+    Where processes share gradients out, each looks at its own part, and they tell each other.
+    """
+    largest, shared = [], None
+    for unit in units:
+        gradients = unit.group.gradients()
+        shared = shards.layout_of(gradients[0]) or shared
+        stacked = torch.stack([shards.local(g) for g in gradients])
+        # The largest entry shows it in one pass: it is NaN if any entry is.
+        largest.append(torch.linalg.vector_norm(stacked, torch.inf) if stacked.numel() else stacked.sum())
     if not largest:
         return True
     finite = torch.stack([one.to(largest[0].device) for one in largest]).isfinite().all()
+    if shared is not None:
+        finite = shards.true_everywhere(finite, shared)
     # The usual case; looking costs nothing on the host.
     return finite if finite.device.type != "cpu" else True if finite else finite
 

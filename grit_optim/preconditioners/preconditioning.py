@@ -122,7 +122,7 @@ class Preconditioning:
             settings = group_by_parameter(self._base)
             units = units_with_gradient(curvature.buckets, settings) if needed else []
             rounds = self._rounds(units)
-            finite = all_finite(unit.gradient() for some in rounds for unit in some)
+            finite = all_finite(unit for some in rounds for unit in some)
         places = {id(one): i for i, one in enumerate(curvature.buckets)}
         outcomes: list[Outcome] = []
         for some, others in zip(rounds, self._others(rounds), strict=True):

@@ -74,7 +74,7 @@ class Steer(Mode):
         are at a time is what a step needs of memory.
         """
         assert held.gradient_norm is not None
-        step_size, descent, average, moment = self._taken(held)
+        taken, step_size, descent, average, moment = self._taken(held)
         direction = self._cautious(held, self.direction(held, moment))
         del moment
         size = norm(direction)
@@ -85,37 +85,37 @@ class Steer(Mode):
         # Without a gradient (an expert that saw no token) the base's step fades out as its average does; so
         # must this one.
         turned = held.ready & length.isfinite() & size.isfinite() & (held.gradient_norm > 0)
-        taken, decayed = self._weights(held)
-        move_size = norm(move)
+        decayed, move_size = self._decayed(held), norm(move)
         # A step that stays as it is has not been turned.
         cosine = -inner_product(taken - decayed, move) / (step_size * move_size)
         held.cosine = torch.where(turned | cosine.isnan(), cosine, 1.0)
         held.without, held.turned = step_size, torch.where(turned, move_size, step_size)
         held.group.write(torch.where(turned, decayed - move, taken))
 
-    def _weights(self, held: Held) -> tuple[Tensor, Tensor]:
-        """The weights that the base left, and what they would be by its decoupled decay alone."""
+    def _decayed(self, held: Held) -> Tensor:
+        """What the weights would be by the base's decoupled decay alone, ``[m, rows, columns]``."""
         assert held.weights is not None
         group = held.group
         decay = group.spread(base_settings.decoupled_decay(self.base, self._settings(held), group.parameters))
-        unchanged = isinstance(decay, float) and decay == 0
-        return group.stack(group.parameters), held.weights if unchanged else held.weights * (1 - decay)
+        return held.weights if isinstance(decay, float) and decay == 0 else held.weights * (1 - decay)
 
-    def _taken(self, held: Held) -> tuple[Tensor, Tensor, Average, Tensor]:
-        """The norm of the base's step, what it descends by the fresh average, that, and ``m / c`` of it."""
-        taken, decayed = self._weights(held)
-        step = taken.sub_(decayed)
-        del taken, decayed
+    def _taken(self, held: Held) -> tuple[Tensor, Tensor, Tensor, Average, Tensor]:
+        """The base's step: the weights after it, its norm, and what it descends by the fresh average.
+
+        Then that average, and ``m / c`` of it.
+        """
+        taken = held.group.stack(held.group.parameters)
+        step = taken - self._decayed(held)
         step_size = norm(step)
         own, average = self._averages(held)
         squares = self._squares(held)
         moment = self._mixed(held, average) / squares.mean(held.group.rank_dim, keepdim=True).sqrt()
         if average.fresh is own:
-            return step_size, step.neg_(), average, moment
+            return taken, step_size, step.neg_(), average, moment
         del step
         root = squares.sqrt_() + self._floor(held)
         del squares
-        return step_size, self._descent(step_size, own, average, root), average, moment
+        return taken, step_size, self._descent(step_size, own, average, root), average, moment
 
     def direction(self, held: Held, moment: Tensor) -> Tensor:
         """What the step is turned to, from ``m / c``: ``[m, rows, columns]`` twice."""

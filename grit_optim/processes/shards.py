@@ -137,6 +137,16 @@ def _summed(parts: Sequence[Tensor], layout: Layout, rows: int, chunk: int) -> T
     return total
 
 
+def true_everywhere(answer: Tensor, layout: Layout) -> Tensor:
+    """Whether the boolean scalar is true in every process that has a part. Each of them has to call it."""
+    if layout.dim is None:
+        return answer
+    agreed = answer.float()
+    group = layout.mesh.get_group(layout.axis)
+    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN, group=group)
+    return agreed.bool()
+
+
 def whole(tensor: Any) -> Tensor:
     """The whole of one tensor. Every process has to call it, if the tensor is shared out."""
     return together([tensor])[0]
