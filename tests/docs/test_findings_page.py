@@ -1,6 +1,7 @@
 """The figures of the findings are those of the runs that they name."""
 
 import json
+import statistics
 
 import pytest
 from evidence import RESULTS, cost_report, final, finals, loss, main_table, read_results, sizes, truncation
@@ -132,17 +133,36 @@ def test_the_bounds_that_were_tried(row_name):
     assert shown(row_name) == [f"{losses[key]:.3f}" if key in losses else "–" for key in COLUMNS]
 
 
-@pytest.mark.parametrize(
-    ("label", "optimizer", "capture"),
-    [("none: AdamW", "adamw", None), ("from taps", "grit", None), ("from gradients", "grit", "gradients")],
-)
-def test_what_factors_from_gradients_give(label, optimizer, capture):
-    runs = {
-        run["config"]["task"]: run["final_loss"]
-        for run in read_results(RESULTS / "capture")
-        if (run["config"]["optimizer"], run["config"]["options"].get("capture")) == (optimizer, capture)
-    }
-    assert shown(label) == [f"{runs[task]:.3f}" for task in ("naming", "prose", "signature", "packages")]
+TASKS = ("naming", "prose", "signature", "packages")
+
+
+def by_source(folder, source, lr, task):
+    """Mean final loss of GRIT's runs with factors from that source."""
+    found = [
+        run["final_loss"]
+        for run in read_results(RESULTS / folder)
+        for config in (run["config"],)
+        if (config["optimizer"], config["task"], config["lr"]) == ("grit", task, lr)
+        and config["options"].get("capture", "taps") == source
+    ]
+    return statistics.fmean(found), len(found)
+
+
+@pytest.mark.parametrize("source", ["taps", "gradients"])
+def test_what_factors_from_gradients_give(source):
+    means = [by_source("capture", source, 1e-2, task) for task in TASKS]
+    assert shown(f"from {source}") == [f"{mean:.3f}" for mean, _ in means]
+    assert {count for _, count in means} == {3}
+    for name, lr in (("1/32", 3.125e-4), ("1/8", 1.25e-3), ("2", 2e-2)):
+        folder = "rates" if source == "taps" else "capture"
+        losses = [f"{by_source(folder, source, lr, task)[0]:.3f}" for task in TASKS]
+        assert shown(f"{source}, {name}") == losses
+
+
+def test_what_they_give_on_a_real_model():
+    for folder, source in (("capture", "gradients"), ("rates", "taps")):
+        low, best = (by_source(folder, source, lr, "gsm8k")[0] for lr in (2.5e-4, 8e-3))
+        assert f"{low:.3f} and {best:.3f} from {source}" in " ".join(TEXT.split())
 
 
 def test_what_a_step_costs_with_factors_from_gradients():
