@@ -18,6 +18,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from grit_optim import GritOptimizer, Site
 
@@ -69,8 +72,6 @@ class Half(nn.Module):
 
     def __init__(self, rows: int, columns: int, mesh: Any) -> None:
         super().__init__()
-        from torch.distributed.tensor import DTensor, Shard
-
         own = torch.empty(-(-rows // mesh.size()) if rows else 0, columns, device="meta")
         whole: Any = {"shape": torch.Size((rows, columns)), "stride": (columns, 1), "run_check": False}
         shard = nn.Parameter(DTensor.from_local(own, mesh, (Shard(0),), **whole))
@@ -90,8 +91,6 @@ class Half(nn.Module):
 @contextmanager
 def counted(processes: int) -> Iterator[list[tuple[str, int]]]:
     """Kind and bytes of every message, in a process group of so many processes."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     seen: list[tuple[str, int]] = []
 
     def gather(out: Tensor, own: Tensor, **_: Any) -> None:
@@ -113,8 +112,6 @@ def counted(processes: int) -> Iterator[list[tuple[str, int]]]:
 
 def count(model: str, processes: int, steps: int = 3) -> Row:
     """The messages of the last of some steps with the default options around AdamW."""
-    from torch.distributed.device_mesh import init_device_mesh
-
     shape = SHAPES[model]
     sizes = linear_layers(shape) * shape["num_hidden_layers"]
     with counted(processes) as seen:

@@ -254,7 +254,10 @@ class Gathered:
         if isinstance(first, int):
             of_token = torch.full((1, 1), first, dtype=torch.int8, device=h.device)
         else:
-            of_token = torch.stack([torch.as_tensor(seen.kinds)[taken].to(h.device) for seen in members])
+            known = [seen.kinds for seen in members]
+            of_token = torch.stack(
+                [kinds[taken].to(h.device) for kinds in known if isinstance(kinds, Tensor)]
+            )
         for kind in self._kinds if not isinstance(first, int) else (first,):
             mine = (of_token == kind)[..., None]
             some_h, some_delta = torch.where(mine, h, 0.0), torch.where(mine, delta, 0.0)

@@ -130,7 +130,7 @@ def _as_tensor(found: dict[str, Any]) -> Any:
     """Undo :func:`_plain`; another dict stays as it is."""
     if _TENSOR not in found:
         return found
-    return torch.tensor(found[_TENSOR], dtype=getattr(torch, found["dtype"]))
+    return torch.tensor(found[_TENSOR], dtype=getattr(torch, found["dtype"]), device="cpu")
 
 
 def _decoded(record: Tensor) -> dict[str, Any]:

@@ -117,21 +117,17 @@ class Unit:
         """The gradients ``[m, rows, columns]``."""
         return self.group.stack(self.group.gradients())
 
-    def hold(self, finite: Tensor | bool) -> Held:
-        """Stack the gradients; zeros if not ``finite``.
+    def hold(self, finite: Tensor | None) -> Held:
+        """Stack the gradients; zeros if not ``finite``, as :func:`all_finite` tells.
 
         A zero gradient is the one answer that costs no read-back and poisons neither weights nor moments.
         """
         gradient = self.gradient()
         held = Held(self.curvature, self.group, self.settings, self.group.gradients(), gradient, gradient)
-        if finite is not True:
-            held.gradient = torch.where(_on(finite, gradient), gradient, torch.zeros_like(gradient))
+        if finite is not None:
+            held.gradient = torch.where(finite.to(gradient.device), gradient, torch.zeros_like(gradient))
             held.loss_gradient = None
         return held
-
-
-def _on(finite: Tensor | bool, like: Tensor) -> Tensor:
-    return torch.as_tensor(finite, device=like.device)
 
 
 def units_with_gradient(
@@ -167,8 +163,8 @@ def in_rounds(units: Sequence[Unit]) -> list[list[Unit]]:
     return rounds
 
 
-def all_finite(units: Iterable[Unit]) -> Tensor | bool:
-    """Whether no entry of any gradient is infinite or NaN: True, or a boolean scalar on a gradient's device.
+def all_finite(units: Iterable[Unit]) -> Tensor | None:
+    """Whether no entry of any gradient is infinite or NaN: a boolean scalar; None where that is known.
 
     Where processes share gradients out, each looks at its own part, and they tell each other.
     """
@@ -180,12 +176,12 @@ def all_finite(units: Iterable[Unit]) -> Tensor | bool:
         # The largest entry shows it in one pass: it is NaN if any entry is.
         largest.append(torch.linalg.vector_norm(stacked, torch.inf) if stacked.numel() else stacked.sum())
     if not largest:
-        return True
+        return None
     finite = torch.stack([one.to(largest[0].device) for one in largest]).isfinite().all()
     if shared is not None:
         finite = shards.true_everywhere(finite, shared)
     # The usual case; looking costs nothing on the host.
-    return finite if finite.device.type != "cpu" else True if finite else finite
+    return None if finite.device.type == "cpu" and finite else finite
 
 
 def clip(held: Sequence[Held], max_norm: float) -> None:

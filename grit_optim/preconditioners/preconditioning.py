@@ -149,7 +149,7 @@ class Preconditioning:
         self,
         mode: Mode,
         units: list[Unit],
-        finite: Tensor | bool,
+        finite: Tensor | None,
         penalty: float,
         as_called: Callable[[], AbstractContextManager[None]],
     ) -> list[Held]:

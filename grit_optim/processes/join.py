@@ -41,7 +41,8 @@ class Shadow:
             return
         distributed = torch.distributed
         own = distributed.get_rank(group)
-        last = torch.tensor([own if is_last_joiner else -1], device=_device(self._optimizer))
+        device = _device(self._optimizer)
+        last = torch.tensor([own if is_last_joiner else -1], dtype=torch.int64, device=device)
         distributed.all_reduce(last, op=distributed.ReduceOp.MAX, group=group)
         source = int(last)
         state = self._optimizer.state_dict() if own == source else None

@@ -410,9 +410,9 @@ def test_sums_by_kind_are_added_up_over_processes(monkeypatch):
     sums = [Sums.zeros(2, 3, torch.device("cpu"), kinds=3), Sums.zeros(1, 2, torch.device("cpu"), kinds=3)]
     for number, tensor in enumerate(t for s in sums for t in s.tensors()):
         tensor += number + 1
-    monkeypatch.setattr(processes, "size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda buffer: buffer.mul_(2))
-    together = processes.add_up(sums, [1, 1, 1], [None] * 3).sums
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda buffer, group: buffer.mul_(2))
+    together = processes.add_up(sums, [1, 1, 1], [None] * 3, None).sums
     for ours, before in zip(together, sums, strict=True):
         assert ours.kinds is not None
         for name, factor in (("activation", 2), ("gradient", 0.5), ("rows", 2)):
