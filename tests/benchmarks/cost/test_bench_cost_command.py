@@ -20,7 +20,8 @@ SMALL = Workload("tiny", rank=4, batch_size=1, length=16, accumulation=2)
     [
         (
             ["--model", "gpt"],
-            "unknown model 'gpt'; known: embedded, llama-3-8b-shape, llama-3-70b-shape, llama-3.2-1b-shape, tiny",
+            "unknown model 'gpt'; known: embedded, llama-3-8b-shape, llama-3-70b-shape, "
+            "llama-3.2-1b-shape, tiny",
         ),
         (["--model", "tiny", "--optimizers", "sgdx"], "unknown optimizer 'sgdx'"),
         (["--model", "tiny", "--task", "naming"], "--task is for the embedded model"),
