@@ -9,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import data_parallel
 import launch
 import pairs
 import support
@@ -24,36 +25,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-BUDGET = {
-    "precondition": "inverse",
-    "reprojection": "balanced",
-    "reprojection_freq": 2,
-    "rank_budget": 0.5,
-    "rank_budget_steps": 4,
-    "min_lora_rank": 0,
-}
+BUDGET = data_parallel.BUDGET
 # name: options of GritOptimizer, under which processes together are one process with all of their rows
 OPTIONS = {
-    "spectral": {},
-    "steer": {"precondition": "steer"},
-    "eigenbasis": {"precondition": "eigenbasis"},
-    "balanced": {"precondition": "balanced", "kfac_update_freq": 2},
+    name: data_parallel.OPTIONS[name]
+    for name in (
+        "spectral", "steer", "eigenbasis", "balanced", "block_diagonal", "ekfac", "from gradients", "budget",
+        "adaptive budget", "regrowth", "two-sided", "penalties",
+    )
+}  # fmt: skip
+OPTIONS |= {
     "inverse": {"precondition": "inverse", "max_grad_norm": 0.1},
     "none": {"precondition": "none"},
-    "block_diagonal": {"precondition": "inverse", "fisher": "block_diagonal"},
     "diagonal": {"precondition": "inverse", "fisher": "diagonal"},
-    "ekfac": {"precondition": "inverse", "fisher": "ekfac"},
-    "from gradients": {"capture": "gradients"},
-    "budget": BUDGET,
-    "adaptive budget": {**BUDGET, "rank_budget_schedule": "adaptive"},
-    "regrowth": {**BUDGET, "rank_budget": (0.4, 0.9)},
-    "two-sided": {
-        "precondition": "inverse",
-        "reprojection": "two_sided",
-        "reprojection_freq": 3,
-        "reprojection_k": 2,
-    },
-    "penalties": {"precondition": "inverse", "lambda_kfac": 1e-2, "lambda_reproj": 1e-2, "reprojection_k": 2},
 }
 AS_DDP = ("spectral", "balanced", "ekfac", "regrowth")
 ROWS = 8
@@ -115,11 +99,15 @@ def ended(model, optimizer):
     }
 
 
-def options_of(name, rank, processes):
-    model = shard(network())
-    optimizer = grit(model, **OPTIONS[name])
+def trained(model, rank, processes, **options):
+    """How a run of eight steps ends."""
+    optimizer = grit(model, **options)
     train(model, optimizer, rank, processes)
     return ended(model, optimizer)
+
+
+def options_of(name, rank, processes):
+    return trained(shard(network()), rank, processes, **OPTIONS[name])
 
 
 def as_ddp(name, rank, processes):
@@ -195,18 +183,12 @@ def replicas(rank, processes):
     how = {}
     if processes > 1:
         how["mesh"] = init_device_mesh("cpu", (2, processes // 2), mesh_dim_names=("replicas", "shards"))
-    model = shard(network(), **how)
-    optimizer = grit(model)
-    train(model, optimizer, rank, processes)
-    return ended(model, optimizer)
+    return trained(shard(network(), **how), rank, processes)
 
 
 def one_direction(rank, processes):
     """Rank 1: of four processes one has all of A."""
-    model = shard(pairs.network(rank=1).double())
-    optimizer = grit(model)
-    train(model, optimizer, rank, processes)
-    return ended(model, optimizer)
+    return trained(shard(pairs.network(rank=1).double()), rank, processes)
 
 
 def cleared(rank, processes):

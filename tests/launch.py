@@ -34,6 +34,14 @@ def ends(started, folder):
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(len(started))]
 
 
+def tensors(value):
+    """All tensors in nested dicts and lists, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for item in items for tensor in tensors(item)]
+
+
 def join(folder, rank, processes):
     """In a script: set up the group of all processes, as torchrun and the Trainer's environment say it."""
     here = {

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ..core.files import BenchmarkError
 from ..tasks import formats
 from ..tasks.task import Example
-from ..tasks.words import render
 from .batches import Collator, Inputs
-from .rows import MESSAGES, Turn, checked, form_of, messages_of, table
+from .rows import MESSAGES, Turn, answered, checked, form_of, messages_of, table
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,18 +87,9 @@ def _turns(row: formats.Row, place: str, folder: Path, processor: Any) -> Iterat
         yield _without_template(row, place, pictures, known, processor)
         return
     opening = ""
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = render(processor, messages[:number], True, place)
-        whole = render(processor, messages[: number + 1], False, place)
+    for prompt, answer in answered(messages, place, processor):
         opening = opening or prompt
-        if not whole.startswith(prompt):
-            raise BenchmarkError(
-                f"{place}: the chat template writes what comes before message {number + 1} otherwise once "
-                "that is answered, so the answer cannot be told from the prompt"
-            )
-        yield PictureTurn(prompt, _ended(whole[len(prompt) :], processor), opening + known, pictures)
+        yield PictureTurn(prompt, _ended(answer, processor), opening + known, pictures)
 
 
 def _ended(answer: str, processor: Any) -> str:

@@ -152,17 +152,25 @@ def _turns(row: formats.Row, place: str, tokenizer: PreTrainedTokenizerBase) -> 
             f"{place} has {MESSAGES}, but the model's tokenizer has no chat template; use a chat model, or "
             "rows with prompt and completion"
         )
-    messages, opening = messages_of(row, place), ""
+    opening = ""
+    for prompt, answer in answered(messages_of(row, place), place, tokenizer):
+        opening = opening or prompt
+        yield Turn(prompt, answer, opening)
+
+
+def answered(
+    messages: list[dict[str, Any]], place: str, template: PreTrainedTokenizerBase | Any
+) -> Iterator[tuple[str, str]]:
+    """All that comes before each message of the assistant, and that message, by a chat template."""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = render(tokenizer, messages[:number], True, place)
-        whole = render(tokenizer, messages[: number + 1], False, place)
-        opening = opening or prompt
+        prompt = render(template, messages[:number], True, place)
+        whole = render(template, messages[: number + 1], False, place)
         if not whole.startswith(prompt):
             raise BenchmarkError(
                 f"{place}: the chat template writes the conversation before message {number + 1} otherwise "
                 "once that is answered, so the answer cannot be told from the prompt; give rows with prompt "
                 "and completion"
             )
-        yield Turn(prompt, whole[len(prompt) :], opening)
+        yield prompt, whole[len(prompt) :]

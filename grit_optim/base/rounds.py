@@ -25,9 +25,8 @@ def steps_each_alone(base: Optimizer) -> bool:
     known = kind.__module__.startswith("torch.optim") and kind.__name__ in _OF_TORCH
     if not known and not kind.__module__.startswith("bitsandbytes"):
         return False
-    replaced = step is not None and not hasattr(
-        step, "_wrapped_by_lr_sched"
-    )  # schedulers count nothing there
+    # A scheduler puts a step there too, which counts nothing.
+    replaced = step is not None and not hasattr(step, "_wrapped_by_lr_sched")
     return not (replaced or base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks)
 
 

@@ -21,7 +21,7 @@ from grit_optim.base.callers import asked_by_name, names_of_state_asked
 from grit_optim.base.loaded import check_loaded, settings_of
 from grit_optim.messages import warn
 from grit_optim.processes.group import Processes
-from grit_optim.processes.join import Shadow
+from grit_optim.processes.join import Shadow, device_of
 
 
 class OwnState(Protocol):
@@ -130,7 +130,7 @@ class OptimizerWrapper(Optimizer):
     @property
     def join_device(self) -> torch.device:
         """The device that :class:`Join` exchanges its counts on."""
-        return next(p.device for group in self.param_groups for p in group["params"])
+        return device_of(self)
 
     def _tell_join(self) -> None:
         """Tell a :class:`Join` that this process still has inputs, where the optimizer is its first."""

@@ -167,19 +167,27 @@ def ranks(run: RunLog) -> Figure:
         "effective_rank_a": r"effective rank of $\Sigma_a$",
         "effective_rank_g": r"effective rank of $\Sigma_g$",
     }
-    figure, axes = _panels(1, 3, 11, 3.6, sharey=True)
+    figure, axes = _means(run, titles, _members(run), sharey=True)
+    axes[0].set_ylabel("directions, mean over layers")
+    axes[0].set_ylim(bottom=0)
+    return figure
+
+
+def _means(
+    run: RunLog, titles: dict[str, str], members: dict[str, list[int]], sharey: bool = False
+) -> tuple[Figure, Sequence[Axes]]:
+    """A panel for each of three columns, with a line for each set of sites: the mean over the steps."""
+    figure, axes = _panels(1, 3, 11, 3.6, sharey=sharey)
     for axis, (column, title) in zip(axes, titles.items(), strict=True):
-        for style, (projection, sites) in zip(_styles(), _members(run).items(), strict=False):
+        for style, (name, sites) in zip(_styles(), members.items(), strict=False):
             steps = run.having(column)
             means = [_mean_of_positive([step["sites"][column][i] for i in sites]) for step in steps]
-            axis.plot([step["step"] for step in steps], means, label=projection, **style)
+            axis.plot([step["step"] for step in steps], means, label=name, **style)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(_STEP)
         _grid(axis)
-    axes[0].set_ylabel("directions, mean over layers")
-    axes[0].set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
-    return figure
+    return figure, axes
 
 
 def _mean_of_positive(values: Sequence[Any]) -> float:
@@ -292,18 +300,9 @@ def modalities(run: RunLog) -> Figure:
         "effective_rank_g": r"effective rank of $\Sigma_g$",
         "trace_g": r"trace of $\Sigma_g$",
     }
-    figure, axes = _panels(1, 3, 11, 3.6)
-    for axis, (column, title) in zip(axes, titles.items(), strict=True):
-        for style, (modality, sites) in zip(_styles(), members.items(), strict=False):
-            steps = run.having(column)
-            means = [_mean_of_positive([step["sites"][column][i] for i in sites]) for step in steps]
-            axis.plot([step["step"] for step in steps], means, label=modality, **style)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel(_STEP)
-        _grid(axis)
+    figure, axes = _means(run, titles, members)
     axes[0].set_ylabel("mean over the part's pairs")
     axes[2].set_yscale("log")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     return figure
 
 

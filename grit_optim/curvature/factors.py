@@ -59,7 +59,7 @@ class Factors:
         """Reset the sites chosen by the boolean ``[S]``, as if none of their tokens had been seen."""
         for known in fields(self):
             value = getattr(self, known.name)
-            setattr(self, known.name, torch.where(sites.view(-1, *[1] * (value.dim() - 1)), 0.0, value))
+            setattr(self, known.name, torch.where(by_site(sites, value), 0.0, value))
 
     def ready(self, min_samples: int) -> tuple[Tensor, Tensor]:
         """Whether each site's Σ_a and Σ_g have seen ``min_samples`` tokens: two boolean tensors ``[S]``."""
@@ -123,12 +123,7 @@ class Factors:
             a_weight: M ``[S, r, r]``.
             b_weight: N ``[S, r, r]``.
         """
-        activation = a_weight @ self.activation.to(a_weight.dtype) @ a_weight.mT
-        gradient = b_weight.mT @ self.gradient.to(b_weight.dtype) @ b_weight
-        self.activation, self.gradient = (
-            linalg.symmetric(activation).float(),
-            linalg.symmetric(gradient).float(),
-        )
+        self.activation, self.gradient = moved(self.activation, self.gradient, a_weight, b_weight)
 
     @staticmethod
     def saved_fields(rank: int) -> Fields:
@@ -145,3 +140,15 @@ class Factors:
         for known in fields(self):
             if known.name in state:
                 getattr(self, known.name)[position].copy_(state[known.name])
+
+
+def by_site(values: Tensor, like: Tensor) -> Tensor:
+    """One value per site ``[S]``, to go with ``like`` ``[S, …]``."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def moved(activation: Tensor, gradient: Tensor, a_weight: Tensor, b_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``M Σ_a Mᵀ`` and ``Nᵀ Σ_g N``, symmetric and in fp32: the factors after ``A ← M A`` and ``B ← B N``."""
+    activation = a_weight @ activation.to(a_weight.dtype) @ a_weight.mT
+    gradient = b_weight.mT @ gradient.to(b_weight.dtype) @ b_weight
+    return linalg.symmetric(activation).float(), linalg.symmetric(gradient).float()

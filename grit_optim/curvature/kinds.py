@@ -17,8 +17,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from grit_optim import linalg
 from grit_optim.capture.sums import KindSums, Sums
+from grit_optim.curvature.factors import by_site, moved
 from grit_optim.integrity.fields import Fields, factor, tensor
 from grit_optim.options.declared import TOKEN_KINDS
 
@@ -63,9 +63,8 @@ class KindFactors:
 
         def mean(known: Tensor, new: Tensor) -> Tensor:
             """The mean with this step's ``[S, K, …]`` in it, where the site has seen tokens."""
-            shape = (-1, *[1] * (known.dim() - 1))
-            mixed = (old.view(shape) * known + step.view(shape) * new) / total.view(shape)
-            return torch.where(seen.view(shape), mixed, known)
+            mixed = by_site(old, known) * known + by_site(step, known) * new
+            return torch.where(by_site(seen, known), mixed / by_site(total, known), known)
 
         self.activation = mean(self.activation, of_kinds.activation)
         self.gradient = mean(self.gradient, of_kinds.gradient / gradient_unit)
@@ -87,17 +86,14 @@ class KindFactors:
 
     def change_coordinates(self, a_weight: Tensor, b_weight: Tensor) -> None:
         """Follow ``A ← M A`` and ``B ← B N``, as :meth:`Factors.change_coordinates`."""
-        a_weight, b_weight = a_weight[:, None], b_weight[:, None]
-        activation = a_weight @ self.activation.to(a_weight.dtype) @ a_weight.mT
-        gradient = b_weight.mT @ self.gradient.to(b_weight.dtype) @ b_weight
-        self.activation = linalg.symmetric(activation).float()
-        self.gradient = linalg.symmetric(gradient).float()
+        weights = a_weight[:, None], b_weight[:, None]
+        self.activation, self.gradient = moved(self.activation, self.gradient, *weights)
 
     def forget(self, sites: Tensor) -> None:
         """Reset the sites chosen by the boolean ``[S]``."""
         for name in ("activation", "gradient", "share"):
             value = getattr(self, name)
-            setattr(self, name, torch.where(sites.view(-1, *[1] * (value.dim() - 1)), 0.0, value))
+            setattr(self, name, torch.where(by_site(sites, value), 0.0, value))
 
     @staticmethod
     def rank_axes() -> dict[str, tuple[int, ...]]:
@@ -141,7 +137,7 @@ def _as_one_kind(sums: Sums, kinds: KindSums) -> KindSums:
         part[:, 0] = total
     return KindSums(
         *(
-            torch.where(without.view(-1, *[1] * (part.dim() - 1)), all_of_it, part)
+            torch.where(by_site(without, part), all_of_it, part)
             for part, all_of_it in zip(kinds, whole, strict=True)
         )
     )

@@ -113,17 +113,14 @@ class Unit:
     settings: dict[str, Any]
     group: Group
 
-    def gradient(self) -> Tensor:
-        """The gradients ``[m, rows, columns]``."""
-        return self.group.stack(self.group.gradients())
-
     def hold(self, finite: Tensor | None) -> Held:
         """Stack the gradients; zeros if not ``finite``, as :func:`all_finite` tells.
 
         A zero gradient is the one answer that costs no read-back and poisons neither weights nor moments.
         """
-        gradient = self.gradient()
-        held = Held(self.curvature, self.group, self.settings, self.group.gradients(), gradient, gradient)
+        originals = self.group.gradients()
+        gradient = self.group.stack(originals)
+        held = Held(self.curvature, self.group, self.settings, originals, gradient, gradient)
         if finite is not None:
             held.gradient = torch.where(finite.to(gradient.device), gradient, torch.zeros_like(gradient))
             held.loss_gradient = None
@@ -168,13 +165,14 @@ def all_finite(units: Iterable[Unit]) -> Tensor | None:
 
     Where processes share gradients out, each looks at its own part, and they tell each other.
     """
-    largest, shared = [], None
+    largest: list[Tensor] = []
+    shared = None
     for unit in units:
         gradients = unit.group.gradients()
         shared = shards.layout_of(gradients[0]) or shared
-        stacked = torch.stack([shards.local(g) for g in gradients])
+        parts = [shards.local(g) for g in gradients]
         # The largest entry shows it in one pass: it is NaN if any entry is.
-        largest.append(torch.linalg.vector_norm(stacked, torch.inf) if stacked.numel() else stacked.sum())
+        largest += torch._foreach_norm(parts, torch.inf) if parts[0].numel() else [parts[0].sum()]
     if not largest:
         return None
     finite = torch.stack([one.to(largest[0].device) for one in largest]).isfinite().all()

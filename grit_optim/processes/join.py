@@ -41,19 +41,20 @@ class Shadow:
             return
         distributed = torch.distributed
         own = distributed.get_rank(group)
-        device = _device(self._optimizer)
+        device = device_of(self._optimizer)
         last = torch.tensor([own if is_last_joiner else -1], dtype=torch.int64, device=device)
         distributed.all_reduce(last, op=distributed.ReduceOp.MAX, group=group)
         source = int(last)
         state = self._optimizer.state_dict() if own == source else None
         sent = [tree_map_only(Tensor, lambda t: t.cpu(), state)]
         distributed.broadcast_object_list(
-            sent, src=distributed.get_global_rank(group, source), group=group, device=last.device
+            sent, src=distributed.get_global_rank(group, source), group=group, device=device
         )
         if own != source:
             self._optimizer.load_state_dict(sent[0])
 
 
-def _device(optimizer: Optimizer) -> torch.device:
+def device_of(optimizer: Optimizer) -> torch.device:
+    """The device of its first parameter, on which processes exchange what is not of one pair."""
     parameters: Any = (p for group in optimizer.param_groups for p in group["params"])
     return next(parameters).device

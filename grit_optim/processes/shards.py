@@ -114,10 +114,10 @@ def together(tensors: Sequence[Any]) -> list[Tensor]:
         return parts
     dim, processes = layout.dim, layout.mesh.size(layout.axis)
     rows = tensors[0].shape[dim]
-    chunk = -(-rows // processes)
+    chunk = _chunk(layout, rows)
     parts = [part.movedim(dim, 0) for part in parts]
     if processes * chunk > 2 * rows:  # most have none, and a gathering would send as much for each of them
-        return [tensor.movedim(0, dim) for tensor in _summed(parts, layout, tensors[0].shape[dim], chunk)]
+        return [tensor.movedim(0, dim) for tensor in _summed(parts, layout, rows)]
     own = parts[0].new_zeros(len(parts), chunk, *parts[0].shape[1:])
     for place, part in zip(own, parts, strict=True):
         place[: part.shape[0]].copy_(part)
@@ -127,10 +127,20 @@ def together(tensors: Sequence[Any]) -> list[Tensor]:
     return [tensor.movedim(0, dim) for tensor in whole]
 
 
-def _summed(parts: Sequence[Tensor], layout: Layout, rows: int, chunk: int) -> Tensor:
+def _chunk(layout: Layout, rows: int) -> int:
+    """The most rows that a process has of so many."""
+    return -(-rows // layout.mesh.size(layout.axis))
+
+
+def _first(layout: Layout, rows: int) -> int:
+    """The first of the rows that this process has of so many; their number where it has none."""
+    return min(_chunk(layout, rows) * layout.mesh.get_local_rank(layout.axis), rows)
+
+
+def _summed(parts: Sequence[Tensor], layout: Layout, rows: int) -> Tensor:
     """All rows of the parts ``[len(parts), rows, …]``, as the sum over processes of what each has."""
     total = parts[0].new_zeros(len(parts), rows, *parts[0].shape[1:])
-    start = min(chunk * layout.mesh.get_local_rank(layout.axis), rows)
+    start = _first(layout, rows)
     for place, part in zip(total, parts, strict=True):
         place[start : start + part.shape[0]].copy_(part)
     torch.distributed.all_reduce(total, group=layout.mesh.get_group(layout.axis))
@@ -163,10 +173,9 @@ def parted(tensors: Sequence[Tensor], like: Sequence[Any]) -> list[Any]:
     for tensor, parameter in zip(tensors, like, strict=True):
         part = tensor
         if layout.dim is not None:
-            chunk = -(-tensor.shape[layout.dim] // layout.mesh.size(layout.axis))
-            start = min(chunk * layout.mesh.get_local_rank(layout.axis), tensor.shape[layout.dim])
-            size = min(chunk, tensor.shape[layout.dim] - start)
-            part = tensor.narrow(layout.dim, start, size)
+            rows = tensor.shape[layout.dim]
+            start = _first(layout, rows)
+            part = tensor.narrow(layout.dim, start, min(_chunk(layout, rows), rows - start))
         found.append(
             DTensor.from_local(
                 part.contiguous(),

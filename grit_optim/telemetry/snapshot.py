@@ -167,9 +167,9 @@ def _columns_of_kinds(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
             there = part.isfinite().all(-1).all(-1)
             part = part.where(there[:, None, None], part.new_zeros(()))
             spectrum, _ = spectra.decompose(part, tensors["in_use"])
+            found = spectra.scalars(spectrum, tensors["in_use"])
             for name in ("effective_rank", "trace"):
-                values = spectra.scalars(spectrum, tensors["in_use"])[name]
-                columns[f"{name}_{letter}_{kind}"] = values.where(there, math.nan).tolist()
+                columns[f"{name}_{letter}_{kind}"] = found[name].where(there, math.nan).tolist()
     return columns
 
 

@@ -22,14 +22,6 @@ def ends(tmp_path_factory):
     return found, alone
 
 
-def tensors(value):
-    """All tensors in nested dicts and lists, in order."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for item in items for tensor in tensors(item)]
-
-
 @pytest.mark.parametrize("name", data_parallel.SCENARIOS)
 def test_the_processes_stay_the_same_to_the_bit(ends, name):
     """Weights, moments, factors and ranks."""
@@ -39,8 +31,8 @@ def test_the_processes_stay_the_same_to_the_bit(ends, name):
         assert other["ranks"] == first["ranks"]
         assert other["told"] == pytest.approx(first["told"], rel=0, abs=0, nan_ok=True)
         for mine, its in zip(
-            tensors([first["weights"], first["state"]]),
-            tensors([other["weights"], other["state"]]),
+            launch.tensors([first["weights"], first["state"]]),
+            launch.tensors([other["weights"], other["state"]]),
             strict=True,
         ):
             assert torch.equal(mine, its)
@@ -74,7 +66,7 @@ def test_the_scenarios_do_what_they_are_for(ends):
 def test_an_overflow_of_one_is_dropped_by_all(ends):
     for end in ends[0]:
         assert (end["overflow"]["told"]["folds"], end["overflow"]["told"]["dropped_folds"]) == (6, 1)
-        assert all(t.isfinite().all() for t in tensors(end["overflow"]["weights"]))
+        assert all(t.isfinite().all() for t in launch.tensors(end["overflow"]["weights"]))
 
 
 def test_a_step_that_nobody_prepared_advances_nothing(ends):

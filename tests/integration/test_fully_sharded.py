@@ -25,13 +25,6 @@ def ends(tmp_path_factory):
     return *launched(2, folder), folder
 
 
-def tensors(value):
-    if isinstance(value, torch.Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for item in items for tensor in tensors(item)]
-
-
 def check_equal(found, name):
     first, *others = (end[name] for end in found)
     assert len(first["weights"]) == 4
@@ -47,7 +40,7 @@ def products(end):
 
 
 def equal(one, other):
-    mine, its = (tensors([end["weights"], end["own"], end["moments"]]) for end in (one, other))
+    mine, its = (launch.tensors([end["weights"], end["own"], end["moments"]]) for end in (one, other))
     return len(mine) > 20 and all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
 
 
@@ -76,7 +69,7 @@ def test_together_they_are_one_process_with_all_rows(ends, name):
 @pytest.mark.parametrize("name", fully_sharded.AS_DDP)
 def test_two_processes_end_as_under_ddp_to_the_bit(ends, name):
     first = ends[0][0]
-    mine, its = (tensors([first[n]["weights"], first[n]["own"]]) for n in (name, f"{name}, DDP"))
+    mine, its = (launch.tensors([first[n]["weights"], first[n]["own"]]) for n in (name, f"{name}, DDP"))
     assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
 
 

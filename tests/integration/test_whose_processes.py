@@ -22,15 +22,8 @@ def found(tmp_path_factory):
     return launch.ends(launch.start(whose_processes.__file__, PROCESSES, folder), folder)
 
 
-def tensors(value):
-    if isinstance(value, torch.Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for item in items for tensor in tensors(item)]
-
-
 def equal(left, right):
-    return all(torch.equal(a, b) for a, b in zip(tensors(left), tensors(right), strict=True))
+    return all(torch.equal(a, b) for a, b in zip(launch.tensors(left), launch.tensors(right), strict=True))
 
 
 @pytest.mark.parametrize("name", ["separate", "said"])
