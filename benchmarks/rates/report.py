@@ -1,4 +1,4 @@
-"""Table and figure: held-out loss against the learning rate, one panel for each task, model and length."""
+"""Tables and figure: held-out loss against the learning rate, one panel for each setting."""
 
 from __future__ import annotations
 
@@ -25,11 +25,20 @@ _LEGEND = (
 
 
 def title(result: Result) -> str:
-    """A panel's name: the task, the model where it is not the embedded one, and the number of steps."""
+    """A panel's name: the task, the model where it is not the embedded one, and the number of steps.
+
+    Then rank and alpha where they are not the usual ones, and the batch where it is not the usual one of the
+    embedded model.
+    """
     config = result["config"]
     base, layers = config["base"], config["adapted_layers"]
-    model = "" if base == RunConfig.base else f", {base}" + (f" (last {layers} layers)" if layers else "")
-    return f"{config['task']}{model}, {config['steps']} steps"
+    embedded = base == RunConfig.base
+    model = "" if embedded else f", {base}" + (f" (last {layers} layers)" if layers else "")
+    adapter = config["rank"], config["alpha"]
+    sizes = "" if adapter == (RunConfig.rank, RunConfig.alpha) else ", r = {}, alpha = {}".format(*adapter)
+    usual = not embedded or config["batch_size"] == RunConfig.batch_size
+    batch = "" if usual else f", batches of {config['batch_size']}"
+    return f"{config['task']}{model}, {config['steps']} steps{sizes}{batch}"
 
 
 def _pair(found: Sequence[Method], name: str) -> tuple[Method, Method]:
@@ -62,6 +71,37 @@ def _rows(reference: Method, other: Method) -> list[str]:
         ratio = f"{lr / best.lr:.3g}×" if best else "–"
         rows.append(f"| {lr:g} | {ratio} | {_text(one)} | {_text(two)} | {difference} |")
     return rows
+
+
+def _best(method: Method) -> str:
+    """The rate that ended lowest; marked where it is the lowest or highest that was tried."""
+    if method.best is None:
+        return "diverged"
+    return f"{method.best.lr:g}" + ("" if len(method.cells) > 1 and not method.remark else " (at an end)")
+
+
+def _shift(reference: Method, other: Method) -> str:
+    """How many factors of 2 lie between the best rates."""
+    if reference.best is None or other.best is None:
+        return "–"
+    factors = math.log2(other.best.lr / reference.best.lr)
+    return f"{factors:+.3g}".replace("-", "−") if factors else "0"
+
+
+def best_rates(groups: Sequence[Sequence[Result]]) -> str:
+    """The best rates of both optimizers, one row for each setting."""
+    pairs = [(title(results[0]), *_pair(methods(results), title(results[0]))) for results in groups]
+    one, two = pairs[0][1].label, pairs[0][2].label
+    return "\n".join(
+        [
+            f"| setting | {one}'s best rate | loss | {two}'s best rate | loss | factors of 2 between |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *(
+                f"| {name} | {_best(a)} | {_text(a.best)} | {_best(b)} | {_text(b.best)} | {_shift(a, b)} |"
+                for name, a, b in pairs
+            ),
+        ]
+    )
 
 
 def _section(results: Sequence[Result]) -> str:
@@ -113,8 +153,9 @@ def panels_of(folder: Path) -> list[list[Result]]:
 
 
 def text_of(groups: Sequence[Sequence[Result]]) -> str:
-    """The Markdown of all panels."""
-    return "\n\n".join([*map(_section, groups), _LEGEND]) + "\n"
+    """The Markdown of all panels, the best rates first where there are several."""
+    first = [best_rates(groups)] if len(groups) > 1 else []
+    return "\n\n".join([*first, *map(_section, groups), _LEGEND]) + "\n"
 
 
 def report(folder: Path) -> str:

@@ -56,6 +56,25 @@ def test_models_tasks_and_lengths_have_panels_of_their_own(results, tmp_path):
     ]
 
 
+def test_settings_are_told_apart_and_their_best_rates_stand_first(results, tmp_path):
+    for result in results:
+        write_result(tmp_path, result)
+    wider = {"rank": 64, "alpha": 16, "batch_size": 8}
+    ends = {("adamw", 0.00125): 2.7, ("adamw", 0.01): 2.4, ("grit", 0.00125): 2.3, ("grit", 0.01): 2.2,
+            ("grit", 0.04): 2.1}  # fmt: skip
+    for (optimizer, lr), loss in ends.items():
+        made = dict(results[0], config={**results[0]["config"], "optimizer": optimizer, "lr": lr, **wider})
+        write_result(tmp_path, {**made, "final_loss": loss})
+    steps = results[0]["config"]["steps"]
+    assert report(tmp_path).splitlines()[:4] == [
+        "| setting | adamw's best rate | loss | grit's best rate | loss | factors of 2 between |",
+        "| --- | --- | --- | --- | --- | --- |",
+        f"| naming, {steps} steps | 0.01 | 2.500 | 0.01 | 2.250 | 0 |",
+        f"| naming, {steps} steps, r = 64, alpha = 16, batches of 8 | 0.01 (at an end) | 2.400 "
+        "| 0.04 (at an end) | 2.100 | +2 |",
+    ]
+
+
 def test_a_folder_without_both_optimizers_is_refused(results, tmp_path):
     for result in results[:3]:
         write_result(tmp_path, result)
