@@ -156,3 +156,51 @@ def test_grit_is_below_adamw_at_every_rate():
     assert all(grit < adamw for adamw, grit in pairs)
     least = min(adamw - grit for adamw, grit in pairs)
     assert f"below AdamW in all {len(pairs)} pairs, by {least:.3f} nats or more" in TEXT
+
+
+# ---------------------------------------------------------------- with another rank or alpha
+
+
+def carried():
+    """(AdamW's loss, GRIT's loss) by (rank, alpha) and learning rate."""
+    found = {}
+    for run in read_results(RESULTS / "rates_carried"):
+        config = run["config"]
+        setting = found.setdefault((config["rank"], config["alpha"]), {})
+        setting.setdefault(config["lr"], {})[config["optimizer"]] = run["final_loss"]
+    return found
+
+
+def test_the_table_of_ranks_and_alphas_is_what_was_printed():
+    folder = RESULTS / "rates_carried"
+    groups = rates.panels_of(folder)
+    assert (folder / rates.TABLE).read_text(encoding="utf8") == rates.text_of(groups)
+    assert rates.best_rates(groups) in PAGE
+
+
+def test_alpha_moves_the_best_rate_and_rank_does_not():
+    best = {
+        setting: {name: min(losses, key=lambda lr: losses[lr].get(name, 9.0)) for name in ("adamw", "grit")}
+        for setting, losses in carried().items()
+    }
+    assert all(one["grit"] == one["adamw"] for one in best.values())
+    assert best[64, 16] == best[16, 16]
+    assert [best[16, alpha]["grit"] for alpha in (4, 16, 64)] == [0.02, 0.01, 0.005]
+    assert best[64, 64] == best[16, 64]
+
+
+def test_what_a_step_without_alpha_would_be_is_worse_than_adamw():
+    losses = carried()[16, 4]
+    assert losses[0.04]["grit"] > losses[0.02]["adamw"]
+    assert f"ends at {losses[0.04]['grit']:.3f}; AdamW has {losses[0.02]['adamw']:.3f} there" in TEXT
+
+
+def test_the_one_pair_where_grit_is_above_is_said():
+    above = {
+        (*setting, lr): one["grit"] - one["adamw"]
+        for setting, losses in carried().items()
+        for lr, one in losses.items()
+        if one["grit"] >= one["adamw"]
+    }
+    assert list(above) == [(64, 64, 0.01)]
+    assert f"GRIT is {above[64, 64, 0.01]:.3f} above it" in TEXT
