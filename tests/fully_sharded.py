@@ -39,7 +39,7 @@ OPTIONS |= {
     "none": {"precondition": "none"},
     "diagonal": {"precondition": "inverse", "fisher": "diagonal"},
 }
-AS_DDP = ("spectral", "balanced", "ekfac", "regrowth")
+AS_DDP = ("balanced", "ekfac", "regrowth")  # where whole matrices come together
 ROWS = 8
 EPS = 1e-4
 
@@ -191,13 +191,30 @@ def one_direction(rank, processes):
     return trained(shard(pairs.network(rank=1).double()), rank, processes)
 
 
-def cleared(rank, processes):
+def ignored(rank, processes):
+    """FSDP2 leaves the second pair alone, whose gradients are averaged by hand."""
+    model = network()
+    left = [p for n, p in model.named_parameters() if "second" in n]
+    shard(model, ignored_params=set(left))
+    optimizer = grit(model)
+
+    def average():
+        for p in left if processes > 1 else ():
+            if p.requires_grad:
+                torch.distributed.all_reduce(p.grad)
+                p.grad /= processes
+
+    train(model, optimizer, rank, processes, before=average)
+    return ended(model, optimizer)
+
+
+def cleared(rank, processes, set_to_none=True):
     """Passes whose gradients are cleared do not count."""
     model = shard(network())
     optimizer = grit(model)
     for step in range(4):
         loss_of(model, 90 + step, rank, processes).backward()
-        model.zero_grad()
+        model.zero_grad(set_to_none)
         train(model, optimizer, rank, processes, 1, step)
     return ended(model, optimizer)
 
@@ -251,6 +268,8 @@ SCENARIOS = {
     "mixed precision": mixed,
     "replicas": replicas,
     "cleared": cleared,
+    "zeroed": lambda rank, processes: cleared(rank, processes, set_to_none=False),
+    "ignored": ignored,
     "rank 1": one_direction,
 }
 

@@ -1,31 +1,60 @@
 """Run one of the scripts of the tests in several processes that can talk to each other."""
 
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import torch
 
+LOADED = (
+    "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.distributed.algorithms.join",
+    "transformers.models.llama.modeling_llama", "transformers.trainer", "peft", "accelerate", "grit_optim",
+)  # fmt: skip
+"""Modules that are imported once for the processes of all tests, which are forked from there."""
+
+
+def context():
+    """Forks from a process that has imported a lot and run nothing; where there is none, all import anew."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload(list(LOADED))
+    return forking
+
 
 def start(script, processes, folder, *more):
     """`SCRIPT RANK PROCESSES FOLDER MORE…` once for each rank."""
-    here = {
-        **os.environ,
-        **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
-    }  # no name has to resolve
     started = []
     for rank in range(processes):
-        command = [sys.executable, str(script), str(rank), str(processes), str(folder), *more]
-        with (folder / f"{rank}.log").open("w") as log:
-            started.append(subprocess.Popen(command, cwd=Path(script).parent, env=here, stderr=log))
+        argv = [str(script), str(rank), str(processes), str(folder), *more]
+        settings = (argv, str(folder / f"{rank}.log"), dict(os.environ))
+        started.append(context().Process(target=_run, args=settings, daemon=True))
+        started[-1].start()
     return started
+
+
+def _run(argv, log, environment):
+    """In a process of its own: run the script as its command would."""
+    os.environ.clear()
+    os.environ.update(environment)
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # no name has to resolve
+    os.chdir(Path(argv[0]).parent)
+    sys.path[:0] = [str(Path(argv[0]).parent)]
+    sys.argv[:] = argv
+    with Path(log).open("w") as file:
+        os.dup2(file.fileno(), 2)
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 def ends(started, folder):
     """What each process has left, once all have ended well."""
     try:
-        ended = [process.wait(timeout=300) for process in started]
+        for process in started:
+            process.join(timeout=300)
+        ended = [process.exitcode for process in started]
     finally:
         for process in started:
             process.kill()

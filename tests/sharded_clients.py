@@ -6,14 +6,18 @@ Accelerate takes FSDP2 for what several GPUs do; here its state says so of two p
 import os
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
+import hf
 import launch
 import tiny
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import fully_shard
+from transformers import Trainer
 
 import grit_optim
 
@@ -34,7 +38,8 @@ def sharding(state):
 
 
 def full(model):
-    return {n: p.detach().full_tensor() for n, p in model.named_parameters() if p.requires_grad}
+    found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in found.items()}
 
 
 def steps(accelerator, model, optimizer, first, last, rank, processes):
@@ -69,11 +74,81 @@ def accelerate(rank, processes, folder, factory, accumulation=1):
     return {"weights": models, "engaged": told["engaged_sites"], "steps": told["steps"]}
 
 
+class Sharding(Trainer):
+    """A Trainer with ``fsdp=`` whose Accelerate takes two processes on the CPU for GPUs."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        state = self.accelerator.state
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        self.is_fsdp_enabled = True
+
+
+def trainer(rank, processes, folder):
+    """The Trainer shards the model and builds the optimizer; the run, and its second half once more."""
+    found = []
+    for resumed in (False, True) if processes > 1 else (False,):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        sharded = {
+            "ddp_backend": "gloo",
+            "fsdp": True,
+            "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+        }
+        arguments = hf.settings(
+            folder / f"trainer of {processes}",
+            per_device_train_batch_size=4 // processes,
+            logging_strategy="no",
+            save_strategy="steps",
+            save_steps=3,
+            **(sharded if processes > 1 else {}),
+        )
+        factory = grit_optim.for_trainer, {"lr": 1e-2, "kfac_min_samples": 8}
+        kind = Sharding if processes > 1 else Trainer
+        examples = hf.examples(24)
+        client = kind(tiny.llama(), arguments, train_dataset=examples, optimizer_cls_and_kwargs=factory)
+        client.train(resume_from_checkpoint=f"{arguments.output_dir}/checkpoint-3" if resumed else None)
+        found.append(full(client.model))
+    told = client.optimizer.optimizer.telemetry(per_site=False)
+    return {"weights": found, "engaged": told["engaged_sites"], "steps": told["steps"]}
+
+
+def nf4(rank, processes, folder, whole=False):
+    """QLoRA: layers in NF4 that FSDP2 shares out in whatever bytes they have, or leaves ``whole``."""
+    model = tiny.llama(hidden=64)
+    for layer in [m for m in model.modules() if hasattr(m, "base_layer")]:
+        rows, columns = layer.base_layer.weight.shape
+        small = bitsandbytes.nn.Linear4bit(columns, rows, bias=False, quant_type="nf4")
+        values = layer.base_layer.weight.detach()
+        small.weight = bitsandbytes.nn.Params4bit(values, requires_grad=False, quant_type="nf4", module=small)
+        layer.base_layer = small.to("cpu")
+    frozen = {p for p in model.parameters() if type(p).__name__ == "Params4bit"}
+    assert len(frozen) == 14
+    if processes > 1:
+        for part in (*model.get_base_model().model.layers, model):
+            fully_shard(part, ignored_params=frozen if whole else None)
+    optimizer = tiny.grit(model)
+    for seed in range(4):
+        ids = tiny.tokens(seed).chunk(processes)[rank]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    told = optimizer.telemetry(per_site=False)
+    return {"weights": [full(model)], "engaged": told["engaged_sites"], "steps": told["steps"]}
+
+
 SCENARIOS = {
     "Accelerate": lambda *where: accelerate(*where, factory=False),
     "factory": lambda *where: accelerate(*where, factory=True),
     "accumulation": lambda *where: accelerate(*where, factory=False, accumulation=2),
 }
+if find_spec("bitsandbytes"):
+    import bitsandbytes
+
+    SCENARIOS |= {"NF4": nf4, "NF4 left whole": lambda *where: nf4(*where, whole=True)}
+if hf.HANDS_OVER_THE_MODEL:
+    SCENARIOS["Trainer"] = trainer
 
 if __name__ == "__main__":
     rank, processes, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])

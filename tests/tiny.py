@@ -10,15 +10,15 @@ from grit_optim import GritOptimizer
 VOCABULARY = 48
 
 
-def llama(rank=4, seed=0, layers=2, **lora):
+def llama(rank=4, seed=0, layers=2, hidden=16, **lora):
     """A PEFT Llama of 14 sites (7 projections in each of 2 layers), fp32."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=16,
+        hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
-        intermediate_size=24,
+        intermediate_size=hidden * 3 // 2,
         vocab_size=VOCABULARY,
         max_position_embeddings=64,
     )

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
 
 from grit_optim import GritOptimizer, Site
 
 from ..core import arguments as read
 from ..core.command import Command
 from ..core.files import REPOSITORY
+from .counting import LiveBytes
 from .shapes import SHAPES
 
 OUT = REPOSITORY / "benchmarks" / "results" / "traffic" / "traffic.json"
@@ -43,11 +45,12 @@ class Row:
         model: a name in ``SHAPES``.
         processes: how many train together.
         messages: how many messages GRIT asks for.
-        sent: bytes that they make a process send, by rings.
+        sent: bytes that they make the first process send; sums and gatherings by rings.
         fsdp: bytes that FSDP2 makes it send: all weights in bf16 gathered in both passes, gradients of the
             pairs in fp32 reduced.
         fsdp_nf4: the same with linear layers in NF4 (4.127 bits a weight, with double quantization).
         pairs: bytes of A and B in fp32, all of them.
+        memory: bytes that GRIT takes up at most during a step, without AdamW's own; None where not counted.
     """
 
     model: str
@@ -57,6 +60,7 @@ class Row:
     fsdp: float
     fsdp_nf4: float
     pairs: int
+    memory: int | None = None
 
 
 def linear_layers(shape: dict[str, Any]) -> list[tuple[int, int]]:
@@ -89,25 +93,44 @@ class Half(nn.Module):
 
 
 @contextmanager
-def counted(processes: int) -> Iterator[list[tuple[str, int]]]:
-    """Kind and bytes of every message, in a process group of so many processes."""
-    seen: list[tuple[str, int]] = []
+def counted(processes: int) -> Iterator[list[float]]:
+    """What every message makes the first process send, in a process group of so many processes, in bytes."""
+    seen: list[float] = []
+    ring = (processes - 1) / processes
 
     def gather(out: Tensor, own: Tensor, **_: Any) -> None:
-        seen.append(("gather", out.numel() * out.element_size()))
+        seen.append(ring * out.numel() * out.element_size())
 
     def reduce(tensor: Tensor, **_: Any) -> None:
-        seen.append(("reduce", tensor.numel() * tensor.element_size()))
+        seen.append(2 * ring * tensor.numel() * tensor.element_size())
+
+    def exchange(out: Tensor, own: Tensor, gets: list[int], sends: list[int], **_: Any) -> None:
+        seen.append(sum(sends[1:]) * own.element_size())
 
     torch.distributed.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
     try:
         with (
             patch.object(torch.distributed, "all_gather_into_tensor", gather),
+            patch.object(torch.distributed, "all_gather_single", gather, create=True),
             patch.object(torch.distributed, "all_reduce", reduce),
+            patch.object(torch.distributed, "all_to_all_single", exchange),
         ):
             yield seen
     finally:
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def unseen(base: type[torch.optim.Optimizer]) -> Iterator[None]:
+    """Hide the steps of such a base from what counts bytes: DTensor tries its operations on whole shapes."""
+    step = base.step
+
+    def quiet(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return step(self, *args, **kwargs)
+
+    with patch.object(base, "step", quiet):
+        yield
 
 
 def count(model: str, processes: int, steps: int = 3) -> Row:
@@ -124,11 +147,11 @@ def count(model: str, processes: int, steps: int = 3) -> Row:
         for _ in range(steps):
             step(pairs, halves)
             seen.clear()
-            optimizer.step()
+            with LiveBytes("meta") as live, unseen(torch.optim.AdamW):
+                optimizer.step()
         messages = list(seen)
-    ring = (processes - 1) / processes
-    sent = sum(ring * size * (2 if kind == "reduce" else 1) for kind, size in messages)
-    return Row(model, processes, len(messages), sent, *_of_fsdp(shape, sizes, ring))
+    of_fsdp = _of_fsdp(shape, sizes, (processes - 1) / processes)
+    return Row(model, processes, len(messages), sum(messages), *of_fsdp, live.peak)
 
 
 def step(pairs: Sequence[tuple[Half, Half]], halves: Sequence[Half]) -> None:
@@ -158,14 +181,15 @@ def _of_fsdp(
 def table(rows: Sequence[Row]) -> str:
     """The rows as the page on costs shows them."""
     lines = [
-        "| shape | processes | messages | sent, MB | FSDP2, GB | share | FSDP2 with NF4, GB | share |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| shape | processes | messages | sent, MB | FSDP2, GB | share | FSDP2 with NF4, GB | share "
+        "| memory, MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         lines.append(
-            f"| {row.model} | {row.processes:,} | {row.messages} | {row.sent / 1e6:,.0f} "
-            f"| {row.fsdp / 1e9:.1f} | {row.sent / row.fsdp:.1%} "
-            f"| {row.fsdp_nf4 / 1e9:.1f} | {row.sent / row.fsdp_nf4:.1%} |"
+            f"| {row.model} | {row.processes:,} | {row.messages} | {row.sent / 1e6:,.1f} "
+            f"| {row.fsdp / 1e9:.1f} | {row.sent / row.fsdp:.2%} "
+            f"| {row.fsdp_nf4 / 1e9:.1f} | {row.sent / row.fsdp_nf4:.2%} | {(row.memory or 0) / 1e6:,.1f} |"
         )
     return "\n".join(lines).replace("%", " %")
 

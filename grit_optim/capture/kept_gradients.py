@@ -112,17 +112,21 @@ class KeptGradients:
 
 
 def nonzero(doubtful: Mapping[int, Sequence[Tensor]]) -> dict[int, Tensor]:
-    """For each pair, whether any entry of its gradients is not zero: a boolean scalar, left on the device."""
+    """For each pair, whether any entry of its gradients is not zero: a boolean scalar, left on the device.
+
+    Where processes share gradients out, each looks at its own rows, and so decides for its own tokens alone.
+    One that has no row takes them for alive.
+    """
     sizes: dict[int, Tensor] = {}
     alike: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
     for position, gradients in doubtful.items():
-        for gradient in gradients:
-            if shards.is_shared(gradient):  # this process may have none of its rows
-                sizes[position] = torch.ones((), dtype=torch.bool, device="cpu")
-            else:
-                alike.setdefault((gradient.device, gradient.dtype), []).append((position, gradient.detach()))
+        parts = [part for part in map(shards.local, gradients) if part.numel()]
+        if not parts:
+            sizes[position] = torch.ones((), dtype=torch.bool, device="cpu")
+        for part in parts:
+            alike.setdefault((part.device, part.dtype), []).append((position, part))
     for members in alike.values():
-        largest = torch._foreach_norm([gradient for _, gradient in members], torch.inf)
+        largest = torch._foreach_norm([part for _, part in members], torch.inf)
         for (position, _), size in zip(members, largest, strict=True):
             lives = size != 0
             sizes[position] = sizes[position] | lives if position in sizes else lives

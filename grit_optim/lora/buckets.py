@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from grit_optim.lora.site import Site
 from grit_optim.processes import shards
+from grit_optim.processes.pieces import Sharing
 
 Side = Literal["A", "B"]
 SIDES: tuple[Side, Side] = ("A", "B")
@@ -42,6 +43,8 @@ class Group:
         positions: ``index`` as Python numbers, to be had without waiting for the device.
         experts: how many matrices each parameter holds, as PEFT stacks those of a layer's experts: an A has
             their rows one after another, ``[experts·r, d]``, a B their columns in turns, ``[d, r·experts]``.
+        sharing: how processes share the matrices out, where a stack holds this process's rows alone; else
+            None.
     """
 
     side: Side
@@ -49,14 +52,16 @@ class Group:
     index: Tensor
     positions: tuple[int, ...] = ()
     experts: int = 1
+    sharing: Sharing | None = None
     _subsets: dict[tuple[int, ...], Group] = field(default_factory=dict, repr=False)
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
         """The tensors, in the parameters' shape, as matrices ``[m, rows, columns]``, in fp32 or better.
 
-        Those of which each process has some rows are brought together: every process has to call it.
+        Those of which each process has some rows are brought together: every process has to call it. Not so
+        with :attr:`sharing`.
         """
-        plain = shards.together(tensors)
+        plain = shards.together(tensors) if self.sharing is None else [shards.local(t) for t in tensors]
         stacked = torch.stack([t if t.dim() == 2 else t.flatten(1) for t in plain]).detach()
         if self.experts > 1 and self.side == "A":
             stacked = stacked.view(len(tensors) * self.experts, -1, stacked.shape[-1])
@@ -72,6 +77,9 @@ class Group:
         elif self.experts > 1:
             by_expert = stacked.unflatten(0, (-1, self.experts)).permute(0, 2, 3, 1)
             stacked = by_expert.reshape(*by_expert.shape[:2], -1)
+        if self.sharing is not None:
+            own = [m.view(shards.local(p).shape) for m, p in zip(stacked, self.parameters, strict=True)]
+            return shards.named(own, self.parameters)
         found = [matrix.view(p.shape) for matrix, p in zip(stacked, self.parameters, strict=True)]
         return shards.parted(found, self.parameters)
 
@@ -114,7 +122,7 @@ class Group:
             else:
                 index = torch.tensor(places, dtype=torch.int64, device=self.index.device)
             chosen = [self.parameters[i] for i in key]
-            self._subsets[key] = Group(self.side, chosen, index, places, self.experts)
+            self._subsets[key] = Group(self.side, chosen, index, places, self.experts, self.sharing)
         return self._subsets[key]
 
     def pieces(self, most: int) -> list[Group]:
@@ -125,8 +133,9 @@ class Group:
 
     @property
     def bytes(self) -> int:
-        """What a stack of the matrices takes up."""
-        return sum(p.numel() * max(4, p.element_size()) for p in self.parameters)
+        """What a stack of the matrices takes up, in the process that has most of them."""
+        whole = sum(p.numel() * max(4, p.element_size()) for p in self.parameters)
+        return whole if self.sharing is None else shards.largest_part(whole, self.parameters[0])
 
     def matrices(self, positions: Sequence[int]) -> list[int]:
         """Places in a stack of the matrices of some parameters, given by their positions."""
@@ -157,6 +166,16 @@ class Group:
     def write(self, stacked: Tensor) -> None:
         """Set the m parameters to the matrices ``[m, rows, columns]``, in place."""
         shards.copy_to(self.parameters, self.unstack(stacked))
+
+    @cached_property
+    def in_parts(self) -> Group:
+        """The group with stacks of this process's rows; itself where it has all, or rows of many experts."""
+        layout = shards.layout_of(self.parameters[0])
+        if layout is None or layout.dim not in (0, 1) or self.experts > 1:
+            return self
+        rank = self.parameters[0].shape[self.rank_dim - 1]
+        sharing = Sharing(layout, self.rank_dim, rank, self.width)
+        return replace(self, sharing=sharing, _subsets={})
 
     @property
     def width(self) -> int:

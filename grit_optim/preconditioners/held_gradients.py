@@ -13,6 +13,7 @@ from grit_optim.base.rounds import put_back
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.lora.buckets import Group, most_at_once
 from grit_optim.processes import shards
+from grit_optim.processes.pieces import Norm, Sharing, Sum, answers
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,8 @@ class Outcome:
 class Held:
     """One group's gradients while the base optimizer is given others in their place.
 
+    Where the group has a ``sharing``, the stacks are of this process's rows, ``[m, its rows, columns]``.
+
     Attributes:
         curvature: of the bucket that the group belongs to.
         group: the parameters that have a gradient in this step, m of them, all in one parameter group.
@@ -55,7 +58,8 @@ class Held:
         rotated: the matrices as the base saw them, for the modes that turn them.
         copies: the copies of the matrices in the base's state before the step, for the modes that turn them.
         rotated_copies: these as the base saw them.
-        gradient_norm: Frobenius norm of each gradient of the loss, ``[m, 1, 1]``.
+        gradient_norm: Frobenius norm of each gradient of the loss, ``[m, 1, 1]``; until the base has stepped
+            that of this process's rows.
         without: norm of each update without curvature, ``[m, 1, 1]``: of the gradient in "inverse", of the
             base's step in "spectral" and "steer"; None in the modes that only know the one with.
         turned: norm of each update with curvature.
@@ -82,6 +86,17 @@ class Held:
     def changed(self) -> bool:
         """Whether the base is to see others than the parameters' own gradients."""
         return self.gradient is not self.loss_gradient
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """How processes share the matrices out, if the stacks are of this process's rows alone."""
+        return self.group.sharing
+
+    @property
+    def norm_of_own(self) -> Norm:
+        """Asks for the gradients' norms, given those of this process's rows."""
+        assert self.gradient_norm is not None
+        return Norm(self.gradient_norm)
 
     @property
     def ready(self) -> Tensor:
@@ -112,6 +127,12 @@ class Unit:
     curvature: BucketCurvature
     settings: dict[str, Any]
     group: Group
+
+    def in_parts(self) -> Unit:
+        """The matrices with stacks of this process's rows alone, unless what is applied is whole."""
+        moments = self.curvature.moments
+        whole = moments is not None and moments.elementwise
+        return self if whole else replace(self, group=self.group.in_parts)
 
     def hold(self, finite: Tensor | None) -> Held:
         """Stack the gradients; zeros if not ``finite``, as :func:`all_finite` tells.
@@ -187,7 +208,8 @@ def clip(held: Sequence[Held], max_norm: float) -> None:
     if not held:
         return
     device = held[0].gradient.device
-    total = torch.stack([h.gradient.square().sum().to(device) for h in held]).sum().sqrt()
+    squares = answers([(h.sharing, Sum(h.gradient.square().sum())) for h in held])
+    total = torch.stack([square.to(device) for square in squares]).sum().sqrt()
     factor = (max_norm / total.clamp_min(torch.finfo(total.dtype).tiny)).clamp_max(1.0)
     for h in held:
         h.gradient = h.gradient * factor.to(h.gradient.device)

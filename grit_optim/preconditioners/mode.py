@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.options import Options, PreconditionOptions
 from grit_optim.preconditioners.held_gradients import Held
+from grit_optim.processes.pieces import Work
 
 
 class Mode:
@@ -28,6 +29,8 @@ class Mode:
         moments_in_operators: whether the base's moments are expressed in the operators, so that a checkpoint
             needs those.
         operators_rotate: whether the operators are orthogonal, which a checkpoint's then have to be.
+        works_on_parts: whether the mode works on a process's own rows, and asks for what it needs of the
+            others'; else whole matrices are brought together for it.
         defaults: of the options that are None until a mode says what they are.
         uses: which of the options that are up to the mode (``options.effect.OF_THE_MODE``) it uses. A user
             is told of others.
@@ -38,6 +41,7 @@ class Mode:
     holds_gradients: ClassVar[bool] = True
     moments_in_operators: ClassVar[bool] = False
     operators_rotate: ClassVar[bool] = False
+    works_on_parts: ClassVar[bool] = False
     defaults: ClassVar[dict[str, Any]] = {
         "kfac_update_freq": 1,
         "kfac_damping": 0.03,
@@ -89,8 +93,9 @@ class Mode:
         """A gradient of the weights ``[m, rows, columns]`` in the coordinates that the base works in."""
         return gradient
 
-    def after(self, held: Held) -> None:
-        """Change what the base made of it."""
+    def after(self, held: Held) -> Work[None]:
+        """Change what the base made of it, and let ``gradient_norm`` be that of whole matrices."""
+        (held.gradient_norm,) = yield [held.norm_of_own]
 
     def abandon(self, held: Held) -> None:
         """Put the weights back as they were before the step, as far as :meth:`before` has taken note of them.

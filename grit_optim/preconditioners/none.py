@@ -10,4 +10,5 @@ class Identity(Mode):
 
     name = "none"
     holds_gradients = False
+    works_on_parts = True
     uses = frozenset()

@@ -32,6 +32,7 @@ from grit_optim.preconditioners.mode import Mode
 from grit_optim.preconditioners.modes import MODES, mode_named
 from grit_optim.preconditioners.none import Identity
 from grit_optim.preconditioners.penalties import Penalties
+from grit_optim.processes.pieces import do
 from grit_optim.profiling import StageTimes
 from grit_optim.rank.selection import RankPolicy
 from grit_optim.schedules import Schedule
@@ -121,6 +122,8 @@ class Preconditioning:
         with self._times("precondition"):
             settings = group_by_parameter(self._base)
             units = units_with_gradient(curvature.buckets, settings) if needed else []
+            if mode.works_on_parts and penalty == 0:
+                units = [unit.in_parts() for unit in units]
             rounds = self._rounds(units)
             finite = all_finite(unit for some in rounds for unit in some)
         places = {id(one): i for i, one in enumerate(curvature.buckets)}
@@ -166,8 +169,7 @@ class Preconditioning:
             with self._times("base"), as_called():
                 step_within(self._base)
             with self._times("precondition"):
-                for one in held:
-                    mode.after(one)
+                do((one.sharing, mode.after(one)) for one in held)
         except BaseException:
             for one in held:
                 mode.abandon(one)

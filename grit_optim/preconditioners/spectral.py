@@ -13,6 +13,7 @@ from grit_optim.base.settings import finds_its_rate, is_adam
 from grit_optim.preconditioners.held_gradients import Held, inner_product, norm
 from grit_optim.preconditioners.mode import Mode
 from grit_optim.preconditioners.steer import Average, Steer
+from grit_optim.processes.pieces import Norm, Sum, Work
 
 STEP_RMS = 0.6
 """Root mean square of a step's entries around an Adam, in units of the learning rate."""
@@ -66,39 +67,59 @@ class Spectral(Steer):
         """p/2, since P is applied on both sides of the whitening."""
         return super().power / 2
 
-    def completed(self, held: Held, move: Tensor, average: Average, descent: Tensor) -> Tensor:
+    def completed(self, held: Held, move: Tensor, average: Average, descent: Tensor) -> Work[Tensor]:
         """The turned step, and the share of the base's own that it lacks to decrease the loss as much.
 
         Where the sum is longer than both, :meth:`_slope_left` says how much of that it keeps.
         """
-        wanted = inner_product(average.fresh, descent)
-        lacking = (1 - inner_product(average.fresh, move) / wanted).clamp(0, 1)
-        longest = torch.maximum(norm(move), norm(descent))
+        asked = [Sum(inner_product(average.fresh, one)) for one in (descent, move)]
+        sizes = [Norm(norm(one)) for one in (move, descent)]
+        wanted, along, *found = yield [*asked, *sizes, *self._slopes(held, average)]
+        lacking = (1 - along / wanted).clamp(0, 1)
+        longest = torch.maximum(found[0], found[1])
+        slope_left = self._slope_left(held, average, *found[2:])
         whole = move.add_(descent.mul_(torch.where(wanted > 0, lacking, 0.0)))
-        length = norm(whole)
-        limit = longest + self._slope_left(held, average) * (length - longest)
+        (length,) = yield [Norm(norm(whole))]
+        limit = longest + slope_left * (length - longest)
         return whole.mul_(torch.where(length > longest, limit / length, 1.0))
 
-    def _slope_left(self, held: Held, average: Average) -> Tensor:
+    def _slopes(self, held: Held, average: Average) -> list[Sum]:
+        """Asks for the square of the earlier gradients' sum, its product with the newest, and that's square.
+
+        ``[m, 1, 1]`` each.
+        """
+        newest = self._newest(held)
+        earlier = average.fresh - self._newest_share(held) * newest  # of a weight that is known
+        products = ((earlier, earlier), (newest, earlier), (newest, newest))
+        return [Sum(inner_product(left, right)) for left, right in products]
+
+    def _slope_left(
+        self, held: Held, average: Average, square: Tensor, product: Tensor, newest: Tensor
+    ) -> Tensor:
         """1 while the newest gradient goes half as far along the earlier ones as they did, or farther.
 
         With less it falls to 0, where the newest goes against the earlier. On a quadratic a further step as
         long as those before comes to the lowest point along them where the slope has halved: what is longer
         goes past it. ``[m, 1, 1]``; 0 where there is no earlier gradient, or only rounding errors of one.
-        """
-        newest, share = self._newest(held), self._newest_share(held)
-        earlier = average.fresh - share * newest  # a sum, of this weight
-        weight, square = average.weight - share, inner_product(earlier, earlier)
-        slope = weight * inner_product(newest, earlier) / square
-        return torch.where(square > _NOTHING * inner_product(newest, newest), (2 * slope).clamp(0, 1), 0.0)
 
-    def direction(self, held: Held, moment: Tensor) -> Tensor:
+        Args:
+            held: the matrices.
+            average: the base's average of the gradient.
+            square: as :meth:`_slopes` asks for it.
+            product: likewise.
+            newest: likewise, the square of the newest gradient.
+        """
+        slope = (average.weight - self._newest_share(held)) * product / square
+        return torch.where(square > _NOTHING * newest, (2 * slope).clamp(0, 1), 0.0)
+
+    def direction(self, held: Held, moment: Tensor) -> Work[Tensor]:
         """``P (X Xᵀ)^(−1/2) X`` for A, ``X (Xᵀ X)^(−1/2) P`` for B."""
         group, curvature = held.group, held.curvature
         inner = curvature.apply(group, moment)
-        gram = inner @ inner.mT if group.side == "A" else inner.mT @ inner
+        (gram,) = yield [Sum(inner @ inner.mT if group.side == "A" else inner.mT @ inner)]
         mask = curvature.ranks.mask[group.index]
         strength = linalg.damping_strength(gram, _ORTHOGONAL_DAMPING, relative=True, rank=mask.sum(-1))
         whitening = linalg.damped_root(gram, strength, 2, _ORTHOGONAL_DAMPING)[0]
         whitening = linalg.block(whitening, mask)  # what was given up stays exactly zero
-        return curvature.apply(group, whitening @ inner if group.side == "A" else inner @ whitening)
+        turned = whitening @ inner if group.side == "A" else inner @ whitening
+        return curvature.apply(group, turned)

@@ -13,6 +13,7 @@ from grit_optim.base import settings as base_settings
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.preconditioners.held_gradients import Held, inner_product, norm
 from grit_optim.preconditioners.mode import Mode
+from grit_optim.processes.pieces import Ask, Columns, Norm, RankMean, Rows, Sum, Work
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Steer(Mode):
     """
 
     name = "steer"
+    works_on_parts = True
     gradient_share: ClassVar[float] = 0.0
     caution: ClassVar[float] = 0.0
     a_step_ratio: ClassVar[float] = 1.0
@@ -67,27 +69,30 @@ class Steer(Mode):
         """Remember the weights."""
         held.weights = held.group.stack(held.group.parameters)
 
-    def after(self, held: Held) -> None:
+    def after(self, held: Held) -> Work[None]:
         """Turn the step that the base took.
 
         Stacks as large as the gradient are let go, or written into, as soon as they can be: how many there
         are at a time is what a step needs of memory.
         """
-        assert held.gradient_norm is not None
-        taken, step_size, descent, average, moment = self._taken(held)
-        direction = self._cautious(held, self.direction(held, moment))
+        taken, step_size, descent, average, moment = yield from self._taken(held)
+        (moment,) = yield [Columns(moment)]
+        direction = yield from self.direction(held, moment)
         del moment
-        size = norm(direction)
-        length = self._length(held, step_size, descent) / size
+        (direction,) = yield [Rows(direction)]
+        direction = self._cautious(held, direction)
+        size, length = yield from self._sizes(held, direction, step_size, descent)
         direction *= length
-        move = self.completed(held, direction, average, descent)
+        move = yield from self.completed(held, direction, average, descent)
         del direction, descent, average
+        decayed = self._decayed(held)
+        along, move_size = yield [Sum(inner_product(taken - decayed, move)), Norm(norm(move))]
+        assert held.gradient_norm is not None
         # Without a gradient (an expert that saw no token) the base's step fades out as its average does; so
         # must this one.
         turned = held.ready & length.isfinite() & size.isfinite() & (held.gradient_norm > 0)
-        decayed, move_size = self._decayed(held), norm(move)
+        cosine = -along / (step_size * move_size)
         # A step that stays as it is has not been turned.
-        cosine = -inner_product(taken - decayed, move) / (step_size * move_size)
         held.cosine = torch.where(turned | cosine.isnan(), cosine, 1.0)
         held.without, held.turned = step_size, torch.where(turned, move_size, step_size)
         held.group.write(torch.where(turned, decayed - move, taken))
@@ -99,26 +104,30 @@ class Steer(Mode):
         decay = group.spread(base_settings.decoupled_decay(self.base, self._settings(held), group.parameters))
         return held.weights if isinstance(decay, float) and decay == 0 else held.weights * (1 - decay)
 
-    def _taken(self, held: Held) -> tuple[Tensor, Tensor, Tensor, Average, Tensor]:
+    def _taken(self, held: Held) -> Work[tuple[Tensor, Tensor, Tensor, Average, Tensor]]:
         """The base's step: the weights after it, its norm, and what it descends by the fresh average.
 
         Then that average, and ``m / c`` of it.
         """
         taken = held.group.stack(held.group.parameters)
         step = taken - self._decayed(held)
-        step_size = norm(step)
         own, average = self._averages(held)
         squares = self._squares(held)
-        moment = self._mixed(held, average) / squares.mean(held.group.rank_dim, keepdim=True).sqrt()
+        mean = squares.mean(held.group.rank_dim, keepdim=True)
+        asked: list[Ask] = [held.norm_of_own, Norm(norm(step)), RankMean(mean)]
         if average.fresh is own:
-            return taken, step_size, step.neg_(), average, moment
+            held.gradient_norm, step_size, mean = yield asked
+            return taken, step_size, step.neg_(), average, self._mixed(held, average) / mean.sqrt()
         del step
         root = squares.sqrt_() + self._floor(held)
         del squares
-        return taken, step_size, self._descent(step_size, own, average, root), average, moment
+        held.gradient_norm, step_size, mean, own_size = yield [*asked, Norm(norm(own / root))]
+        moment = self._mixed(held, average) / mean.sqrt()
+        return taken, step_size, self._descent(step_size / own_size, average, root), average, moment
 
-    def direction(self, held: Held, moment: Tensor) -> Tensor:
-        """What the step is turned to, from ``m / c``: ``[m, rows, columns]`` twice."""
+    def direction(self, held: Held, moment: Tensor) -> Work[Tensor]:
+        """What the step is turned to, from ``m / c``: ``[m, rows, columns]`` twice, with all of the rank."""
+        yield from ()
         return held.curvature.apply(held.group, moment)
 
     def _cautious(self, held: Held, direction: Tensor) -> Tensor:
@@ -129,7 +138,22 @@ class Steer(Mode):
         share = torch.ones_like(against, dtype=torch.float32)
         return direction.mul_(share.masked_fill_(against, 1 - self.caution))
 
-    def completed(self, held: Held, move: Tensor, average: Average, descent: Tensor) -> Tensor:
+    def _sizes(
+        self, held: Held, direction: Tensor, step_size: Tensor, descent: Tensor
+    ) -> Work[tuple[Tensor, Tensor]]:
+        """The direction's norm, and what makes it as long as the step is to be; ``[m, 1, 1]`` each."""
+        options, group = self.options, held.group
+        ratio: Tensor | float = self.a_step_ratio if group.side == "A" else 1.0
+        if options.step_length == "base":
+            size, wanted = yield [Norm(norm(direction)), Norm(norm(descent))]
+            return size, ratio * wanted / size
+        (size,) = yield [Norm(norm(direction))]
+        entries = held.curvature.ranks.step_rank[group.index] * group.width
+        rms = _number(options.step_length) * base_settings.rate(self._settings(held))
+        length = ratio * rms * entries.sqrt()[:, None, None] * (step_size > 0)  # zero where the base rested
+        return size, length / size
+
+    def completed(self, held: Held, move: Tensor, average: Average, descent: Tensor) -> Work[Tensor]:
         """What is taken off the weights, ``[m, rows, columns]`` like all that it is made of.
 
         Args:
@@ -139,25 +163,15 @@ class Steer(Mode):
             descent: what the base itself takes off the weights, had it the fresh average; may be written
                 into.
         """
+        yield from ()
         return move
 
-    def _length(self, held: Held, step_size: Tensor, descent: Tensor) -> Tensor:
-        """Frobenius norm that turned steps are to have, ``[m, 1, 1]``; zero where the base did not move."""
-        options, group = self.options, held.group
-        ratio: Tensor | float = self.a_step_ratio if group.side == "A" else 1.0
-        if options.step_length == "base":
-            return ratio * norm(descent)
-        entries = held.curvature.ranks.step_rank[group.index] * group.width
-        rms = _number(options.step_length) * base_settings.rate(self._settings(held))
-        return ratio * rms * entries.sqrt()[:, None, None] * (step_size > 0)
-
-    def _descent(self, step_size: Tensor, own: Tensor, average: Average, root: Tensor) -> Tensor:
+    def _descent(self, factor: Tensor, average: Average, root: Tensor) -> Tensor:
         """What the base would have taken off the weights, had its average been the fresh one.
 
         An Adam divides its average by the root of the squares, up to a factor that its own step tells.
         """
-        factor = step_size / norm(own / root) * average.correction
-        return (average.fresh / root).mul_(factor)
+        return (average.fresh / root).mul_(factor * average.correction)
 
     def _floor(self, held: Held) -> Tensor | float:
         """What Adam adds to that root: ε, less its bias correction. It keeps rounding errors from steps."""

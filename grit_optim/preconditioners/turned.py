@@ -10,6 +10,7 @@ from grit_optim.base import transport
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.preconditioners.held_gradients import Held
 from grit_optim.preconditioners.mode import Mode
+from grit_optim.processes.pieces import Work
 
 
 class Turned(Mode):
@@ -78,8 +79,9 @@ class Turned(Mode):
             transport.write_copies(part, copies, self.turn(held, held.copies)[places])
             held.rotated_copies[places] = part.stack(copies)
 
-    def after(self, held: Held) -> None:
+    def after(self, held: Held) -> Work[None]:
         """Turn the base's step back and add it to the weights as they were; likewise for the copies."""
+        yield from super().after(held)
         assert held.weights is not None
         assert held.rotated is not None
         group = held.group

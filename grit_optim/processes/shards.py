@@ -122,7 +122,9 @@ def together(tensors: Sequence[Any]) -> list[Tensor]:
     for place, part in zip(own, parts, strict=True):
         place[: part.shape[0]].copy_(part)
     found = own.new_empty(processes * own.numel())
-    torch.distributed.all_gather_into_tensor(found, own.view(-1), group=layout.mesh.get_group(layout.axis))
+    # torch 2.13 warns of its older name
+    gather = getattr(torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor)
+    gather(found, own.view(-1), group=layout.mesh.get_group(layout.axis))
     whole = found.view(processes, *own.shape).transpose(0, 1).flatten(1, 2)[:, :rows]
     return [tensor.movedim(0, dim) for tensor in whole]
 
@@ -132,15 +134,26 @@ def _chunk(layout: Layout, rows: int) -> int:
     return -(-rows // layout.mesh.size(layout.axis))
 
 
-def _first(layout: Layout, rows: int) -> int:
-    """The first of the rows that this process has of so many; their number where it has none."""
-    return min(_chunk(layout, rows) * layout.mesh.get_local_rank(layout.axis), rows)
+def rows_of(layout: Layout, rows: int) -> tuple[int, int]:
+    """The first of the rows that this process has of so many, and how many it has."""
+    chunk = _chunk(layout, rows)
+    first = min(chunk * layout.mesh.get_local_rank(layout.axis), rows)
+    return first, min(chunk, rows - first)
+
+
+def largest_part(size: int, parameter: Any) -> int:
+    """Of so many bytes, shared out as ``parameter`` is, those of the process that has most."""
+    layout = layout_of(parameter)
+    if layout is None or layout.dim is None:
+        return size
+    rows = parameter.shape[layout.dim]
+    return size * _chunk(layout, rows) // max(1, rows)
 
 
 def _summed(parts: Sequence[Tensor], layout: Layout, rows: int) -> Tensor:
     """All rows of the parts ``[len(parts), rows, …]``, as the sum over processes of what each has."""
     total = parts[0].new_zeros(len(parts), rows, *parts[0].shape[1:])
-    start = _first(layout, rows)
+    start, _ = rows_of(layout, rows)
     for place, part in zip(total, parts, strict=True):
         place[start : start + part.shape[0]].copy_(part)
     torch.distributed.all_reduce(total, group=layout.mesh.get_group(layout.axis))
@@ -167,26 +180,33 @@ def parted(tensors: Sequence[Tensor], like: Sequence[Any]) -> list[Any]:
     layout = layout_of(like[0]) if like else None
     if layout is None:
         return list(tensors)
-    from torch.distributed.tensor import DTensor
-
     found = []
-    for tensor, parameter in zip(tensors, like, strict=True):
+    for tensor in tensors:
         part = tensor
         if layout.dim is not None:
-            rows = tensor.shape[layout.dim]
-            start = _first(layout, rows)
-            part = tensor.narrow(layout.dim, start, min(_chunk(layout, rows), rows - start))
-        found.append(
-            DTensor.from_local(
-                part.contiguous(),
-                layout.mesh,
-                layout.placements,
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
+            part = tensor.narrow(layout.dim, *rows_of(layout, tensor.shape[layout.dim]))
+        found.append(part)
+    return named(found, like)
+
+
+def named(parts: Sequence[Tensor], like: Sequence[Any]) -> list[Any]:
+    """This process's parts as ``DTensor`` where ``like`` are such."""
+    layout = layout_of(like[0]) if like else None
+    if layout is None:
+        return list(parts)
+    from torch.distributed.tensor import DTensor
+
+    return [
+        DTensor.from_local(
+            part.contiguous(),
+            layout.mesh,
+            layout.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
         )
-    return found
+        for part, parameter in zip(parts, like, strict=True)
+    ]
 
 
 def copy_to(targets: Sequence[Any], values: Sequence[Any]) -> None:

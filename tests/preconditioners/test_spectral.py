@@ -107,7 +107,7 @@ def steps_of(monkeypatch, optimizer, passes):
     def noted(self, held, move, average, descent):
         """Keep what the step was made of."""
         parts = move.clone(), average.fresh, descent.clone()  # the two are written into
-        whole = completed(self, held, move, average, descent)
+        whole = yield from completed(self, held, move, average, descent)
         calls[-1] += zip(*parts, whole.clone(), strict=True)
         return whole
 
