@@ -14,9 +14,9 @@ from .record import record
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--task", default="naming", help=f"known: {', '.join(TASKS)}; by default naming")
     parser.add_argument("--lr", type=read.positive, default=1e-2)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=RunConfig.steps)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
 
