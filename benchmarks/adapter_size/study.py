@@ -9,7 +9,7 @@ from ..core import arguments as read
 from ..core.command import Command, Study
 from ..core.environment import resolve_device
 from ..core.results import PRECISIONS, RunConfig
-from ..tasks.registry import TASKS, check_task
+from ..tasks.registry import TEXT_TASKS, check_text_task
 from .measure import WAYS, adapter_sizes
 from .report import holds, report
 
@@ -17,7 +17,7 @@ BY_DEFAULT = [way for way in WAYS if way != "rounded"]
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", default="naming", help=f"known: {', '.join(TASKS)}")
+    parser.add_argument("--task", default="naming", help=f"known: {', '.join(TEXT_TASKS)}")
     parser.add_argument(
         "--ways",
         type=read.several(str),
@@ -45,7 +45,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    task, steps = check_task(arguments.task), arguments.steps
+    task, steps = check_text_task(arguments.task, "sizes"), arguments.steps
     config = RunConfig(
         task, "", 0.0, 0, steps, beta1=arguments.beta1, eval_every=steps,
         device=resolve_device(arguments.device), precision=arguments.precision,

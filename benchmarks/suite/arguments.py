@@ -12,7 +12,7 @@ from ..core import arguments as read
 from ..core.environment import resolve_device
 from ..core.files import BenchmarkError
 from ..tasks.external import check_data
-from ..tasks.registry import TASKS
+from ..tasks.registry import TASKS, TEXT_TASKS
 from .contenders import (
     EXAMPLES,
     PHASES,
@@ -57,7 +57,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--contenders", type=read.several(str), help="only these, by label; by default all of the suite"
     )
-    group.add_argument("--tasks", type=read.several(str), help=f"by default {','.join(TASKS)}")
+    group.add_argument(
+        "--tasks",
+        type=read.several(str),
+        help=f"known: {', '.join(TASKS)}; by default {','.join(TEXT_TASKS)}",
+    )
     group.add_argument("--phases", type=read.several(str), help=f"by default {','.join(PHASES)}")
     group.add_argument(
         "--quick", action="store_true", default=None, help="one seed, few contenders, under half an hour"
@@ -126,4 +130,4 @@ def _tasks(arguments: argparse.Namespace) -> tuple[str, ...]:
         raise BenchmarkError("--data and --tasks name different data: one call for each, with the same --out")
     if arguments.data:
         return (check_data(arguments.data[0]),)
-    return tuple(arguments.tasks or list(TASKS)[: QUICK_TASKS if arguments.quick else None])
+    return tuple(arguments.tasks or TEXT_TASKS[: QUICK_TASKS if arguments.quick else None])

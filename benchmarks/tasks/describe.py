@@ -6,7 +6,8 @@ import itertools
 import statistics
 from collections.abc import Sequence
 
-from ..base_model.load import load_base_model, load_tokenizer
+from ..base_model.load import load_tokenizer
+from ..base_model.vlm import embedded_model
 from ..core.results import RunConfig
 from .objective import collate, evaluate
 from .registry import load_task
@@ -25,7 +26,7 @@ def padding_share(task: Task, batches: int = 100) -> float:
 
 
 def _fields(task: Task) -> tuple[str, ...]:
-    score = evaluate(load_base_model()[0], task.heldout)
+    score = evaluate(embedded_model(task.has_pictures), task.heldout)
     return (
         task.name,
         f"{len(task.train):,}",

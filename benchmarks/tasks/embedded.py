@@ -66,15 +66,25 @@ class Row:
 Groups = dict[str, list[Row]]  # rows by package, each in the order of the choice
 
 
+def plain_examples(rows: Sequence[Row]) -> list[Example]:
+    """The rows' tokens alone."""
+    return [Example(tuple(row.prompt), tuple(row.answer)) for row in rows]
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How a task is cut: the packages, the function, and the fingerprint that the pinned versions give."""
+    """How a task is cut: the packages, the function, and the fingerprint that the pinned versions give.
+
+    `examples` makes examples of rows; `has_pictures` says whether these need a model that reads pictures.
+    """
 
     name: str
     packages: tuple[str, ...]
     build: Callable[[Words], list[Row]]
     expected_fingerprint: str
     metric: str | None = "exact match"
+    examples: Callable[[Sequence[Row]], list[Example]] = plain_examples
+    has_pictures: bool = False
 
 
 def sources(package: str) -> list[SourceFile]:
@@ -236,7 +246,6 @@ def load(recipe: Recipe, tokenizer: Words) -> Task:
     """The task, its examples in the order of the rows."""
     found = load_rows(recipe, tokenizer)
     train, heldout = (
-        tuple(Example(tuple(row.prompt), tuple(row.answer)) for row in found if row.split == split)
-        for split in ("train", "heldout")
+        tuple(recipe.examples([row for row in found if row.split == split])) for split in ("train", "heldout")
     )
     return Task(recipe.name, train, heldout, fingerprint(found), recipe.metric)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from .task import Example
+from ..base_model.vlm import pixel_values
+from .task import Example, PictureExample
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -25,18 +26,20 @@ _LOGITS = 1 << 26  # held at a time in an evaluation: a large vocabulary would f
 class Batch:
     """`tokens` and `labels`, int64 [examples, positions]; a label is the next token, -100 off the answer.
 
-    `hidden` [examples, positions, width] are what the frozen layers make of the tokens, where they are known.
+    `hidden` [examples, positions, width] are what the frozen layers make of the tokens, where they are known;
+    `pictures` [examples, 3, height, width] what the tokens of pictures stand for, where there are any.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     lengths: tuple[int, ...]
     hidden: torch.Tensor | None = None
+    pictures: torch.Tensor | None = None
 
     def to(self, device: str) -> Batch:
         """A copy of the batch on another device."""
-        hidden = None if self.hidden is None else self.hidden.to(device)
-        return Batch(self.tokens.to(device), self.labels.to(device), self.lengths, hidden)
+        hidden, pictures = (None if one is None else one.to(device) for one in (self.hidden, self.pictures))
+        return Batch(self.tokens.to(device), self.labels.to(device), self.lengths, hidden, pictures)
 
     @property
     def padding(self) -> float:
@@ -56,7 +59,12 @@ def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
     for row, example in enumerate(examples):
         tokens[row, : lengths[row]] = torch.tensor((*example.prompt, *example.answer[:-1]))
         labels[row, len(example.prompt) - 1 : lengths[row]] = torch.tensor(example.answer)
-    return Batch(tokens, labels, lengths)
+    return Batch(tokens, labels, lengths, pictures=_pictures(examples))
+
+
+def _pictures(examples: Sequence[Example]) -> torch.Tensor | None:
+    pictures = [example.picture for example in examples if isinstance(example, PictureExample)]
+    return pixel_values(pictures) if pictures else None
 
 
 def _unwrapped(model: Model) -> Any:
@@ -66,10 +74,17 @@ def _unwrapped(model: Model) -> Any:
 def answer_states(model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Last hidden states [answer tokens, width] and targets [answer tokens], row by row."""
     base = _unwrapped(model)
+    if batch.pictures is not None:  # the decoder alone would take the pictures' tokens for text
+        given = {"input_ids": batch.tokens, "pixel_values": batch.pictures}
+        return _answers(base.base_model(**given, use_cache=False).last_hidden_state, batch)
     given = {"input_ids": batch.tokens}
     if batch.hidden is not None:  # in the precision of the frozen weights, in which they were computed
         given = {"inputs_embeds": batch.hidden.to(base.get_input_embeddings().weight.dtype)}
-    states = base.get_decoder()(**given, use_cache=False).last_hidden_state
+    return _answers(base.get_decoder()(**given, use_cache=False).last_hidden_state, batch)
+
+
+def _answers(states: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The states and targets of the answers' tokens alone."""
     wanted = batch.labels != IGNORED
     return states[wanted], batch.labels[wanted]
 

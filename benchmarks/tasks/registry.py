@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..base_model import load as base_model
 from ..base_model.source import EMBEDDED, Source, load_tokenizer, positions
 from ..core.files import BenchmarkError
-from . import embedded, external, naming, packages, prose, signature
+from . import embedded, external, icons, naming, packages, prose, signature
 from .embedded import Recipe
 from .external import DataOptions
 from .task import Task
@@ -17,13 +17,27 @@ from .words import ModelTokenizer
 if TYPE_CHECKING:
     from .words import Words
 
-TASKS: dict[str, Recipe] = {one.RECIPE.name: one.RECIPE for one in (naming, packages, prose, signature)}
+TASKS: dict[str, Recipe] = {
+    one.RECIPE.name: one.RECIPE for one in (naming, packages, prose, signature, icons)
+}
+# Those of the embedded model that reads text alone, on which the published suites ran.
+TEXT_TASKS = tuple(name for name, recipe in TASKS.items() if not recipe.has_pictures)
 
 
 def check_task(name: str) -> str:
     """The name itself, or an error that lists the known ones."""
     if name not in TASKS:
         raise BenchmarkError(f"unknown task {name!r}; known: {', '.join(sorted(TASKS))}")
+    return name
+
+
+def check_text_task(name: str, command: str) -> str:
+    """The name itself, or an error: a task with pictures needs another model than this command adapts."""
+    if TASKS[check_task(name)].has_pictures:
+        raise BenchmarkError(
+            f"task {name} has pictures, and `{command}` adapts a model that reads text alone; take one of "
+            f"{', '.join(TEXT_TASKS)}"
+        )
     return name
 
 

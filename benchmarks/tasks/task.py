@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..core.files import BenchmarkError, sha256
 
@@ -24,6 +24,17 @@ class Example:
 
 
 @dataclass(frozen=True)
+class PictureExample(Example):
+    """An example whose prompt holds a picture's tokens.
+
+    `picture` is grey, row by row, one byte a pixel; `text` is the answer as people write it.
+    """
+
+    picture: bytes = field(repr=False)
+    text: str
+
+
+@dataclass(frozen=True)
 class Task:
     """Training and held-out examples, the sha256 of both, and the name of the share of exactly right answers.
 
@@ -36,6 +47,11 @@ class Task:
     fingerprint: str
     metric: str | None = "exact match"
     note: str = ""
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether its examples have pictures."""
+        return isinstance(next(iter(self.heldout), None), PictureExample)
 
     def drawn(self, train: int | None, heldout: int | None) -> Task:
         """The task with at most so many examples of each split; None: all of them.

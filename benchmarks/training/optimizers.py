@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from grit_optim import GritOptimizer, presets
+from grit_optim import GritOptimizer, modality_groups, presets
 
 from ..core.environment import installed_version
 from ..core.files import BenchmarkError
 from ..core.settings import Factory, Settings, trainable
 from ..peers.registry import PEERS
 
+PART_RATES = "part_rates"  # the option with a factor of the rate for each modality
+
+
+def _groups(model: torch.nn.Module, lr: float, factors: Mapping[str, float]) -> list[Any]:
+    """Parameters, or groups that give each part of a multimodal model its own rate."""
+    if not factors:
+        return trainable(model)
+    rates: dict[str, Any] = {part: {"lr": lr * factor} for part, factor in factors.items()}
+    try:
+        return modality_groups(model, **rates)
+    except (TypeError, ValueError) as error:
+        raise BenchmarkError(f"--option {PART_RATES}: {error}") from error
+
 
 def _adamw(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trainable(model), **settings.adam(), **settings.options)
+    options = dict(settings.options)
+    groups = _groups(model, settings.lr, options.pop(PART_RATES, {}))
+    return torch.optim.AdamW(groups, **settings.adam(), **options)
 
 
 def _grit(**fixed: Any) -> Factory:
@@ -23,10 +39,12 @@ def _grit(**fixed: Any) -> Factory:
 
     def factory(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
         """The variant over the model's trainable parameters."""
+        options = dict(settings.options)
+        rates = {PART_RATES: options.pop(PART_RATES)} if PART_RATES in options else {}
         base = make_optimizer(
-            settings.base, model, Settings(settings.lr, settings.betas, settings.weight_decay)
+            settings.base, model, Settings(settings.lr, settings.betas, settings.weight_decay, rates)
         )
-        return GritOptimizer(base, model, **{**fixed, **settings.options})
+        return GritOptimizer(base, model, **{**fixed, **options})
 
     return factory
 

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from ..base_model.load import FOLDER, load_base_model
 from ..base_model.source import EMBEDDED, Source, load_config, load_weights, model_fingerprint
+from ..base_model.vlm import embedded_model, embedded_weights
 from ..core import environment, memory
-from ..core.files import cache_folder, sha256, sha256_of_file
+from ..core.files import BenchmarkError, cache_folder, sha256, sha256_of_file
 from ..core.results import RunConfig, finite, write_result
 from ..core.settings import Settings
+from ..tasks.answers import said, word_f1
 from ..tasks.objective import answer_loss, collate, evaluate
 from ..tasks.registry import PLAIN, Given
 from ..tasks.task import Task
@@ -44,9 +45,10 @@ def adapted_model(config: RunConfig, base: PreTrainedModel | None = None) -> Pef
     """
     from peft import LoraConfig, get_peft_model
 
-    model = base or load_base_model()[0]
+    model = base or embedded_model(False)
     torch.manual_seed(config.seed)
-    targets = list(LORA_TARGETS) if config.base == EMBEDDED else "all-linear"
+    is_text = config.base == EMBEDDED and not hasattr(model.config, "vision_config")
+    targets = list(LORA_TARGETS) if is_text else "all-linear"
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, lora_dropout=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter(
@@ -76,22 +78,22 @@ def learning_rate_scale(step: int, steps: int, warmup: int) -> float:
 
 
 @cache
-def weights_fingerprint(source: Source) -> str:
+def weights_fingerprint(source: Source, reads_pictures: bool = False) -> str:
     """What identifies a base model's weights; read once, since a run needs it for data and hidden states."""
     if source.is_embedded:
-        return sha256_of_file(FOLDER / "model.safetensors")
+        return sha256_of_file(embedded_weights(reads_pictures))
     return model_fingerprint(source, load_config(source))
 
 
 def data_fingerprint(task: Task, source: Source = PLAIN.source) -> str:
     """sha256 of the task's data and the base model's weights: what makes two runs comparable."""
-    return sha256([task.fingerprint, weights_fingerprint(source)])
+    return sha256([task.fingerprint, weights_fingerprint(source, task.has_pictures)])
 
 
-def frozen_model(source: Source) -> PreTrainedModel:
+def frozen_model(source: Source, reads_pictures: bool = False) -> PreTrainedModel:
     """The base model in fp32 and eval mode, without adapters."""
     if source.is_embedded:
-        return load_base_model()[0]
+        return embedded_model(reads_pictures)
     return load_weights(source, dtype=torch.float32).eval()
 
 
@@ -100,7 +102,12 @@ class Run:
 
     def __init__(self, config: RunConfig, task: Task, given: Given = PLAIN) -> None:
         self.config, self.task = config, task
-        base = frozen_model(given.source)
+        if task.has_pictures and config.adapted_layers:
+            raise BenchmarkError(
+                f"--adapted-layers is for models that read text alone, and task {task.name} has pictures; "
+                "leave the option out"
+            )
+        base = frozen_model(given.source, task.has_pictures)
         stem = Stem(base, config.adapted_layers) if config.adapted_layers else None
         self.model = adapted_model(config, base)
         self.hidden = self._hidden_states(stem, given) if stem and stem.count else None
@@ -116,6 +123,7 @@ class Run:
         self.padding: list[float] = []
         self.curve: list[dict[str, float | None]] = []
         self.exact_match: float | None = None
+        self.answers: list[str] | None = None
 
     def _hidden_states(self, stem: Stem, given: Given) -> HiddenStates:
         in_precision(stem.layers, self.config)
@@ -165,6 +173,12 @@ class Run:
         self.exact_match = score.exact_match
         return loss
 
+    def answer(self) -> None:
+        """Let the model name every held-out picture, in the order of the task."""
+        if self.task.has_pictures:
+            with self._autocast():
+                self.answers = said(self.model, self.task.heldout, self.config.device)
+
     def result(self, diverged: bool) -> dict[str, Any]:
         """All measurements of the run as plain data."""
         telemetry = getattr(self.optimizer, "telemetry", None)
@@ -175,6 +189,8 @@ class Run:
             "final_loss": None if diverged else self.curve[-1]["loss"],
             "exact_match": None if diverged else self.exact_match,
             "metric": self.task.metric,
+            "answers": self.answers,
+            "word_f1": None if self.answers is None else word_f1(self.task.heldout, self.answers),
             "train_losses": [finite(loss) for loss in self.losses],
             "epochs": self.config.steps * self.config.batch_size / len(self.task.train),
             "seconds": sum(self.step_seconds),
@@ -246,6 +262,8 @@ def execute(
             bar.update()
 
         diverged = train(run, advance)
+    if not diverged:
+        run.answer()
     result = {
         **run.result(diverged),
         "wall_seconds": time.perf_counter()

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.base_model import load as base_model
 from benchmarks.core.results import RunConfig
-from benchmarks.tasks import embedded, naming
+from benchmarks.tasks import embedded, icons, naming
 from benchmarks.tasks.task import Task
 
 
@@ -61,6 +61,20 @@ def naming_task(rows, tokenizer):
 def small_task(naming_task):
     """Some examples of naming."""
     return Task("naming", naming_task.train[:64], naming_task.heldout[:16], "small")
+
+
+@pytest.fixture(scope="session")
+def icons_task(rows_of, tokenizer):
+    rows = rows_of(icons.RECIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedded, "load_rows", lambda recipe, tokenizer: rows)
+        return embedded.load(icons.RECIPE, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def few_icons(icons_task):
+    """Some examples of icons."""
+    return Task("icons", icons_task.train[:32], icons_task.heldout[:12], "few")
 
 
 @pytest.fixture

@@ -36,7 +36,10 @@ RUN = ["run", "--optimizers", "adamw", "--lrs", "5e-3", "--out", "never"]
         ([*RUN, "--weight-decay", "nan"], "is not a finite number from 0 up"),
         ([*RUN, "--option", "precondition"], "is not of the form key=value"),
         ([*RUN, "--device", "tpu"], "invalid choice: 'tpu'"),
-        ([*RUN, "--task", "poetry"], "unknown task 'poetry'; known: naming, packages, prose, signature"),
+        (
+            [*RUN, "--task", "poetry"],
+            "unknown task 'poetry'; known: icons, naming, packages, prose, signature",
+        ),
         (
             [*RUN, "--data", "squad"],
             "unknown data 'squad'; known: alpaca, alpaca-gpt4, boolq, dolly, gsm8k, qnli",
@@ -49,7 +52,7 @@ RUN = ["run", "--optimizers", "adamw", "--lrs", "5e-3", "--out", "never"]
         ([*RUN, "--max-length", "64"], "--max-length is for --data"),
         (["tasks", "--task", "poetry"], "unknown task 'poetry'"),
         ([*RUN, "--optimizers", "sgdx"], "unknown optimizer 'sgdx'; known: adamw, adamw8bit, grit"),
-        (["pretrain", "--out", "x"], "one of the arguments --minutes --steps is required"),
+        (["pretrain", "--out", "x"], "give exactly one of --minutes and --steps"),
         (["pretrain", "--out", "x", "--minutes", "1", "--steps", "1"], "not allowed with argument"),
         (["report", "no/such/folder"], "no such folder: no/such/folder"),
         (["cost", "--optimizer", "sgdx"], "unknown optimizer 'sgdx'"),

@@ -9,10 +9,10 @@ import pytest
 from benchmarks.base_model.load import ANSWER
 from benchmarks.core import environment
 from benchmarks.core.files import BenchmarkError
-from benchmarks.tasks import describe, embedded, naming, packages, prose, signature
+from benchmarks.tasks import describe, embedded, icons, naming, packages, prose, signature
 from benchmarks.tasks.registry import TASKS
 
-RECIPES = [naming.RECIPE, packages.RECIPE, prose.RECIPE, signature.RECIPE]
+RECIPES = [naming.RECIPE, packages.RECIPE, prose.RECIPE, signature.RECIPE, icons.RECIPE]
 
 
 def each(test):
@@ -52,6 +52,7 @@ def test_fingerprint_of_the_pinned_versions(recipe, rows_of):
 
 def test_tasks_say_what_their_exact_match_is_called():
     assert {recipe.name: recipe.metric for recipe in RECIPES} == {
+        "icons": "exact match",
         "naming": "exact match",
         "packages": "accuracy",
         "prose": None,

@@ -89,6 +89,6 @@ def test_batch_size_out_of_range(size):
 
 def test_unknown_task(tokenizer):
     with pytest.raises(
-        BenchmarkError, match="unknown task 'poetry'; known: naming, packages, prose, signature"
+        BenchmarkError, match="unknown task 'poetry'; known: icons, naming, packages, prose, signature"
     ):
         load_task("poetry", tokenizer)
