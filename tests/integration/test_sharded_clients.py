@@ -31,7 +31,7 @@ def test_a_prepared_optimizer_trains_the_sharded_pairs(found, name):
         assert torch.equal(weight, second["weights"][0][key])
 
 
-@pytest.mark.parametrize("name", sharded_clients.SCENARIOS.keys() - STEPS.keys())
+@pytest.mark.parametrize("name", [name for name in sharded_clients.SCENARIOS if name not in STEPS])
 def test_a_saved_state_resumes_to_the_bit(found, name):
     for end in found:
         through, resumed = end[name]["weights"]
