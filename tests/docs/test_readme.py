@@ -27,7 +27,8 @@ from grit_optim import GritOptimizer
 
 README = page("README.md")
 PYTHON = blocks(README, "python")
-COLUMNS = ["optimizer", *TASKS, "steps", "step time", "state"]
+REAL = "GSM8K"  # its column is held to the runs by test_real_model_page
+COLUMNS = ["optimizer", *TASKS, REAL, "steps", "step time", "state"]
 
 
 def suite_row(label):
@@ -50,7 +51,8 @@ def test_the_results_table_is_the_suites():
     assert suite == suite_table()
     table = [cells for cells in rows(README) if len(cells) == len(COLUMNS)]
     assert table[0] == COLUMNS
-    first, best, muon, fresh_muon, grit = table[2:]
+    place = COLUMNS.index(REAL)
+    first, best, muon, fresh_muon, grit = [cells[:place] + cells[place + 1 :] for cells in table[2:]]
     assert first[1:] == [*shown("adamw")[:5], "1.00×", *shown("adamw")[6:]]  # steps are timed against its own
     assert best[1:] == [f"{target(task):.3f}" for task in TASKS] + ["1.00×", "1.00×", shown("adamw-0.6")[-1]]
     assert muon[1:] == shown("muon")
@@ -73,7 +75,7 @@ def test_the_peer_in_the_table_is_the_best_one():
 
 def test_what_is_said_of_the_table():
     text, origin = words(README), suite_table().split("\n\n")[-1]
-    assert f"All {len(labels())} contenders" in text
+    assert "[All contenders](docs/results.md)" in text
     assert sum(1 for label in labels() if re.fullmatch(r"adamw(-[\d.]+)*", label)) == 4
     assert "AdamW, best of four settings of β" in text
     assert "full budget 60 steps of 48 examples, seeds 0, 1, 2;" in origin
