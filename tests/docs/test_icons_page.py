@@ -8,7 +8,11 @@ from pages import ROOT, page, row
 
 PAGE = page("docs/vlm.md")
 TEXT = " ".join(PAGE.split())
-CONTENDERS = {"AdamW, β₁ = 0.9": ("adamw", 0.9), "GRIT around AdamW, β₁ = 0.9": ("grit", 0.9)}
+CONTENDERS = {
+    "AdamW, β₁ = 0.9": ("adamw", None),
+    "GRIT around AdamW, β₁ = 0.9": ("grit", None),
+    'GRIT with `modality_weights="equal"`': ("grit", "equal"),
+}
 
 
 def runs():
@@ -17,7 +21,9 @@ def runs():
     for run in read_results(RESULTS / "icons"):
         config = run["config"]
         assert (config["task"], config["steps"], config["seed"]) == ("icons", 60, 0)
-        found.setdefault((config["optimizer"], config["beta1"]), []).append(run)
+        assert config["beta1"] == 0.9
+        assert config["options"].keys() <= {"modality_weights"}
+        found.setdefault((config["optimizer"], config["options"].get("modality_weights")), []).append(run)
     return {who: sorted(mine, key=lambda run: run["config"]["lr"]) for who, mine in found.items()}
 
 
@@ -42,3 +48,9 @@ def test_what_the_base_model_knows_is_its_record():
     seen, blank = (record[f"heldout_{name}"]["loss"] for name in ("of_bf16_file", "with_blank_pictures"))
     assert f"{seen:.2f} nats per token on names that pretraining never saw, {blank:.2f} with white" in TEXT
     assert f"pretraining took {record['cpu_seconds'] / 60:.0f} minutes of one core" in TEXT
+
+
+def test_equal_shares_are_within_a_hundredth():
+    plain, equal = (best(("grit", weights))["final_loss"] for weights in (None, "equal"))
+    assert abs(equal - plain) < 0.01
+    assert f"{equal - plain:+.3f} nats" in TEXT
