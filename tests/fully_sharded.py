@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 BUDGET = data_parallel.BUDGET
@@ -39,7 +40,7 @@ OPTIONS |= {
     "none": {"precondition": "none"},
     "diagonal": {"precondition": "inverse", "fisher": "diagonal"},
 }
-AS_DDP = ("balanced", "ekfac", "regrowth")  # where whole matrices come together
+AS_DDP = ("eigenbasis", "balanced", "ekfac")  # where no norm decides
 ROWS = 8
 EPS = 1e-4
 
@@ -186,6 +187,14 @@ def replicas(rank, processes):
     return trained(shard(network(), **how), rank, processes)
 
 
+def by_columns(rank, processes):
+    """B is shared out over its columns, which are its rank."""
+    model = pairs.network(rank=4).double()
+    of_b = {p for n, p in model.named_parameters() if "lora_B" in n}
+    shard(model, shard_placement_fn=lambda p: Shard(1) if p in of_b else None)
+    return trained(model, rank, processes)
+
+
 def one_direction(rank, processes):
     """Rank 1: of four processes one has all of A."""
     return trained(shard(pairs.network(rank=1).double()), rank, processes)
@@ -271,6 +280,7 @@ SCENARIOS = {
     "zeroed": lambda rank, processes: cleared(rank, processes, set_to_none=False),
     "ignored": ignored,
     "rank 1": one_direction,
+    "by columns": by_columns,
 }
 
 

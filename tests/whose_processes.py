@@ -13,6 +13,7 @@ import pairs
 import torch
 from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from grit_optim import GritOptimizer
@@ -99,6 +100,21 @@ def averaged_by_hand(rank, processes):
     return ended(model, optimizer)
 
 
+def ignored(rank, processes, **options):
+    """FSDP2 shares out the base and leaves all pairs alone, whose gradients the user averages."""
+    model = pairs.network()
+    fully_shard(model, ignored_params=set(pairs.trained(model)))
+    optimizer = pairs.wrapped(model, **options)
+    for seed in seeds(rank, 4):
+        optimizer.zero_grad()
+        pairs.loss_of(model, seed).backward()
+        for p in pairs.trained(model):
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= processes
+        optimizer.step()
+    return ended(model, optimizer)
+
+
 def joined(rank, processes):
     """Uneven inputs; then all go on together."""
     model = pairs.network()
@@ -145,6 +161,8 @@ SCENARIOS = {
     "alone first": alone_first,
     "by hand": averaged_by_hand,
     "DDP, None": lambda rank, processes: before(rank, processes, process_group=None),
+    "ignored": ignored,
+    "ignored, said": lambda *where: ignored(*where, process_group=torch.distributed.group.WORLD),
     "Join": joined,
     "Join without": joined_without,
     "Join, AdamW": lambda rank, processes: joined_without(rank, processes, plain=True),

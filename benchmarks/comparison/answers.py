@@ -12,6 +12,7 @@ from ..base_model.load import load_tokenizer
 from ..core.files import BenchmarkError
 from ..core.plots import save
 from ..core.results import read_results
+from ..tasks.answers import shared_words
 from ..tasks.registry import TASKS, load_task
 from ..tasks.task import PictureExample
 from .summary import Result
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS, ROWS = 8, 3  # of each kind
-_RIGHT, _WRONG = "#009E73", "#D55E00"
+_NEAR = 0.6  # word F1 from which an answer stands with the right ones
+_RIGHT, _SHARED, _WRONG = "#009E73", "#0072B2", "#D55E00"
 _LETTERS = 15  # in a line
 
 
@@ -34,6 +36,11 @@ class Answer(NamedTuple):
     def is_right(self) -> bool:
         """Whether the model said the whole name."""
         return self.said == self.example.text
+
+    @property
+    def f1(self) -> float:
+        """F1 of the words of name and answer."""
+        return shared_words(self.example.text, self.said)
 
 
 def best_run(folder: Path, optimizer: str | None = None) -> Result:
@@ -68,28 +75,31 @@ def answers(result: Result) -> list[Answer]:
 def _show(axis: Axes, answer: Answer) -> None:
     rows = [answer.example.picture[start : start + PIXELS] for start in range(0, PIXELS**2, PIXELS)]
     axis.imshow([list(row) for row in rows], cmap="gray", vmin=0, vmax=WHITE, interpolation="nearest")
-    name = textwrap.fill(answer.example.text, _LETTERS)
-    said = "" if answer.is_right else "\n" + textwrap.fill(f"✗ {answer.said or 'nothing'}", _LETTERS)
-    colour = _RIGHT if answer.is_right else _WRONG
-    axis.set_title(f"{name}", fontsize=7, color="black", pad=3)
-    axis.set_xlabel(("✓" if answer.is_right else "") + said.strip(), fontsize=7, color=colour, labelpad=2)
+    colour = _RIGHT if answer.is_right else _SHARED if answer.f1 else _WRONG
+    axis.set_title(textwrap.fill(answer.example.text, _LETTERS), fontsize=7, pad=3)
+    said = textwrap.fill(answer.said or "nothing", _LETTERS)
+    axis.set_xlabel(said, fontsize=7, color=colour, labelpad=2)
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_color(colour)
 
 
 def draw_answers(found: Sequence[Answer], path: Path) -> Path:
-    """Write a page with the first right answers and the first wrong ones, in the order of the task."""
+    """Write a page: the first answers with most words right, and the first others, in the order of the task.
+
+    The name stands above a picture, the answer below it: green where it is right as a whole, blue where some
+    words are, orange where none is.
+    """
     from matplotlib.figure import Figure
 
     room = COLUMNS * ROWS
-    right = [answer for answer in found if answer.is_right][:room]
-    wrong = [answer for answer in found if not answer.is_right][:room]
-    lines = [-(-len(some) // COLUMNS) for some in (right, wrong)]
+    near = [answer for answer in found if answer.f1 >= _NEAR][:room]
+    far = [answer for answer in found if answer.f1 < _NEAR][:room]
+    lines = [-(-len(some) // COLUMNS) for some in (near, far)]
     figure = Figure(figsize=(1.25 * COLUMNS, 1.75 * sum(lines)), dpi=110, layout="constrained")
     axes = list(figure.subplots(sum(lines), COLUMNS, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
-    for start, some in ((0, right), (lines[0] * COLUMNS, wrong)):
+    for start, some in ((0, near), (lines[0] * COLUMNS, far)):
         for axis, answer in zip(axes[start:], some, strict=False):
             axis.axis("on")
             _show(axis, answer)

@@ -34,6 +34,9 @@ from .shapes import SHAPES
 OUT = REPOSITORY / "benchmarks" / "results" / "traffic" / "traffic.json"
 PROCESSES = (2, 8, 64, 1024)
 MODELS = ("llama-3-8b-shape", "llama-3-70b-shape")
+MODES = ("spectral", "steer", "inverse", "eigenbasis", "balanced")
+"""The first one is counted for all, the others for the first model and :data:`FEW` processes."""
+FEW = 8
 RANK, TOKENS = 16, 4
 
 
@@ -51,6 +54,7 @@ class Row:
         fsdp_nf4: the same with linear layers in NF4 (4.127 bits a weight, with double quantization).
         pairs: bytes of A and B in fp32, all of them.
         memory: bytes that GRIT takes up at most during a step, without AdamW's own; None where not counted.
+        mode: the value of ``precondition``.
     """
 
     model: str
@@ -61,6 +65,7 @@ class Row:
     fsdp_nf4: float
     pairs: int
     memory: int | None = None
+    mode: str = MODES[0]
 
 
 def linear_layers(shape: dict[str, Any]) -> list[tuple[int, int]]:
@@ -133,8 +138,8 @@ def unseen(base: type[torch.optim.Optimizer]) -> Iterator[None]:
         yield
 
 
-def count(model: str, processes: int, steps: int = 3) -> Row:
-    """The messages of the last of some steps with the default options around AdamW."""
+def count(model: str, processes: int, mode: str = MODES[0], steps: int = 3) -> Row:
+    """The messages of the last of some steps around AdamW, with new operators in it."""
     shape = SHAPES[model]
     sizes = linear_layers(shape) * shape["num_hidden_layers"]
     with counted(processes) as seen:
@@ -143,7 +148,8 @@ def count(model: str, processes: int, steps: int = 3) -> Row:
         halves = [half for pair in pairs for half in pair]
         sites = [Site.from_modules(f"layer {i}", a, b) for i, (a, b) in enumerate(pairs)]
         base = torch.optim.AdamW([half.weight for half in halves], lr=1e-4, foreach=True)
-        optimizer = GritOptimizer(base, nn.ModuleList(halves), sites=sites)
+        options: dict[str, Any] = {"precondition": mode, "kfac_update_freq": 1}
+        optimizer = GritOptimizer(base, nn.ModuleList(halves), sites=sites, **options)
         for _ in range(steps):
             step(pairs, halves)
             seen.clear()
@@ -151,7 +157,9 @@ def count(model: str, processes: int, steps: int = 3) -> Row:
                 optimizer.step()
         messages = list(seen)
     of_fsdp = _of_fsdp(shape, sizes, (processes - 1) / processes)
-    return Row(model, processes, len(messages), sum(messages), *of_fsdp, live.peak)
+    # What is noted of DTensors, to be put back on failure, is tried on whole shapes too.
+    peak = None if optimizer.options.preconditioning.precondition in ("eigenbasis", "balanced") else live.peak
+    return Row(model, processes, len(messages), sum(messages), *of_fsdp, peak, mode)
 
 
 def step(pairs: Sequence[tuple[Half, Half]], halves: Sequence[Half]) -> None:
@@ -181,15 +189,16 @@ def _of_fsdp(
 def table(rows: Sequence[Row]) -> str:
     """The rows as the page on costs shows them."""
     lines = [
-        "| shape | processes | messages | sent, MB | FSDP2, GB | share | FSDP2 with NF4, GB | share "
+        "| shape | mode | processes | messages | sent, MB | FSDP2, GB | share | FSDP2 with NF4, GB | share "
         "| memory, MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         lines.append(
-            f"| {row.model} | {row.processes:,} | {row.messages} | {row.sent / 1e6:,.1f} "
+            f"| {row.model} | {row.mode} | {row.processes:,} | {row.messages} | {row.sent / 1e6:,.1f} "
             f"| {row.fsdp / 1e9:.1f} | {row.sent / row.fsdp:.2%} "
-            f"| {row.fsdp_nf4 / 1e9:.1f} | {row.sent / row.fsdp_nf4:.2%} | {(row.memory or 0) / 1e6:,.1f} |"
+            f"| {row.fsdp_nf4 / 1e9:.1f} | {row.sent / row.fsdp_nf4:.2%} "
+            f"| {'' if row.memory is None else f'{row.memory / 1e6:,.1f}'} |"
         )
     return "\n".join(lines).replace("%", " %")
 
@@ -202,11 +211,13 @@ def load(path: Path = OUT) -> list[Row]:
 def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", type=read.several(str), default=list(MODELS))
     parser.add_argument("--processes", type=read.several(read.positive_int), default=list(PROCESSES))
+    parser.add_argument("--modes", type=read.several(str), default=list(MODES))
     parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "traffic" / OUT.name)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     rows = [count(model, n) for model in arguments.models for n in arguments.processes]
+    rows += [count(arguments.models[0], FEW, mode) for mode in arguments.modes if mode != MODES[0]]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     found = {"rank": RANK, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
     arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")

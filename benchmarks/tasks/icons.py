@@ -69,4 +69,11 @@ def with_pictures(rows: Sequence[Row]) -> list[Example]:
     ]
 
 
-RECIPE = Recipe("icons", PACKAGES, build, "", examples=with_pictures, has_pictures=True)
+RECIPE = Recipe(
+    "icons",
+    PACKAGES,
+    build,
+    "d9129cd398c12eebf4df9dcde1c8f8d7d9cb8ec18e175a1abaf9b69441f99f57",
+    examples=with_pictures,
+    has_pictures=True,
+)

@@ -52,9 +52,14 @@ class Move:
 
 def move_weights(groups: Iterable[Group], move: Move) -> None:
     """Multiply the matrices of ``groups`` by the operators of ``move``, in the operators' precision."""
-    for group in groups:
+    for group in (group.in_parts for group in groups):
         operator = move.a_weight if group.side == "A" else move.b_weight
-        group.write(group.apply(operator, group.stack(group.parameters).to(operator.dtype)))
+        group.write(_applied(group, operator, group.stack(group.parameters)))
+
+
+def _applied(group: Group, operator: Tensor, stacked: Tensor) -> Tensor:
+    """The operator on this process's rows ``[m, rows, columns]``, in the operator's precision."""
+    return group.with_own_rows(group.apply(operator, group.with_all_of_the_rank(stacked.to(operator.dtype))))
 
 
 def weight_copies(base: Optimizer, group: Group) -> tuple[list[int], list[Tensor]]:
@@ -102,12 +107,12 @@ def set_weights(base: Optimizer, group: Group, stacked: Tensor, changed: Tensor)
 
 def move_copies(base: Optimizer, groups: Iterable[Group], move: Move) -> None:
     """Multiply the copies of the weights that the base keeps, as :func:`move_weights` does the weights."""
-    for group in groups:
+    for group in (group.in_parts for group in groups):
         present, copies = weight_copies(base, group)
         if copies:
             part = group.subset(present)
             operator = move.a_weight if group.side == "A" else move.b_weight
-            write_copies(part, copies, part.apply(operator, part.stack(copies).to(operator.dtype)))
+            write_copies(part, copies, _applied(part, operator, part.stack(copies)))
 
 
 def move_state(
@@ -138,7 +143,7 @@ def move_state(
             continue
         of_a = group.side == "A"
         gradient, square = (move.a_gradient, a_square) if of_a else (move.b_gradient, b_square)
-        _move_averages(group, [base.state.get(p, {}) for p in group.parameters], gradient, square)
+        _move_averages(group.in_parts, [base.state.get(p, {}) for p in group.parameters], gradient, square)
     if unknown:
         layout.warn_once(
             base,
@@ -211,12 +216,15 @@ def _move_averages(
         # Without a bound a moment near the largest number would become infinite, and stay so.
         largest = torch.finfo(tensors[0].dtype).max
         moved = moved.clamp(-largest, largest).to(tensors[0].dtype)
-        shards.copy_to(tensors, part.split(moved))
+        shards.copy_to(tensors, part.split(part.with_own_rows(moved)))
 
 
 def _stacked(group: Group, tensors: Sequence[Tensor], operator: Tensor) -> Tensor:
-    """The tensors as matrices ``[m, rows, columns]``, in the higher of their precision and the operator's."""
-    stacked = group.stack(tensors)
+    """The tensors as matrices ``[m, rows, columns]`` with all of the rank.
+
+    In the higher of their precision and the operator's.
+    """
+    stacked = group.with_all_of_the_rank(group.stack(tensors))
     return stacked.to(torch.promote_types(stacked.dtype, operator.dtype))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from grit_optim.lora.site import Site
 from grit_optim.processes import shards
-from grit_optim.processes.pieces import Sharing
+from grit_optim.processes.pieces import Columns, Rows, Sharing, answers
 
 Side = Literal["A", "B"]
 SIDES: tuple[Side, Side] = ("A", "B")
@@ -97,6 +97,17 @@ class Group:
         """Multiply on the rank side by each site's operator ``[S, r, r]``: ``M X`` for A, ``X M`` for B."""
         chosen = operators[self.index].to(stacked.dtype)
         return chosen @ stacked if self.side == "A" else stacked @ chosen
+
+    def with_all_of_the_rank(self, stacked: Tensor) -> Tensor:
+        """A stack as it can be multiplied on the rank's side: with :attr:`sharing`, of some columns of A.
+
+        Every process has to call it, and :meth:`with_own_rows` with what comes out.
+        """
+        return answers([(self.sharing, Columns(stacked))])[0]
+
+    def with_own_rows(self, stacked: Tensor) -> Tensor:
+        """Undoes :meth:`with_all_of_the_rank`."""
+        return answers([(self.sharing, Rows(stacked))])[0]
 
     def masked(self, stacked: Tensor, mask: Tensor) -> Tensor:
         """``[m, rows, columns]``, exactly zero on rank coordinates outside each site's mask ``[S, r]``."""

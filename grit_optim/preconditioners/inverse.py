@@ -8,6 +8,7 @@ from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.options import Options
 from grit_optim.preconditioners.held_gradients import Held, inner_product, norm
 from grit_optim.preconditioners.mode import Mode
+from grit_optim.processes.pieces import Columns, Norm, Rows, Sum, Work
 
 
 class Inverse(Mode):
@@ -30,11 +31,13 @@ class Inverse(Mode):
         """Invert the factors."""
         curvature.refresh_inverses()
 
-    def before(self, held: Held) -> None:
+    def before(self, held: Held) -> Work[None]:
         """Multiply by the inverse, and keep each matrix's norm if asked to."""
-        natural = held.curvature.apply(held.group, held.gradient)
-        size, natural_size = norm(held.gradient), norm(natural)
-        held.cosine = inner_product(natural, held.gradient) / (natural_size * size)
+        (columns,) = yield [Columns(held.gradient)]
+        (natural,) = yield [Rows(held.curvature.apply(held.group, columns))]
+        along = Sum(inner_product(natural, held.gradient))
+        size, natural_size, along_size = yield [Norm(norm(held.gradient)), Norm(norm(natural)), along]
+        held.cosine = along_size / (natural_size * size)
         held.without, held.turned = size, natural_size
         if self.options.step_length == "base":
             natural = natural * (size / natural_size).nan_to_num(0.0, posinf=0.0)

@@ -29,8 +29,6 @@ class Mode:
         moments_in_operators: whether the base's moments are expressed in the operators, so that a checkpoint
             needs those.
         operators_rotate: whether the operators are orthogonal, which a checkpoint's then have to be.
-        works_on_parts: whether the mode works on a process's own rows, and asks for what it needs of the
-            others'; else whole matrices are brought together for it.
         defaults: of the options that are None until a mode says what they are.
         uses: which of the options that are up to the mode (``options.effect.OF_THE_MODE``) it uses. A user
             is told of others.
@@ -41,7 +39,6 @@ class Mode:
     holds_gradients: ClassVar[bool] = True
     moments_in_operators: ClassVar[bool] = False
     operators_rotate: ClassVar[bool] = False
-    works_on_parts: ClassVar[bool] = False
     defaults: ClassVar[dict[str, Any]] = {
         "kfac_update_freq": 1,
         "kfac_damping": 0.03,
@@ -86,8 +83,9 @@ class Mode:
     def refresh(self, curvature: BucketCurvature) -> None:
         """Derive from the factors what the mode applies."""
 
-    def before(self, held: Held) -> None:
+    def before(self, held: Held) -> Work[None]:
         """Change the gradient that the base is about to see."""
+        yield from ()
 
     def as_the_base_sees(self, held: Held, gradient: Tensor) -> Tensor:
         """A gradient of the weights ``[m, rows, columns]`` in the coordinates that the base works in."""

@@ -10,5 +10,4 @@ class Identity(Mode):
 
     name = "none"
     holds_gradients = False
-    works_on_parts = True
     uses = frozenset()

@@ -32,7 +32,7 @@ from grit_optim.preconditioners.mode import Mode
 from grit_optim.preconditioners.modes import MODES, mode_named
 from grit_optim.preconditioners.none import Identity
 from grit_optim.preconditioners.penalties import Penalties
-from grit_optim.processes.pieces import do
+from grit_optim.processes.pieces import Sharing, Work, do
 from grit_optim.profiling import StageTimes
 from grit_optim.rank.selection import RankPolicy
 from grit_optim.schedules import Schedule
@@ -122,7 +122,7 @@ class Preconditioning:
         with self._times("precondition"):
             settings = group_by_parameter(self._base)
             units = units_with_gradient(curvature.buckets, settings) if needed else []
-            if mode.works_on_parts and penalty == 0:
+            if penalty == 0:
                 units = [unit.in_parts() for unit in units]
             rounds = self._rounds(units)
             finite = all_finite(unit for some in rounds for unit in some)
@@ -160,9 +160,7 @@ class Preconditioning:
         held: list[Held] = []
         try:
             with self._times("precondition"):
-                for unit in units:
-                    held.append(one := unit.hold(finite))
-                    self._prepare(mode, one, penalty)
+                do(self._prepared(mode, held, unit, finite, penalty) for unit in units)
                 if self._max_grad_norm is not None:
                     clip(held, self._max_grad_norm)
                 hand_over(held)
@@ -178,11 +176,18 @@ class Preconditioning:
             give_back(held)
         return held
 
-    def _prepare(self, mode: Mode, held: Held, penalty: float) -> None:
+    def _prepared(
+        self, mode: Mode, held: list[Held], unit: Unit, finite: Tensor | None, penalty: float
+    ) -> tuple[Sharing | None, Work[None]]:
+        """Hold the gradients of one group, with the work that is to be done on them."""
+        held.append(one := unit.hold(finite))
+        return one.sharing, self._prepare(mode, one, penalty)
+
+    def _prepare(self, mode: Mode, held: Held, penalty: float) -> Work[None]:
         """Precondition one group's gradient, and add what the penalties give."""
         held.gradient_norm = norm(held.gradient)
         extra = self.penalties.gradient(held.curvature.bucket, held.group, penalty) if penalty else None
-        mode.before(held)
+        yield from mode.before(held)
         if extra is not None:  # after the preconditioner, which so never sees it
             ascends = held.settings.get("maximize", False)
             held.gradient = held.gradient + mode.as_the_base_sees(held, -extra if ascends else extra)

@@ -48,7 +48,6 @@ class Steer(Mode):
     """
 
     name = "steer"
-    works_on_parts = True
     gradient_share: ClassVar[float] = 0.0
     caution: ClassVar[float] = 0.0
     a_step_ratio: ClassVar[float] = 1.0
@@ -65,8 +64,9 @@ class Steer(Mode):
         assert self.options.kfac_power is not None
         return self.options.kfac_power
 
-    def before(self, held: Held) -> None:
+    def before(self, held: Held) -> Work[None]:
         """Remember the weights."""
+        yield from ()
         held.weights = held.group.stack(held.group.parameters)
 
     def after(self, held: Held) -> Work[None]:

@@ -10,7 +10,7 @@ from grit_optim.base import transport
 from grit_optim.curvature.bucket import BucketCurvature
 from grit_optim.preconditioners.held_gradients import Held
 from grit_optim.preconditioners.mode import Mode
-from grit_optim.processes.pieces import Work
+from grit_optim.processes.pieces import Columns, Rows, Work
 
 
 class Turned(Mode):
@@ -63,12 +63,14 @@ class Turned(Mode):
         curvature.reset_operators()
         transport.move_state(self.base, curvature.bucket.groups, *self.move(curvature, old))
 
-    def before(self, held: Held) -> None:
+    def before(self, held: Held) -> Work[None]:
         """Turn gradient, weights and copies of the weights into the base's coordinates."""
         group = held.group
         held.weights = group.stack(group.parameters)
-        held.gradient = self.as_the_base_sees(held, held.gradient)
-        group.write(self.turn(held, held.weights))
+        gradient, weights = yield [Columns(held.gradient), Columns(held.weights)]
+        turned = [Rows(self.as_the_base_sees(held, gradient)), Rows(self.turn(held, weights))]
+        held.gradient, weights = yield turned
+        group.write(weights)
         held.rotated = group.stack(group.parameters)
         present, copies = transport.weight_copies(self.base, group)
         if copies:
@@ -76,16 +78,19 @@ class Turned(Mode):
             # A base that makes its copies in this step makes them of the weights.
             held.copies, held.rotated_copies = held.weights.clone(), held.rotated.clone()
             held.copies[places] = part.stack(copies)
-            transport.write_copies(part, copies, self.turn(held, held.copies)[places])
+            (columns,) = yield [Columns(held.copies)]
+            (turned_copies,) = yield [Rows(self.turn(held, columns))]
+            transport.write_copies(part, copies, turned_copies[places])
             held.rotated_copies[places] = part.stack(copies)
 
     def after(self, held: Held) -> Work[None]:
         """Turn the base's step back and add it to the weights as they were; likewise for the copies."""
-        yield from super().after(held)
         assert held.weights is not None
         assert held.rotated is not None
         group = held.group
-        step = self.turn_back(held, group.stack(group.parameters) - held.rotated)
+        step = group.stack(group.parameters) - held.rotated
+        held.gradient_norm, step = yield [held.norm_of_own, Columns(step)]
+        (step,) = yield [Rows(self.turn_back(held, step))]
         group.write(held.weights + step)
         present, copies = transport.weight_copies(self.base, group)
         if copies:
@@ -95,7 +100,9 @@ class Turned(Mode):
             turned = held.rotated if held.rotated_copies is None else held.rotated_copies
             now = turned.clone()
             now[places] = part.stack(copies)
-            transport.write_copies(part, copies, (were + self.turn_back(held, now - turned))[places])
+            (columns,) = yield [Columns(now - turned)]
+            (moved,) = yield [Rows(self.turn_back(held, columns))]
+            transport.write_copies(part, copies, (were + moved)[places])
 
     def abandon(self, held: Held) -> None:
         """Put weights and copies back as they were."""

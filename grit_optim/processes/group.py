@@ -148,11 +148,16 @@ class Processes:
         """
         self._trained = True
         if self.asked and self.group is None and others_exist():
+            found = (
+                "FSDP2 leaves all of its pairs alone (ignored_params)"
+                if self.sharded()
+                else "the model is wrapped in neither DDP nor FSDP2"
+            )
             self._say(
                 "alone",
-                f"a process group of {torch.distributed.get_world_size()} processes exists, and the model "
-                "is wrapped in neither DDP nor FSDP2, so GritOptimizer takes it that this process trains it "
-                "alone, and exchanges nothing. If the processes average gradients in another way, pass "
+                f"a process group of {torch.distributed.get_world_size()} processes exists, and {found}, so "
+                "GritOptimizer takes it that this process trains them alone, and exchanges nothing. If the "
+                "processes average gradients in another way, pass "
                 "GritOptimizer(..., process_group=torch.distributed.group.WORLD); pass process_group=None "
                 "to say that this is as it should be",
             )

@@ -124,7 +124,8 @@ def answers(asks: Sequence[tuple[Sharing | None, Ask]]) -> list[Tensor]:
         if sharing is None or (isinstance(ask, RankMean | Columns | Rows) and not sharing.of_rank):
             continue
         exchanged = isinstance(ask, Columns | Rows)
-        key = (type(ask), sharing.layout, sharing.rank) if exchanged else (Sum, id(sharing.layout.mesh))
+        layout = sharing.layout
+        key = (type(ask), layout, sharing.rank) if exchanged else (Sum, id(layout.mesh), layout.axis)
         messages.setdefault(key, []).append(i)
     for places in messages.values():
         some: Any = [asks[i] for i in places]

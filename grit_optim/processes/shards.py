@@ -1,8 +1,9 @@
 """Matrices whose rows lie on several processes (FSDP2): bringing them together, and back to their owners.
 
-FSDP2 gives each process a chunk of the rows of every parameter, as a ``DTensor``. A and B are small, and the
-maths on their rank's side needs whole rows of ∇A, so those of one shape come together in one flat buffer.
-Every process then computes the same from the same bits, and keeps its own rows of what comes out.
+FSDP2 gives each process a chunk of the rows of every parameter, as a ``DTensor``. A step works on these, with
+what :mod:`~grit_optim.processes.pieces` exchanges. What needs whole matrices gets those of one shape together
+in one flat buffer. Every process then computes the same from the same bits, and keeps its own rows of what
+comes out.
 """
 
 from __future__ import annotations

@@ -43,6 +43,17 @@ def test_a_bare_model_is_told_of_once(found):
         assert end["said"]["warnings"] == end["before"]["warnings"] == end["after"]["warnings"] == []
 
 
+def test_pairs_that_fsdp2_leaves_alone_need_to_be_told_of(found):
+    """All of them: without it each process knows its own tokens alone."""
+    for end in found:
+        (message,) = end["ignored"]["warnings"]
+        assert "FSDP2 leaves all of its pairs alone (ignored_params)" in message
+        assert end["ignored, said"]["warnings"] == []
+    first, second = (end["ignored, said"] for end in found)
+    assert equal([first["weights"], first["state"]], [second["weights"], second["state"]])
+    assert not equal(found[0]["ignored"]["state"]["grit"], found[1]["ignored"]["state"]["grit"])
+
+
 @pytest.mark.parametrize("name", ["before", "after", "by hand"])
 def test_the_processes_of_ddp_are_found_whenever_it_comes(found, name):
     first, second = (end[name] for end in found)

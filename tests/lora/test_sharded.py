@@ -1,5 +1,7 @@
 """Pairs that processes share out: those that come together for a step, and those that are refused."""
 
+from dataclasses import replace
+
 import pairs
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from grit_optim.lora.buckets import Group
 from grit_optim.processes import shards
 
 
@@ -68,6 +71,25 @@ def test_replicated_parameters_need_no_message(group):
     like = DTensor.from_local(whole, mesh, (Replicate(),), run_check=False)
     assert torch.equal(shards.whole(like), whole)
     assert torch.equal(shards.local(shards.parted([whole], [like])[0]), whole)
+
+
+def test_which_matrices_are_worked_on_in_parts(group):
+    """Those that are shared out; not those that every process has, nor rows of many experts."""
+    mesh = init_device_mesh("cpu", (4,))
+    whole = DTensor.from_local(torch.zeros(3, 8), mesh, (Replicate(),), run_check=False)
+    of_rank = DTensor.from_local(torch.zeros(1, 8), mesh, (Shard(0),), run_check=False)
+    of_width = DTensor.from_local(torch.zeros(2, 4), mesh, (Shard(0),), run_check=False)
+    index = torch.zeros(1, dtype=torch.int64)
+    groups = [Group("A", [whole], index), Group("A", [of_rank], index), Group("B", [of_width], index)]
+    for one in (groups[0], Group("A", [torch.zeros(3, 8)], index), replace(groups[1], experts=2)):
+        assert one.in_parts is one
+    for one, split in zip(groups[1:], (True, False), strict=True):
+        part = one.in_parts
+        assert (part.sharing.of_rank, part.sharing.rank, part.sharing.width) == (split, 4, 8)
+        assert part.bytes * 4 == one.bytes == 4 * 32
+        assert part.stack(part.parameters).shape == (1, *shards.local(part.parameters[0]).shape)
+        (back,) = part.split(part.stack(part.parameters))
+        assert back.shape == one.parameters[0].shape
 
 
 def test_flat_parameters_are_refused_with_the_line_that_turns_fsdp2_on():
