@@ -265,4 +265,4 @@ def test_the_results_in_the_repository_are_packed():
     kept = listed.split()
     assert 0 < len(kept) < 100
     loose = [name.rpartition("/")[2] for name in kept if name.endswith(".json")]
-    assert sorted(loose) == ["fisher.json", "suite.json", "suite.json", "traffic.json"]
+    assert sorted(loose) == ["fisher.json", "suite.json", "suite.json", "traffic.json", "whole_rows.json"]
