@@ -115,19 +115,21 @@ def nonzero(doubtful: Mapping[int, Sequence[Tensor]]) -> dict[int, Tensor]:
     """For each pair, whether any entry of its gradients is not zero: a boolean scalar, left on the device.
 
     Where processes share gradients out, each looks at its own rows, and so decides for its own tokens alone.
-    One that has no row takes them for alive.
+    Of a pair of which it has no row it takes it that it is as the others are: they are cleared together.
     """
     sizes: dict[int, Tensor] = {}
     alike: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
     for position, gradients in doubtful.items():
-        parts = [part for part in map(shards.local, gradients) if part.numel()]
-        if not parts:
-            sizes[position] = torch.ones((), dtype=torch.bool, device="cpu")
-        for part in parts:
-            alike.setdefault((part.device, part.dtype), []).append((position, part))
+        for part in map(shards.local, gradients):
+            if part.numel():
+                alike.setdefault((part.device, part.dtype), []).append((position, part))
     for members in alike.values():
         largest = torch._foreach_norm([part for _, part in members], torch.inf)
         for (position, _), size in zip(members, largest, strict=True):
             lives = size != 0
             sizes[position] = sizes[position] | lives if position in sizes else lives
+    if len(sizes) < len(doubtful):
+        seen = list(sizes.values()) or [torch.ones((), dtype=torch.bool, device="cpu")]
+        any_lives = torch.stack([lives.to(seen[0].device) for lives in seen]).any()
+        sizes |= dict.fromkeys(doubtful.keys() - sizes.keys(), any_lives)
     return sizes
