@@ -104,6 +104,8 @@ def test_two_steps_from_command_to_table_and_skipping(tmp_path):
         "2",
         "--eval-every",
         "1",
+        "--eval-examples",
+        "48",
         "--threads",
         "1",
     ]

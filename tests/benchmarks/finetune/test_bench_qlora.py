@@ -14,7 +14,7 @@ pytest.importorskip("accelerate")
 
 from hf import QUANTIZED, Agreement, Stop, assert_same, engaged, qlora  # noqa: E402
 
-STEPS, BATCH = 6, 8
+STEPS, BATCH = 6, 4
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:.*(GRIT|Grit).*")]
 
 
@@ -67,7 +67,7 @@ def trainer_of(folder, model, optimizer, task, callbacks):
 @torch.no_grad()
 def heldout_loss(model, task):
     """In training mode: bitsandbytes packs weights for inference on some CPUs, but cannot at this width."""
-    return model.train()(**collate([Data(task.heldout)[i] for i in range(48)])).loss.item()
+    return model.train()(**collate([Data(task.heldout)[i] for i in range(16)])).loss.item()
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
