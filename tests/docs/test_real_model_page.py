@@ -18,13 +18,13 @@ CONTENDERS = {
 }
 
 
-def losses(seed=0):
+def losses(seed=0, steps=60):
     """Learning rates and final losses of each contender, rates rising."""
     found = {}
     for run in read_results(RESULTS / "real"):
         config = run["config"]
         assert (config["task"], config["base"], config["adapted_layers"]) == ("gsm8k", "smollm2", 8)
-        if config["seed"] == seed:
+        if (config["seed"], config["steps"]) == (seed, steps):
             mine = found.setdefault((config["optimizer"], config["beta1"]), {})
             mine[config["lr"]] = run["final_loss"]
     return {who: dict(sorted(mine.items())) for who, mine in found.items()}
@@ -55,6 +55,14 @@ def test_grit_is_below_every_other():
         gaps = [a - b for a, b in zip(at_the_best_rate(who), at_the_best_rate(("grit", 0.9)), strict=True)]
         assert f"{min(gaps):.3f} to {max(gaps):.3f}" in words(PAGE)
         assert said in words(PAGE)
+
+
+def test_the_shortened_budget_misses_the_best_adamw():
+    short = losses(steps=36)["grit", 0.9][0.01]
+    usual, best = (min(losses()["adamw", beta].values()) for beta in (0.9, 0.6))
+    assert f"GRIT ends at {short:.3f} after 36 steps" in words(PAGE)
+    assert f"has {usual:.3f} after 60, and {best:.3f} at its best β₁" in words(PAGE)
+    assert short > best
 
 
 def test_the_column_of_the_readme_is_the_table():
