@@ -208,10 +208,7 @@ def ignored(rank, processes):
     optimizer = grit(model)
 
     def average():
-        for p in left if processes > 1 else ():
-            if p.requires_grad:
-                torch.distributed.all_reduce(p.grad)
-                p.grad /= processes
+        launch.average(p for p in left if p.requires_grad and processes > 1)
 
     train(model, optimizer, rank, processes, before=average)
     return ended(model, optimizer)

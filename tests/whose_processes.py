@@ -26,10 +26,13 @@ def seeds(rank, steps, first=0):
     return range(100 * rank + first, 100 * rank + first + steps)
 
 
-def train(model, optimizer, batches):
+def train(model, optimizer, batches, average=False):
+    """Steps on the batches; with ``average`` the user averages the gradients over the processes."""
     for seed in batches:
         optimizer.zero_grad()
         pairs.loss_of(model, seed).backward()
+        if average:
+            launch.average(pairs.trained(model))
         optimizer.step()
 
 
@@ -90,13 +93,7 @@ def averaged_by_hand(rank, processes):
     model = pairs.network()
     optimizer = pairs.wrapped(model, process_group=torch.distributed.group.WORLD)
     get_optimizer_state_dict(model, optimizer)
-    for seed in seeds(rank, 4):
-        optimizer.zero_grad()
-        pairs.loss_of(model, seed).backward()
-        for p in pairs.trained(model):
-            torch.distributed.all_reduce(p.grad)
-            p.grad /= processes
-        optimizer.step()
+    train(model, optimizer, seeds(rank, 4), average=True)
     return ended(model, optimizer)
 
 
@@ -105,13 +102,7 @@ def ignored(rank, processes, **options):
     model = pairs.network()
     fully_shard(model, ignored_params=set(pairs.trained(model)))
     optimizer = pairs.wrapped(model, **options)
-    for seed in seeds(rank, 4):
-        optimizer.zero_grad()
-        pairs.loss_of(model, seed).backward()
-        for p in pairs.trained(model):
-            torch.distributed.all_reduce(p.grad)
-            p.grad /= processes
-        optimizer.step()
+    train(model, optimizer, seeds(rank, 4), average=True)
     return ended(model, optimizer)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -11,7 +11,7 @@ from ..core.files import BenchmarkError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 FOLDER = Path(__file__).resolve().parent
 PAD, EOS, BLANK, ANSWER = "<pad>", "<eos>", "<blank>", "<answer>"
@@ -19,6 +19,7 @@ SPECIAL_TOKENS = (PAD, EOS, BLANK, ANSWER)  # their ids are 0, 1, 2, 3
 VOCABULARY = 2048
 MAX_POSITIONS = 512  # tokens that the model reads at a time
 _REMEDY = "make it with: python -m benchmarks pretrain --out benchmarks/base_model"
+_Model = TypeVar("_Model", bound="PreTrainedModel")
 
 
 def model_config() -> LlamaConfig:
@@ -53,15 +54,32 @@ def load_tokenizer(folder: Path = FOLDER) -> Tokenizer:
 def load_base_model(folder: Path = FOLDER) -> tuple[LlamaForCausalLM, Tokenizer]:
     """The pretrained model (fp32, on the CPU, in eval mode) and its tokenizer, from `folder`."""
     from transformers import LlamaForCausalLM
+
+    tokenizer = load_tokenizer(folder)
+    return read_model(LlamaForCausalLM, folder, "the base model", _REMEDY), tokenizer
+
+
+def read_model(kind: type[_Model], folder: Path, name: str, remedy: str) -> _Model:
+    """A pretrained model of that class, in fp32, on the CPU, in eval mode.
+
+    Where a file is missing, the error calls the model by its `name` and says what to do.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar per run is enough, and this one lasts a moment
-    tokenizer = load_tokenizer(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise BenchmarkError(f"the base model is incomplete: {folder / name} is missing; {_REMEDY}")
+    for file in ("config.json", "model.safetensors"):
+        if not (folder / file).is_file():
+            raise BenchmarkError(f"{name} is incomplete: {folder / file} is missing; {remedy}")
     # At these lengths the plain products are a fifth faster on a CPU than the fused attention.
-    model = LlamaForCausalLM.from_pretrained(
+    model: Any = kind.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
     )
-    return model.eval(), tokenizer
+    return model.eval()
+
+
+def write_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write configuration and weights, in bf16, in which the model is afterwards."""
+    model.bfloat16().save_pretrained(folder)
+    # The library writes 0600, which would follow the file into a repository.
+    (folder / "model.safetensors").chmod(0o644)
+    (folder / "generation_config.json").unlink(missing_ok=True)  # nothing here reads it

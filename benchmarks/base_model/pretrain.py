@@ -224,19 +224,14 @@ def _write_model(run: Pretraining, data: Data, out: Path) -> dict[str, Any]:
     """Write weights, configuration, tokenizer and the record of the training; returns the record."""
     heldout = heldout_loss(run.model, data.heldout, run.config.context)
     data.tokenizer.save(str(out / "tokenizer.json"))
-    rounded = run.model.bfloat16()
-    rounded.save_pretrained(out)
-    (out / "model.safetensors").chmod(
-        0o644
-    )  # the library writes 0600, which would follow it into a repository
-    (out / "generation_config.json").unlink(missing_ok=True)  # nothing here generates with it
+    base_model.write_model(run.model, out)
     record = {
         "config": asdict(run.config),
         "corpus": data.record,
         "steps": run.step,
         "tokens_seen": run.step * run.config.batch_size * run.config.context,
         "heldout_loss_nats_per_token": heldout,
-        "heldout_loss_of_bf16_file": heldout_loss(rounded.float(), data.heldout, run.config.context),
+        "heldout_loss_of_bf16_file": heldout_loss(run.model.float(), data.heldout, run.config.context),
         "curve": run.curve,
         "seconds": run.seconds,
         "parameters": sum(p.numel() for p in run.model.parameters()),

@@ -23,7 +23,7 @@ from ..core import environment, memory
 from ..core.files import sha256, write_json
 from . import vlm
 from .icons import MATERIAL, PACKAGES, PIXELS, POINTS, icons, render
-from .load import EOS, load_tokenizer
+from .load import EOS, load_tokenizer, write_model
 from .muon import Muon
 
 if TYPE_CHECKING:
@@ -233,14 +233,17 @@ def _parts(model: LlavaForConditionalGeneration, config: VlmPretrainConfig, data
     encoder = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
 
     def word_loss(places: list[int]) -> torch.Tensor:
+        """Of pictures in sizes and places that are drawn."""
         return head(data.pictures.drawn(places, draw), head.wanted(data, places))
 
     @torch.inference_mode()
     def heldout_words() -> dict[str, float]:
+        """The same loss of the held-out icons, as tasks have them."""
         pixels = data.pictures.drawn(heldout, None)
         return {"heldout": float(head(pixels, head.wanted(data, heldout)))}
 
     def full_loss(places: list[int]) -> torch.Tensor:
+        """Of the names, by the whole model."""
         return name_loss(model, *data.pictures.text(places), data.pictures.drawn(places, draw))[0]
 
     yield Part(
@@ -269,9 +272,7 @@ def _write(
     model: LlavaForConditionalGeneration, config: VlmPretrainConfig, data: Data, out: Path, curves: Any
 ) -> dict[str, Any]:
     """Write the weights in bf16 and the record of the training."""
-    model.bfloat16().save_pretrained(out)
-    (out / "model.safetensors").chmod(0o644)  # the library writes 0600
-    (out / "generation_config.json").unlink(missing_ok=True)  # nothing here reads it
+    write_model(model, out)
     rounded = model.float().eval()
     record = {
         "config": asdict(config),

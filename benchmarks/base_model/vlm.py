@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..core.files import BenchmarkError
 from .icons import PIXELS, WHITE
-from .load import ANSWER, BLANK, SPECIAL_TOKENS, load_base_model, model_config
+from .load import ANSWER, BLANK, SPECIAL_TOKENS, load_base_model, model_config, read_model
 from .load import FOLDER as TEXT_FOLDER
 
 if TYPE_CHECKING:
@@ -61,18 +60,8 @@ def untrained_vlm() -> LlavaForConditionalGeneration:
 def load_vlm(folder: Path = FOLDER) -> LlavaForConditionalGeneration:
     """The pretrained model, in fp32, on the CPU, in eval mode."""
     from transformers import LlavaForConditionalGeneration
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise BenchmarkError(
-                f"the base model that reads pictures is incomplete: {folder / name} is missing; {_REMEDY}"
-            )
-    model = LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
-    )
-    return model.eval()
+    return read_model(LlavaForConditionalGeneration, folder, "the base model that reads pictures", _REMEDY)
 
 
 def embedded_model(reads_pictures: bool) -> PreTrainedModel:

@@ -104,12 +104,15 @@ def counted(processes: int) -> Iterator[list[float]]:
     ring = (processes - 1) / processes
 
     def gather(out: Tensor, own: Tensor, **_: Any) -> None:
+        """By a ring: each process passes on all but one of the parts."""
         seen.append(ring * out.numel() * out.element_size())
 
     def reduce(tensor: Tensor, **_: Any) -> None:
+        """By a ring: sums of parts go round, then the whole sums."""
         seen.append(2 * ring * tensor.numel() * tensor.element_size())
 
     def exchange(out: Tensor, own: Tensor, gets: list[int], sends: list[int], **_: Any) -> None:
+        """To every other process what is for it."""
         seen.append(sum(sends[1:]) * own.element_size())
 
     torch.distributed.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
@@ -158,7 +161,7 @@ def count(model: str, processes: int, mode: str = MODES[0], steps: int = 3) -> R
         messages = list(seen)
     of_fsdp = _of_fsdp(shape, sizes, (processes - 1) / processes)
     # What is noted of DTensors, to be put back on failure, is tried on whole shapes too.
-    peak = None if optimizer.options.preconditioning.precondition in ("eigenbasis", "balanced") else live.peak
+    peak = None if mode in ("eigenbasis", "balanced") else live.peak
     return Row(model, processes, len(messages), sum(messages), *of_fsdp, peak, mode)
 
 

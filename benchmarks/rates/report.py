@@ -41,14 +41,15 @@ def title(result: Result) -> str:
     return f"{config['task']}{model}, {config['steps']} steps{sizes}{batch}"
 
 
-def _pair(found: Sequence[Method], name: str) -> tuple[Method, Method]:
-    """AdamW and GRIT."""
+def _pair(results: Sequence[Result]) -> tuple[str, Method, Method]:
+    """The panel's name, AdamW and GRIT."""
+    name, found = title(results[0]), methods(results)
     reference = [method for method in found if method.optimizer == REFERENCE]
     others = [method for method in found if method.optimizer != REFERENCE]
     if len(reference) != 1 or len(others) != 1:
         names = ", ".join(method.label for method in found)
         raise BenchmarkError(f"{name}: one adamw and one other optimizer are compared here, found: {names}")
-    return reference[0], others[0]
+    return name, reference[0], others[0]
 
 
 def _text(cell: Cell | None) -> str:
@@ -77,7 +78,7 @@ def _best(method: Method) -> str:
     """The rate that ended lowest; marked where it is the lowest or highest that was tried."""
     if method.best is None:
         return "diverged"
-    return f"{method.best.lr:g}" + ("" if len(method.cells) > 1 and not method.remark else " (at an end)")
+    return f"{method.best.lr:g}" + (" (at an end)" if method.remark else "")
 
 
 def _shift(reference: Method, other: Method) -> str:
@@ -90,7 +91,7 @@ def _shift(reference: Method, other: Method) -> str:
 
 def best_rates(groups: Sequence[Sequence[Result]]) -> str:
     """The best rates of both optimizers, one row for each setting."""
-    pairs = [(title(results[0]), *_pair(methods(results), title(results[0]))) for results in groups]
+    pairs = [_pair(results) for results in groups]
     one, two = pairs[0][1].label, pairs[0][2].label
     return "\n".join(
         [
@@ -105,8 +106,7 @@ def best_rates(groups: Sequence[Sequence[Result]]) -> str:
 
 
 def _section(results: Sequence[Result]) -> str:
-    name = title(results[0])
-    reference, other = _pair(methods(results), name)
+    name, reference, other = _pair(results)
     header = [
         f"| learning rate | ratio | {reference.label} | {other.label} | difference |",
         "| --- | --- | --- | --- | --- |",
@@ -116,7 +116,7 @@ def _section(results: Sequence[Result]) -> str:
 
 def _plot(axis: Axes, results: Sequence[Result]) -> None:
     """Both optimizers over the rates; a point that would press the curves together lies above the axis."""
-    pair = _pair(methods(results), title(results[0]))
+    name, *pair = _pair(results)
     low, high = math.inf, -math.inf
     for method, style in zip(pair, styles(), strict=False):
         points = [(cell.lr, cell.loss) for cell in method.cells if cell.loss is not None]
@@ -127,7 +127,7 @@ def _plot(axis: Axes, results: Sequence[Result]) -> None:
     axis.tick_params(axis="x", labelsize=6.5)
     if low < high:
         axis.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
-    axis.set_title(title(results[0]), fontsize=9)
+    axis.set_title(name, fontsize=9)
     axis.set_xlabel("peak learning rate", fontsize=8)
 
 

@@ -74,17 +74,12 @@ def _unwrapped(model: Model) -> Any:
 def answer_states(model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Last hidden states [answer tokens, width] and targets [answer tokens], row by row."""
     base = _unwrapped(model)
+    reader, given = base.get_decoder(), {"input_ids": batch.tokens}
     if batch.pictures is not None:  # the decoder alone would take the pictures' tokens for text
-        given = {"input_ids": batch.tokens, "pixel_values": batch.pictures}
-        return _answers(base.base_model(**given, use_cache=False).last_hidden_state, batch)
-    given = {"input_ids": batch.tokens}
-    if batch.hidden is not None:  # in the precision of the frozen weights, in which they were computed
+        reader, given["pixel_values"] = base.base_model, batch.pictures
+    elif batch.hidden is not None:  # in the precision of the frozen weights, in which they were computed
         given = {"inputs_embeds": batch.hidden.to(base.get_input_embeddings().weight.dtype)}
-    return _answers(base.get_decoder()(**given, use_cache=False).last_hidden_state, batch)
-
-
-def _answers(states: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The states and targets of the answers' tokens alone."""
+    states = reader(**given, use_cache=False).last_hidden_state
     wanted = batch.labels != IGNORED
     return states[wanted], batch.labels[wanted]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from grit_optim.processes.shards import Layout, group_of_mesh, rows_of
+from grit_optim.processes.shards import Layout, group_of_mesh, most_rows, rows_of
 
 
 class Sum(NamedTuple):
@@ -173,10 +173,10 @@ class _Chunks(NamedTuple):
 
     @classmethod
     def of(cls, sharing: Sharing) -> _Chunks:
-        layout = sharing.layout
-        processes = layout.mesh.size(layout.axis)
-        each = -(-sharing.rank // processes)
-        return cls(each, -(-sharing.rank // each), rows_of(layout, sharing.rank)[1], processes)
+        """Those of matrices that are shared out so."""
+        layout, rank = sharing.layout, sharing.rank
+        each = most_rows(layout, rank)
+        return cls(each, -(-rank // each), rows_of(layout, rank)[1], layout.mesh.size(layout.axis))
 
     def exchange(self, sent: list[Tensor], size: int, layout: Layout, to_rows: bool) -> Tensor:
         """Send ``sent[i][j]`` to process j, and get ``[processes, size]`` from those that have any.
@@ -187,11 +187,8 @@ class _Chunks(NamedTuple):
             layout: whose processes.
             to_rows: all send, and only those that have a part of the rank receive; else the reverse.
         """
-        few, all_of_them = (
-            [size] * self.holders + [0] * (self.processes - self.holders),
-            [size] * self.processes,
-        )
-        own = all_of_them if self.own else [0] * self.processes
+        few = [size] * self.holders + [0] * (self.processes - self.holders)
+        own = [size if self.own else 0] * self.processes
         out_sizes, in_sizes = (own, few) if to_rows else (few, own)
         found = sent[0].new_empty(sum(out_sizes))
         flat = (torch.cat(sent, 1) if len(sent) > 1 else sent[0]).flatten()[: sum(in_sizes)]

@@ -115,7 +115,7 @@ def together(tensors: Sequence[Any]) -> list[Tensor]:
         return parts
     dim, processes = layout.dim, layout.mesh.size(layout.axis)
     rows = tensors[0].shape[dim]
-    chunk = _chunk(layout, rows)
+    chunk = most_rows(layout, rows)
     parts = [part.movedim(dim, 0) for part in parts]
     if processes * chunk > 2 * rows:  # most have none, and a gathering would send as much for each of them
         return [tensor.movedim(0, dim) for tensor in _summed(parts, layout, rows)]
@@ -130,14 +130,14 @@ def together(tensors: Sequence[Any]) -> list[Tensor]:
     return [tensor.movedim(0, dim) for tensor in whole]
 
 
-def _chunk(layout: Layout, rows: int) -> int:
+def most_rows(layout: Layout, rows: int) -> int:
     """The most rows that a process has of so many."""
     return -(-rows // layout.mesh.size(layout.axis))
 
 
 def rows_of(layout: Layout, rows: int) -> tuple[int, int]:
     """The first of the rows that this process has of so many, and how many it has."""
-    chunk = _chunk(layout, rows)
+    chunk = most_rows(layout, rows)
     first = min(chunk * layout.mesh.get_local_rank(layout.axis), rows)
     return first, min(chunk, rows - first)
 
@@ -148,7 +148,7 @@ def largest_part(size: int, parameter: Any) -> int:
     if layout is None or layout.dim is None:
         return size
     rows = parameter.shape[layout.dim]
-    return size * _chunk(layout, rows) // max(1, rows)
+    return size * most_rows(layout, rows) // max(1, rows)
 
 
 def _summed(parts: Sequence[Tensor], layout: Layout, rows: int) -> Tensor:

@@ -52,9 +52,14 @@ def rows(rows_of):
 
 @pytest.fixture(scope="session")
 def naming_task(rows, tokenizer):
+    return task_of(naming.RECIPE, rows, tokenizer)
+
+
+def task_of(recipe, rows, tokenizer):
+    """The task of rows that are known."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedded, "load_rows", lambda recipe, tokenizer: rows)
-        return embedded.load(naming.RECIPE, tokenizer)
+        return embedded.load(recipe, tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -65,10 +70,7 @@ def small_task(naming_task):
 
 @pytest.fixture(scope="session")
 def icons_task(rows_of, tokenizer):
-    rows = rows_of(icons.RECIPE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedded, "load_rows", lambda recipe, tokenizer: rows)
-        return embedded.load(icons.RECIPE, tokenizer)
+    return task_of(icons.RECIPE, rows_of(icons.RECIPE), tokenizer)
 
 
 @pytest.fixture(scope="session")

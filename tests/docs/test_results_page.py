@@ -129,16 +129,19 @@ def test_no_best_rate_lies_at_the_end_of_its_grid():
 # ---------------------------------------------------------------- at any learning rate
 
 
+def by_rate(results):
+    """{optimizer: loss} at each learning rate."""
+    losses = {}
+    for result in results:
+        config = result["config"]
+        losses.setdefault(config["lr"], {})[config["optimizer"]] = result["final_loss"]
+    return losses
+
+
 def pairs_of_rates():
     """(AdamW's loss, GRIT's loss) at each learning rate of each panel."""
-    found = []
-    for results in rates.panels_of(RESULTS / "rates"):
-        losses = {}
-        for result in results:
-            config = result["config"]
-            losses.setdefault(config["lr"], {})[config["optimizer"]] = result["final_loss"]
-        found += [(one["adamw"], one["grit"]) for one in losses.values()]
-    return found
+    panels = map(by_rate, rates.panels_of(RESULTS / "rates"))
+    return [(one["adamw"], one["grit"]) for panel in panels for one in panel.values()]
 
 
 def test_the_tables_of_the_rates_are_those_that_were_printed():
@@ -162,13 +165,11 @@ def test_grit_is_below_adamw_at_every_rate():
 
 
 def carried():
-    """(AdamW's loss, GRIT's loss) by (rank, alpha) and learning rate."""
-    found = {}
-    for run in read_results(RESULTS / "rates_carried"):
-        config = run["config"]
-        setting = found.setdefault((config["rank"], config["alpha"]), {})
-        setting.setdefault(config["lr"], {})[config["optimizer"]] = run["final_loss"]
-    return found
+    """{optimizer: loss} by (rank, alpha) and learning rate."""
+    return {
+        (panel[0]["config"]["rank"], panel[0]["config"]["alpha"]): by_rate(panel)
+        for panel in rates.panels_of(RESULTS / "rates_carried")
+    }
 
 
 def test_the_table_of_ranks_and_alphas_is_what_was_printed():
