@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,13 @@ from ..tasks.task import Example, Task
 from ..tasks.words import ModelTokenizer
 from . import pictures
 from .config import FinetuneConfig
-from .rows import Turn, read
+from .rows import HubData, Turn, read, table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # OWNER/NAME, perhaps with one of its configurations
+_FILES = (".csv", ".json", ".jsonl", ".parquet", ".txt")  # such a name is of a file that is not there
 _CHUNK = 512  # texts tokenized at a time
 _SELECTION_SEED = (
     0  # which examples are drawn depends on the data alone, so that runs of all seeds share them
@@ -29,23 +32,32 @@ _SELECTION_SEED = (
 
 @dataclass(frozen=True)
 class Origin:
-    """Where data come from: a name (the hub's copy, or a folder of local ones) or a file of the user."""
+    """Where data come from: a name (the hub's copy, or a folder of local ones), or rows that the user gives.
+
+    Attributes:
+        name: of known data, or what the run calls them.
+        own: a file of the user, or an id on the hub; None for known data.
+        folder: of local copies of known data.
+        heldout: a file of held-out rows beside `own`.
+    """
 
     name: str
-    file: Path | None = None
+    own: Path | HubData | None = None
     folder: Path | None = None
     heldout: Path | None = None
 
     @property
     def hub(self) -> str | None:
-        """The hub's id of data known by name, whichever copy is read."""
-        return None if self.file else DATA[self.name].hub
+        """The hub's id of the data, whichever copy is read; None for a file."""
+        if isinstance(self.own, HubData):
+            return self.own.repository
+        return None if self.own else DATA[self.name].hub
 
     @property
     def argument(self) -> str:
         """The value of `--dataset` without paths of this machine."""
-        if self.file:
-            return self.file.name
+        if self.own:
+            return self.own.name if isinstance(self.own, Path) else str(self.own)
         return f"{self.name}=FOLDER" if self.folder else self.name
 
 
@@ -76,38 +88,46 @@ def parse_origin(dataset: str, heldout: Path | None) -> Origin:
     """The origin that `--dataset` and `--eval-data` name.
 
     Raises:
-        BenchmarkError: Neither known data nor a file that exists.
+        BenchmarkError: Neither known data, nor a file that exists, nor of the form of a hub id.
     """
     name, separator, folder = dataset.partition("=")
     if name in DATA and not (separator and not folder):
         if heldout:
             raise BenchmarkError(
-                f"--eval-data is for a file of your own; {name} has a held-out part of its own"
+                f"--eval-data is for data of your own choice; {name} has a held-out part of its own"
             )
         if folder and not Path(folder).is_dir():
             raise BenchmarkError(f"--dataset {dataset}: no such folder: {folder}")
         return Origin(name, folder=Path(folder) if folder else None)
-    for path in (Path(dataset), *([heldout] if heldout else [])):
-        if not path.is_file():
-            raise BenchmarkError(
-                f"{path} is neither known data ({', '.join(DATA)}) nor a file; give one of these names, "
-                "NAME=FOLDER with NAME_train.jsonl and NAME_test.jsonl, or a jsonl file"
-            )
-    return Origin(Path(dataset).stem, file=Path(dataset), heldout=heldout)
+    if heldout and not heldout.is_file():
+        raise BenchmarkError(f"--eval-data {heldout}: no such file; give a jsonl or parquet file")
+    if Path(dataset).is_file():
+        return Origin(Path(dataset).stem, Path(dataset), heldout=heldout)
+    if _HUB_ID.fullmatch(dataset) and Path(dataset).suffix not in _FILES:
+        repository, _, config = dataset.partition(":")
+        return Origin(repository.partition("/")[2], HubData(repository, config or None), heldout=heldout)
+    raise BenchmarkError(
+        f"{dataset} is neither known data ({', '.join(DATA)}) nor a file; give one of these names, "
+        "NAME=FOLDER with NAME_train.jsonl and NAME_test.jsonl, a jsonl or parquet file, or the hub's "
+        "OWNER/NAME"
+    )
 
 
 def _splits(
     origin: Origin, tokenizer: PreTrainedTokenizerBase, processor: Any
 ) -> tuple[list[Text], list[Text]]:
-    if origin.file is None:
+    if origin.own is None:
         return read_splits(origin.name, origin.folder, "--dataset")
 
-    def read_file(path: Path) -> list[Text]:
-        """The texts of a file, with pictures where it has some."""
-        return [*pictures.read(path, processor)] if pictures.has_pictures(path) else read(path, tokenizer)
+    def texts(source: Path | HubData) -> list[Text]:
+        """The texts of the source's rows, with pictures where it has some."""
+        rows, folder = table(source), source.parent if isinstance(source, Path) else None
+        if pictures.has_pictures(rows):
+            return [*pictures.read(rows, folder, processor)]
+        return read(rows, tokenizer)
 
-    train = read_file(origin.file)
-    return (train, read_file(origin.heldout)) if origin.heldout else split_off(train)
+    train = texts(origin.own)
+    return (train, texts(origin.heldout)) if origin.heldout else split_off(train)
 
 
 class Encoder:
@@ -199,7 +219,7 @@ def load(
             f"{note}: a split is empty; give a larger --max-length, more data, or held-out examples with "
             "--eval-data"
         )
-    source = DATA.get(origin.name) if origin.file is None else None
+    source = DATA.get(origin.name) if origin.own is None else None
     labels = tuple(encoder.label(text) for text in source.labels) if source else ()
     judged = Heldout(tuple(text.answer for text in texts), labels, bool(source and origin.name == "gsm8k"))
     found = fingerprint({"train": training, "heldout": heldout})

@@ -17,7 +17,7 @@ from ..core.files import BenchmarkError
 from ..tasks import formats
 from ..tasks.task import Example
 from .batches import Collator, Inputs
-from .rows import MESSAGES, Turn, answered, checked, form_of, messages_of, table
+from .rows import MESSAGES, Rows, Turn, answered, checked, form_of, messages_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,25 +61,31 @@ class PictureExample(Example):
     pictures: tuple[Picture, ...] = ()
 
 
-def has_pictures(path: Path) -> bool:
-    """Whether a row of the file has pictures."""
-    return any(name in row for row in table(path).values() for name in FIELDS)
+def has_pictures(rows: Rows) -> bool:
+    """Whether a row has pictures."""
+    return any(name in row for row in rows.values() for name in FIELDS)
 
 
-def read(path: Path, processor: Any) -> list[PictureTurn]:
-    """The prompts and answers of a file with pictures; a row may have none.
+def read(rows: Rows, folder: Path | None, processor: Any) -> list[PictureTurn]:
+    """The prompts and answers of rows with pictures; a row may have none.
+
+    Args:
+        rows: by their places.
+        folder: where pictures that are named by paths lie; None for data on the hub, which hold their own.
+        processor: the model's; None for a model of text alone.
 
     Raises:
-        BenchmarkError: There is no processor, a row is malformed, or a picture cannot be read; names file and
-            line.
+        BenchmarkError: There is no processor, a row is malformed, or a picture cannot be read; names the row.
     """
     if processor is None:
-        raise BenchmarkError(f"{path} holds pictures, and the model reads none; give a vision-language model")
-    rows = table(path)
-    return [turn for place, row in rows.items() for turn in _turns(row, place, path.parent, processor)]
+        first = next(place for place, row in rows.items() if has_pictures({place: row}))
+        raise BenchmarkError(
+            f"{first} holds pictures, and the model reads none; give a vision-language model"
+        )
+    return [turn for place, row in rows.items() for turn in _turns(row, place, folder, processor)]
 
 
-def _turns(row: formats.Row, place: str, folder: Path, processor: Any) -> Iterator[PictureTurn]:
+def _turns(row: formats.Row, place: str, folder: Path | None, processor: Any) -> Iterator[PictureTurn]:
     pictures = tuple(picture(value, place, folder) for value in _values(row, place))
     messages = _messages(row, place, len(pictures))
     known = "".join(picture.digest for picture in pictures)
@@ -119,17 +125,20 @@ def _values(row: formats.Row, place: str) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
-def picture(value: Any, place: str, folder: Path) -> Picture:
+def picture(value: Any, place: str, folder: Path | None) -> Picture:
     """A picture that can be read.
 
     Raises:
-        BenchmarkError: It cannot; names file and line.
+        BenchmarkError: It cannot; names the row.
     """
     name = value if isinstance(value, str) else f"given as {value!r:.40}"
     try:
         if isinstance(value, dict):  # the hub's image columns, not decoded
-            data = value["bytes"] if value.get("bytes") else (folder / value["path"]).read_bytes()
+            path = (folder or Path()) / value["path"] if not value.get("bytes") else None  # in the cache
+            data = path.read_bytes() if path else value["bytes"]
         elif isinstance(value, str):
+            if folder is None:
+                raise OSError("it is a path, and data on the hub need a column that holds the images")
             data = (folder / value).read_bytes()
         else:
             buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Rows of a user's own jsonl file as prompts and answers."""
+"""Rows of a user's own file, or of data on the hub, as prompts and answers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.files import BenchmarkError
 from ..tasks import formats
-from ..tasks.external import Text, read_jsonl
+from ..tasks.external import Text, from_hub, read_jsonl
 from ..tasks.words import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NEEDED = "it must be a jsonl file, one JSON object per line"
+Rows = dict[str, formats.Row]  # by the place that an error names: `file:line`, or the hub's id and the row
+
+
+@dataclass(frozen=True)
+class HubData:
+    """Data on the hub, of whose split `train` all rows are read; `config` is one of several that it holds."""
+
+    repository: str
+    config: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.repository}:{self.config}" if self.config else self.repository
 
 
 @dataclass(frozen=True)
@@ -56,16 +68,15 @@ FORMS: dict[tuple[str, ...], Callable[[formats.Row], Text]] = {
 MESSAGES = "messages"
 
 
-def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
-    """The prompts and answers of a file; a conversation gives one for each of the assistant's messages.
+def read(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
+    """The prompts and answers of rows; a conversation gives one for each of the assistant's messages.
 
     All rows have the form of the first: `prompt` and `completion`; `instruction`, `output` and perhaps
     `input`; `messages` with `role` and `content`; or `text`.
 
     Raises:
-        BenchmarkError: A row lacks a field, or a field holds something else than text; names file and line.
+        BenchmarkError: A row lacks a field, or a field holds something else than text; names the row.
     """
-    rows = table(path)
     first = next(iter(rows))
     if MESSAGES in rows[first]:
         return [turn for place, row in rows.items() for turn in _turns(row, place, tokenizer)]
@@ -73,19 +84,34 @@ def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
     return [checked(row, place, form) for place, row in rows.items()]
 
 
-def table(path: Path) -> dict[str, formats.Row]:
-    """The rows of a file by `file:line`.
+def table(source: Path | HubData) -> Rows:
+    """The rows of a file, or of data on the hub, by their places.
 
     Raises:
-        BenchmarkError: The file cannot be read, or has no rows.
+        BenchmarkError: The source cannot be read, or has no rows.
     """
-    rows = _parquet(path) if path.suffix == ".parquet" else read_jsonl(path, _NEEDED)
+    if isinstance(source, HubData):
+        rows, needed = _hub(source), "give data with rows in their split train"
+    else:
+        rows = _parquet(source) if source.suffix == ".parquet" else read_jsonl(source, _NEEDED)
+        needed = _NEEDED
     if not rows:
-        raise BenchmarkError(f"{path} has no rows; {_NEEDED}")
+        raise BenchmarkError(f"{source} has no rows; {needed}")
     return rows
 
 
-def _parquet(path: Path) -> dict[str, formats.Row]:
+def _hub(source: HubData) -> Rows:
+    """The rows of the split `train`; columns of images are bytes and a name, as in the hub's parquet files.
+
+    Pictures are not decoded here: thousands of them in memory as pixels would be many times their bytes.
+    """
+    instead = "download its parquet files, and give one of them"
+    found = from_hub(source.repository, source.config, "train", instead)
+    rows = found.with_format("arrow")[:].to_pylist()
+    return {f"{source}, row {number}": _without_none(row) for number, row in enumerate(rows, 1)}
+
+
+def _parquet(path: Path) -> Rows:
     """The rows of a parquet file, as the hub keeps its data; columns of images are bytes and a name.
 
     Raises:

@@ -68,12 +68,13 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dataset",
         required=True,
-        metavar="NAME|NAME=FOLDER|FILE",
-        help=f"the hub's copy ({', '.join(DATA)}), local copies NAME_train.jsonl and NAME_test.jsonl, or a "
-        "jsonl file with prompt and completion, instruction and output (and input), messages, or text",
+        metavar="NAME|NAME=FOLDER|FILE|OWNER/NAME",
+        help=f"the hub's copy ({', '.join(DATA)}), local copies NAME_train.jsonl and NAME_test.jsonl, or "
+        "rows with prompt and completion, instruction and output (and input), messages, or text, from a "
+        "jsonl or parquet file or the hub",
     )
     group.add_argument(
-        "--eval-data", type=Path, help="held-out rows for FILE; by default 5 %% of its prompts"
+        "--eval-data", type=Path, help="held-out rows for FILE or OWNER/NAME; by default 5 %% of its prompts"
     )
     group.add_argument(
         "--max-length",

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..base_model.load import EOS
 from ..core.files import BenchmarkError, in_share, sha256
@@ -131,23 +131,38 @@ def read_jsonl(
     return {place: _parse_line(line, place) for place, line in places.items()}
 
 
-def _from_hub(name: str, split: str, flag: str) -> Iterable[formats.Row]:
-    """One split of the hub's copy, downloaded at the first use; `flag` is the option that named the data."""
+def from_hub(repository: str, config: str | None, split: str, instead: str) -> Any:
+    """One split of data on the hub as a `datasets.Dataset`, downloaded at the first use.
+
+    Args:
+        repository: its id, OWNER/NAME.
+        config: which of several sets it holds.
+        split: the split's name.
+        instead: what to do where the hub cannot be reached, for the error.
+
+    Raises:
+        BenchmarkError: `datasets` is missing, or the hub does not give the data.
+    """
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise BenchmarkError(
-            f"data {name!r} from the hub need the package datasets: pip install -e '.[data]'; "
-            f"or name a folder with local files: {flag} {name}=FOLDER"
+            f"data {repository!r} from the hub need the package datasets: pip install -e '.[data]'; "
+            f"or {instead}"
         ) from error
-    source = DATA[name]
     try:
-        return datasets.load_dataset(source.hub, source.config, split=split)
-    except OSError as error:  # what `datasets` raises for no network, offline mode and missing data alike
-        raise BenchmarkError(
-            f"cannot get {source.hub} from the hub ({error}); name a folder that holds {name}_train.jsonl "
-            f"and {name}_test.jsonl: {flag} {name}=FOLDER"
-        ) from error
+        return datasets.load_dataset(repository, config, split=split)
+    except (OSError, ValueError) as error:
+        # OSError: no network, offline mode, missing data; ValueError: another split, one of several configs
+        raise BenchmarkError(f"cannot get {repository} from the hub ({error}); {instead}") from error
+
+
+def _known_from_hub(name: str, split: str, flag: str) -> Iterable[formats.Row]:
+    """One split of data known by name; `flag` is the option that named them."""
+    source = DATA[name]
+    instead = f"name a folder that holds {name}_train.jsonl and {name}_test.jsonl: {flag} {name}=FOLDER"
+    found: Iterable[formats.Row] = from_hub(source.hub, source.config, split, instead)
+    return found
 
 
 def _texts(name: str, split: str, rows: Iterable[formats.Row]) -> list[Text]:
@@ -182,8 +197,8 @@ def read_splits(name: str, folder: Path | None, flag: str = "--data") -> tuple[l
     """Training and held-out texts, from two splits where there are two; errors name the option `flag`."""
     source = DATA[name]
     if folder is None:
-        train = _texts(name, "train", _from_hub(name, source.train, flag))
-        test = _texts(name, "test", _from_hub(name, source.test, flag)) if source.test else None
+        train = _texts(name, "train", _known_from_hub(name, source.train, flag))
+        test = _texts(name, "test", _known_from_hub(name, source.test, flag)) if source.test else None
     else:
         train = _texts(name, "train", read_jsonl(folder / f"{name}_train.jsonl").values())
         path = folder / f"{name}_test.jsonl"

@@ -1,6 +1,7 @@
 """A user's own file: the forms a row may have, what is masked, and errors that say where and what."""
 
 import json
+from pathlib import Path
 
 import pytest
 from public_rows import write
@@ -10,7 +11,7 @@ from benchmarks.core.files import BenchmarkError
 from benchmarks.finetune.batches import Collator
 from benchmarks.finetune.config import FinetuneConfig
 from benchmarks.finetune.data import Encoder, Origin, load, parse_origin
-from benchmarks.finetune.rows import read
+from benchmarks.finetune.rows import HubData, read, table
 from benchmarks.tasks.external import Text
 
 TALK = [
@@ -31,7 +32,7 @@ def encoded(tmp_path, tokenizer):
     """A function that gives prompt and answer of rows as the model gets them, special tokens and all."""
 
     def run(*rows):
-        texts = read(write(tmp_path / "own.jsonl", rows), tokenizer)
+        texts = read(table(write(tmp_path / "own.jsonl", rows)), tokenizer)
         return [(tokenizer.decode(e.prompt), tokenizer.decode(e.answer)) for e in Encoder(tokenizer)(texts)]
 
     return run
@@ -147,7 +148,7 @@ def test_bad_rows_are_named(tmp_path, tokenizer, lines, message):
     path = tmp_path / "own.jsonl"
     path.write_text(lines)
     with pytest.raises(BenchmarkError) as caught:
-        read(path, tokenizer)
+        read(table(path), tokenizer)
     assert message in str(caught.value)
 
 
@@ -161,7 +162,7 @@ def test_bad_rows_are_named(tmp_path, tokenizer, lines, message):
 )
 def test_a_chat_template_that_is_missing_or_will_not_do(tmp_path, template, message):
     with pytest.raises(BenchmarkError, match=message):
-        read(write(tmp_path / "own.jsonl", [{"messages": TALK}]), make_tokenizer(template))
+        read(table(write(tmp_path / "own.jsonl", [{"messages": TALK}])), make_tokenizer(template))
 
 
 def test_what_a_dataset_may_be(tmp_path):
@@ -169,8 +170,17 @@ def test_what_a_dataset_may_be(tmp_path):
     assert parse_origin("gsm8k", None) == Origin("gsm8k")
     assert parse_origin(f"gsm8k={tmp_path}", None) == Origin("gsm8k", folder=tmp_path)
     assert parse_origin(str(path), path) == Origin("own", path, heldout=path)
-    with pytest.raises(BenchmarkError, match=r"neither known data .*boolq.* nor a file"):
-        parse_origin("squad", None)
+    own = parse_origin("some-one/data.v1", path)
+    assert own == Origin("data.v1", HubData("some-one/data.v1"), heldout=path)
+    assert (own.hub, own.argument) == ("some-one/data.v1", "some-one/data.v1")
+    several = parse_origin("one/data:small", None)
+    assert several == Origin("data", HubData("one/data", "small"))
+    assert (several.hub, several.argument) == ("one/data", "one/data:small")
+    for wrong in ("squad", "folder/rows.jsonl", "a/b/c", str(tmp_path)):
+        with pytest.raises(BenchmarkError, match=r"neither known data .*boolq.* nor a file.*OWNER/NAME"):
+            parse_origin(wrong, None)
+    with pytest.raises(BenchmarkError, match=r"--eval-data nowhere\.jsonl: no such file"):
+        parse_origin(str(path), Path("nowhere.jsonl"))
     with pytest.raises(BenchmarkError, match="no such folder"):
         parse_origin("gsm8k=nowhere", None)
     with pytest.raises(BenchmarkError, match="held-out part of its own"):
@@ -187,4 +197,4 @@ def test_rows_that_are_not_json_objects(tmp_path, tokenizer):
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps([1]))
     with pytest.raises(BenchmarkError, match=r"own\.jsonl:1 is no JSON object"):
-        read(path, tokenizer)
+        read(table(path), tokenizer)
