@@ -40,8 +40,8 @@ _POINT = 75  # steps between two points of the curve
 class VlmPretrainConfig:
     """Everything that decides the result."""
 
-    steps: int = 260
-    encoder_steps: int = 450  # before, of encoder and projector alone
+    steps: int = 200
+    encoder_steps: int = 1000  # before, of encoder and projector alone
     batch_size: int = 96
     encoder_batch_size: int = 128
     muon_lr: float = 3e-3  # matrices
