@@ -45,6 +45,12 @@ def row(text, first):
     return found
 
 
+def table(text, heading):
+    """The rows of the table whose first column has this heading, by their first cells."""
+    after = text.partition(f"| {heading} |")[2].partition("\n\n")[0]
+    return {cells[0]: cells for cells in rows(f"| {heading} |{after}\n")[2:]}
+
+
 def links(text):
     """Relative targets of links and images, the fragment with them."""
     return [link for link in re.findall(r"\]\(([^)\s]+)\)", without_code(text)) if "://" not in link]

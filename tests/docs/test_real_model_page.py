@@ -1,10 +1,10 @@
-"""The table of the real model, on the page of results, is what the runs gave."""
+"""The tables of the real model, on the page of results, are what the runs gave."""
 
 import statistics
 
 import pytest
 from evidence import RESULTS, read_results
-from pages import page, row, words
+from pages import page, row, table, words
 
 PAGE = page("docs/results.md")
 CONTENDERS = {
@@ -16,43 +16,60 @@ CONTENDERS = {
     "Muon, momentum 0.6": ("muon", 0.9),
     "**GRIT around AdamW, β₁ = 0.9**": ("grit", 0.9),
 }
+BATCHES = {"gsm8k": 8, "naming": 16}
 
 
-def losses(seed=0, steps=60):
+def losses(task="gsm8k", seed=0, steps=60):
     """Learning rates and final losses of each contender, rates rising."""
     found = {}
     for run in read_results(RESULTS / "real"):
         config = run["config"]
-        assert (config["task"], config["base"], config["adapted_layers"]) == ("gsm8k", "smollm2", 8)
-        if (config["seed"], config["steps"]) == (seed, steps):
+        assert (config["base"], config["adapted_layers"]) == ("smollm2", 8)
+        if (config["task"], config["seed"], config["steps"]) == (task, seed, steps):
             mine = found.setdefault((config["optimizer"], config["beta1"]), {})
             mine[config["lr"]] = run["final_loss"]
     return {who: dict(sorted(mine.items())) for who, mine in found.items()}
 
 
-def at_the_best_rate(who):
+def at_the_best_rate(who, task="gsm8k"):
     """Final losses of the seeds, at the rate that is best at seed 0."""
-    first = losses()[who]
+    first = losses(task)[who]
     best = min(first, key=first.get)
-    ends = [losses(seed).get(who, {}).get(best) for seed in (0, 1, 2)]
+    ends = [losses(task, seed).get(who, {}).get(best) for seed in (0, 1, 2)]
     return [end for end in ends if end is not None]
 
 
-@pytest.mark.parametrize("label", CONTENDERS)
-def test_the_table_of_the_real_model_is_the_runs(label):
-    mine, ends = losses()[CONTENDERS[label]], at_the_best_rate(CONTENDERS[label])
-    rates = ", ".join(f"{lr:g}" for lr in mine)
-    several = f"{statistics.fmean(ends):.3f} ± {statistics.stdev(ends):.3f}" if len(ends) == 3 else "–"
-    assert row(PAGE, label) == [label, rates, ", ".join(f"{loss:.3f}" for loss in mine.values()), several]
+@pytest.mark.parametrize("task", BATCHES)
+def test_the_table_of_the_real_model_is_the_runs(task):
+    shown, found = table(PAGE, f"`{task}`"), losses(task)
+    assert {CONTENDERS[label] for label in shown} == found.keys()
+    for label, cells in shown.items():
+        mine, ends = found[CONTENDERS[label]], at_the_best_rate(CONTENDERS[label], task)
+        rates = ", ".join(f"{lr:g}" for lr in mine)
+        several = f"{statistics.fmean(ends):.3f} ± {statistics.stdev(ends):.3f}" if len(ends) == 3 else "–"
+        assert cells == [label, rates, ", ".join(f"{loss:.3f}" for loss in mine.values()), several]
 
 
-def test_grit_is_below_every_other():
+@pytest.mark.parametrize("task", BATCHES)
+def test_the_runs_have_the_settings_that_are_told(task):
+    configs = [run["config"] for run in read_results(RESULTS / "real") if run["config"]["task"] == task]
+    assert {config["batch_size"] for config in configs} == {BATCHES[task]}
+    assert {config["precision"] for config in configs} == {"fp32"}
+
+
+def differences(who, task):
+    """Loss of a contender less GRIT's, seed by seed."""
+    pairs = zip(at_the_best_rate(who, task), at_the_best_rate(("grit", 0.9), task), strict=True)
+    return [theirs - ours for theirs, ours in pairs]
+
+
+def test_grit_is_below_every_other_on_gsm8k():
     found = losses()
     best = {who: min(mine.values()) for who, mine in found.items()}
     assert len(best) == len(CONTENDERS)
     assert min(best, key=best.get) == ("grit", 0.9)
     for who, said in ((("adamw", 0.6), "the best AdamW"), (("muon", 0.9), "Muon with its momentum lowered")):
-        gaps = [a - b for a, b in zip(at_the_best_rate(who), at_the_best_rate(("grit", 0.9)), strict=True)]
+        gaps = differences(who, "gsm8k")
         assert f"{min(gaps):.3f} to {max(gaps):.3f}" in words(PAGE)
         assert said in words(PAGE)
 
