@@ -3,7 +3,7 @@
 import statistics
 
 import pytest
-from evidence import RESULTS, read_results
+from evidence import RESULTS, finetuning, read_results
 from pages import page, row, table, words
 
 PAGE = page("docs/results.md")
@@ -57,6 +57,16 @@ def test_the_runs_have_the_settings_that_are_told(task):
     assert {config["precision"] for config in configs} == {"fp32"}
 
 
+def test_what_the_model_writes_itself():
+    (run,) = finetuning.read(RESULTS / "real_answers")
+    before, after = run["curve"]
+    assert before["final_number_exact_match"] == 0
+    assert before["generated"] == after["generated"] == 192
+    assert (run["config"]["optimizer"], run["config"]["lr"]) == ("grit", 0.01)
+    right = f"rate {100 * after['final_number_exact_match']:.1f} % do (`results/real_answers`)"
+    assert f"after {run['config']['steps']} steps with grit at its best {right}" in words(PAGE).lower()
+
+
 def differences(who, task):
     """Loss of a contender less GRIT's, seed by seed."""
     pairs = zip(at_the_best_rate(who, task), at_the_best_rate(("grit", 0.9), task), strict=True)
@@ -74,12 +84,30 @@ def test_grit_is_below_every_other_on_gsm8k():
         assert said in words(PAGE)
 
 
-def test_the_shortened_budget_misses_the_best_adamw():
-    short = losses(steps=36)["grit", 0.9][0.01]
+def test_grit_is_below_the_others_on_naming():
+    for who, said in ((("adamw", 0.6), "nats below the best AdamW"), (("muon", 0.9), "below Muon")):
+        gaps = differences(who, "naming")
+        assert len(gaps) == 3
+        assert f"by {min(gaps):.3f} to {max(gaps):.3f} {said}" in words(PAGE)
+
+
+def test_grit_is_below_adamw_at_every_rate_that_both_ran_at():
+    gaps = []
+    for task in BATCHES:
+        for seed in (0, 1, 2):
+            adamw, grit = (losses(task, seed).get((name, 0.9), {}) for name in ("adamw", "grit"))
+            gaps += [adamw[lr] - grit[lr] for lr in adamw.keys() & grit.keys()]
+    assert len(gaps) > 5
+    assert f"on both tasks, by {min(gaps):.3f} to {max(gaps):.3f}" in words(PAGE)
+
+
+def test_the_shortened_budgets():
+    shortest, short = (losses(steps=steps)["grit", 0.9][0.01] for steps in (36, 48))
     usual, best = (min(losses()["adamw", beta].values()) for beta in (0.9, 0.6))
-    assert f"GRIT ends at {short:.3f} after 36 steps" in words(PAGE)
+    assert f"GRIT ends at {shortest:.3f} after 36 steps and at {short:.3f} after 48" in words(PAGE)
     assert f"has {usual:.3f} after 60, and {best:.3f} at its best β₁" in words(PAGE)
-    assert short > best
+    assert short < best < shortest
+    assert f"are {48 / 60:g} of AdamW's here" in words(PAGE)
 
 
 def test_the_column_of_the_readme_is_the_table():
