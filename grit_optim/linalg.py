@@ -50,6 +50,7 @@ def full_precision() -> Iterator[Callable[[], AbstractContextManager[None]]]:
 
         @contextmanager
         def as_before() -> Iterator[None]:
+            """Autocast as it was outside."""
             with ExitStack() as inner:
                 for device, dtype in found:
                     inner.enter_context(torch.autocast(device, dtype=dtype))

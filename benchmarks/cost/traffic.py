@@ -134,6 +134,7 @@ def unseen(base: type[torch.optim.Optimizer]) -> Iterator[None]:
     step = base.step
 
     def quiet(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The base's step, outside of the modes that count."""
         with _disable_current_modes():
             return step(self, *args, **kwargs)
 

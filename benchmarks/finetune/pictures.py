@@ -63,7 +63,11 @@ class PictureExample(Example):
 
 def has_pictures(rows: Rows) -> bool:
     """Whether a row has pictures."""
-    return any(name in row for row in rows.values() for name in FIELDS)
+    return any(map(_has_pictures, rows.values()))
+
+
+def _has_pictures(row: formats.Row) -> bool:
+    return any(name in row for name in FIELDS)
 
 
 def read(rows: Rows, folder: Path | None, processor: Any) -> list[PictureTurn]:
@@ -78,7 +82,7 @@ def read(rows: Rows, folder: Path | None, processor: Any) -> list[PictureTurn]:
         BenchmarkError: There is no processor, a row is malformed, or a picture cannot be read; names the row.
     """
     if processor is None:
-        first = next(place for place, row in rows.items() if has_pictures({place: row}))
+        first = next(place for place, row in rows.items() if _has_pictures(row))
         raise BenchmarkError(
             f"{first} holds pictures, and the model reads none; give a vision-language model"
         )
@@ -133,9 +137,10 @@ def picture(value: Any, place: str, folder: Path | None) -> Picture:
     """
     name = value if isinstance(value, str) else f"given as {value!r:.40}"
     try:
-        if isinstance(value, dict):  # the hub's image columns, not decoded
-            path = (folder or Path()) / value["path"] if not value.get("bytes") else None  # in the cache
-            data = path.read_bytes() if path else value["bytes"]
+        if isinstance(value, dict) and value.get("bytes"):  # the hub's image columns, not decoded
+            data = value["bytes"]
+        elif isinstance(value, dict):  # of data on the hub, in their cache
+            data = ((folder or Path()) / value["path"]).read_bytes()
         elif isinstance(value, str):
             if folder is None:
                 raise OSError("it is a path, and data on the hub need a column that holds the images")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,8 +107,7 @@ def _hub(source: HubData) -> Rows:
     """
     instead = "download its parquet files, and give one of them"
     found = from_hub(source.repository, source.config, "train", instead)
-    rows = found.with_format("arrow")[:].to_pylist()
-    return {f"{source}, row {number}": _without_none(row) for number, row in enumerate(rows, 1)}
+    return _numbered(found.with_format("arrow")[:].to_pylist(), f"{source}, row ")
 
 
 def _parquet(path: Path) -> Rows:
@@ -125,12 +124,15 @@ def _parquet(path: Path) -> Rows:
         rows = parquet.read_table(path).to_pylist()
     except (OSError, ArrowInvalid) as error:
         raise BenchmarkError(f"cannot read {path} ({error}); {_NEEDED}, or a parquet file") from error
-    return {f"{path}:{number}": _without_none(row) for number, row in enumerate(rows, 1)}
+    return _numbered(rows, f"{path}:")
 
 
-def _without_none(row: formats.Row) -> formats.Row:
-    """The row without the columns that it leaves empty."""
-    return {name: value for name, value in row.items() if value is not None}
+def _numbered(rows: Iterable[formats.Row], before: str) -> Rows:
+    """The rows of a table by `before` and their numbers, without the columns that they leave empty."""
+    return {
+        f"{before}{number}": {name: value for name, value in row.items() if value is not None}
+        for number, row in enumerate(rows, 1)
+    }
 
 
 def form_of(row: formats.Row, place: str) -> tuple[str, ...]:

@@ -37,6 +37,8 @@ __all__ = [
     "make_parser",
     "part",
     "read_results",
+    "runs_of",
+    "several",
     "sizes",
     "suite_table",
     "target",
@@ -85,8 +87,14 @@ def target(task):
 
 
 @cache
-def _runs(folder):
+def runs_of(folder):
+    """All runs of a folder, read once; they are not to be changed."""
     return read_results(RESULTS / folder)
+
+
+def several(losses):
+    """Mean and standard deviation of three seeds, as pages write them; a dash where fewer ran."""
+    return f"{statistics.fmean(losses):.3f} ± {statistics.stdev(losses):.3f}" if len(losses) == 3 else "–"
 
 
 def finals(folder, seeds=None, optimizer=None, beta1=None, steps=None, **wanted):
@@ -100,7 +108,7 @@ def finals(folder, seeds=None, optimizer=None, beta1=None, steps=None, **wanted)
             wanted[name] = value
     chosen = [
         run["config"] | {"loss": run["final_loss"]}
-        for run in _runs(folder)
+        for run in runs_of(folder)
         if all(run["config"][name] == value for name, value in wanted.items())
         and (seeds is None or run["config"]["seed"] in seeds)
     ]

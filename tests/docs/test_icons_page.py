@@ -4,9 +4,10 @@ import json
 import statistics
 
 import pytest
-from evidence import RESULTS, read_results
+from evidence import RESULTS, runs_of, several
 from pages import ROOT, page, table, words
 
+from benchmarks.adapter_size.ways import budget_options
 from benchmarks.core import packing
 from benchmarks.suite.contenders import cost_name
 
@@ -31,14 +32,7 @@ def rates(**factors):
 
 def budget(share):
     """The options of a budget that is reached from a third to five sixths of the run."""
-    return {
-        "reprojection": "balanced",
-        "reprojection_freq": 5,
-        "rank_adaptation_start_step": 20,
-        "rank_budget_steps": 30,
-        "min_lora_rank": 0,
-        "rank_budget": share,
-    }
+    return budget_options(60, share)
 
 
 VARIANTS = {
@@ -68,7 +62,7 @@ def runs(who, options=None, steps=60, lr=None):
     """The runs of a contender with these options, by learning rate and seed."""
     options = {"momentum": 0.6} if who == MUON else options or {}
     found = {}
-    for run in read_results(RESULTS / "icons"):
+    for run in runs_of("icons"):
         config = run["config"]
         assert config["task"] == "icons"
         mine = (config["optimizer"], config["beta1"]), config["options"], config["steps"]
@@ -84,16 +78,13 @@ def best_rate(who):
     return min(ends, key=ends.get)
 
 
-def seeds(who, options=None, **where):
+def seeds(who, options=None, steps=60):
     """The runs of the three seeds at the best rate; fewer where fewer ran."""
-    found = runs(who, options, lr=best_rate(who), **where)
-    return [run for _, run in found.items()]
+    return [*runs(who, options, steps, best_rate(who)).values()]
 
 
-def several(found):
-    """Mean and standard deviation of the three seeds' losses."""
-    losses = [run["final_loss"] for run in found]
-    return f"{statistics.fmean(losses):.3f} ± {statistics.stdev(losses):.3f}" if len(losses) == 3 else "–"
+def ends(found):
+    return [run["final_loss"] for run in found]
 
 
 def mean(found, name):
@@ -109,7 +100,7 @@ def test_the_table_is_the_runs(label):
         label,
         ", ".join(f"{lr:g}" for lr in first),
         ", ".join(f"{run['final_loss']:.3f}" for run in first.values()),
-        several(chosen),
+        several(ends(chosen)),
         f"{mean(chosen, 'word_f1'):.3f}",
         f"{100 * mean(chosen, 'exact_match'):.1f} %",
     ]
@@ -117,8 +108,7 @@ def test_the_table_is_the_runs(label):
 
 def differences(who, other, options=None):
     """Loss of the first less that of the other, seed by seed."""
-    ours, theirs = ([run["final_loss"] for run in seeds(*one)] for one in ((who, options), (other,)))
-    return [a - b for a, b in zip(ours, theirs, strict=True)]
+    return [a - b for a, b in zip(ends(seeds(who, options)), ends(seeds(other)), strict=True)]
 
 
 def below(numbers):
@@ -142,7 +132,7 @@ def test_what_the_base_model_knows_is_its_record():
 
 def shown(chosen):
     """Loss at seed 0, of all seeds, and word F1."""
-    return [f"{chosen[0]['final_loss']:.3f}", several(chosen), f"{mean(chosen, 'word_f1'):.3f}"]
+    return [f"{chosen[0]['final_loss']:.3f}", several(ends(chosen)), f"{mean(chosen, 'word_f1'):.3f}"]
 
 
 @pytest.mark.parametrize("label", VARIANTS)
@@ -170,7 +160,7 @@ def test_what_is_said_of_parts_and_kinds():
     assert f"GRIT's falls by {-first:.3f} at one seed, and moves by less than 0.007 at the others" in TEXT
     assert max(map(abs, others)) < 0.007
     for more in (rates(vision=2), rates(cross_modal=4)):
-        (worse,) = (run["final_loss"] for run in seeds(GRIT, more))
+        (worse,) = ends(seeds(GRIT, more))
         assert worse - seeds(GRIT)[0]["final_loss"] > 0.08
     assert max(map(abs, differences(GRIT, GRIT, EQUAL))) < 0.002
 
@@ -181,9 +171,7 @@ def test_equal_budgets_have_equal_parameters():
     for label, wanted in list(BUDGETS.items())[1:3]:
         share = sum(size * wanted["rank_budget"][part] for part, size in sizes.items()) / sum(sizes.values())
         assert share == pytest.approx(0.62, abs=5e-4), label
-    whole, parts = (
-        statistics.fmean(run["final_loss"] for run in seeds(GRIT, one)) for one in list(BUDGETS.values())[:2]
-    )
+    whole, parts = (mean(seeds(GRIT, one), "final_loss") for one in list(BUDGETS.values())[:2])
     assert f"by {whole - parts:.3f} nats better on the mean" in TEXT
 
 
@@ -199,22 +187,15 @@ def test_what_the_findings_say_of_the_tokens_curvature():
     whole, findings = seeds(GRIT)[0]["final_loss"], words(page("docs/findings.md"))
     said = f"with a quarter of its power {first[0.25]:.3f}, with the default's half {whole:.3f}"
     assert f"(power 0) {first[0]:.3f} nats, {said}" in findings
-    equal, plain = (several(seeds(GRIT, options))[:5] for options in (EQUAL, {}))
+    equal, plain = (several(ends(seeds(GRIT, options)))[:5] for options in (EQUAL, {}))
     assert f"three seeds, 60 steps at 1e-2: {equal} nats, and {plain} as the tokens come" in findings
 
 
 def budgets_of(who):
     """Mean losses of the three seeds by length of the run."""
-    found = {}
-    for run in read_results(RESULTS / "icons"):
-        config = run["config"]
-        if ((config["optimizer"], config["beta1"]), config["options"], config["lr"]) == (
-            who,
-            {},
-            best_rate(who),
-        ):
-            found.setdefault(config["steps"], []).append(run["final_loss"])
-    return {steps: statistics.fmean(losses) for steps, losses in sorted(found.items()) if len(losses) == 3}
+    lengths = sorted({run["config"]["steps"] for run in runs_of("icons")})
+    found = {steps: seeds(who, steps=steps) for steps in lengths}
+    return {steps: mean(chosen, "final_loss") for steps, chosen in found.items() if len(chosen) == 3}
 
 
 def test_the_numbers_of_the_seed():

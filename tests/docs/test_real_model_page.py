@@ -3,7 +3,7 @@
 import statistics
 
 import pytest
-from evidence import RESULTS, finetuning, read_results
+from evidence import RESULTS, finetuning, runs_of, several
 from pages import page, row, table, words
 
 PAGE = page("docs/results.md")
@@ -22,7 +22,7 @@ BATCHES = {"gsm8k": 8, "naming": 16}
 def losses(task="gsm8k", seed=0, steps=60):
     """Learning rates and final losses of each contender, rates rising."""
     found = {}
-    for run in read_results(RESULTS / "real"):
+    for run in runs_of("real"):
         config = run["config"]
         assert (config["base"], config["adapted_layers"]) == ("smollm2", 8)
         if (config["task"], config["seed"], config["steps"]) == (task, seed, steps):
@@ -46,13 +46,12 @@ def test_the_table_of_the_real_model_is_the_runs(task):
     for label, cells in shown.items():
         mine, ends = found[CONTENDERS[label]], at_the_best_rate(CONTENDERS[label], task)
         rates = ", ".join(f"{lr:g}" for lr in mine)
-        several = f"{statistics.fmean(ends):.3f} ± {statistics.stdev(ends):.3f}" if len(ends) == 3 else "–"
-        assert cells == [label, rates, ", ".join(f"{loss:.3f}" for loss in mine.values()), several]
+        assert cells == [label, rates, ", ".join(f"{loss:.3f}" for loss in mine.values()), several(ends)]
 
 
 @pytest.mark.parametrize("task", BATCHES)
 def test_the_runs_have_the_settings_that_are_told(task):
-    configs = [run["config"] for run in read_results(RESULTS / "real") if run["config"]["task"] == task]
+    configs = [run["config"] for run in runs_of("real") if run["config"]["task"] == task]
     assert {config["batch_size"] for config in configs} == {BATCHES[task]}
     assert {config["precision"] for config in configs} == {"fp32"}
 
